@@ -1,0 +1,317 @@
+"""Losses for long-tailed classification: cross entropy, Focal, LDAM, and the influence-balanced loss (IB).
+
+Needs torch and nothing else of this repository, so it can be taken alone. Each loss is a function and a
+Module. Shapes: `logits` (N, K), `target` (N,) int64, `features` (N,) or (N, 1): the norm of the last
+layer's input h, one number a sample. All return a scalar.
+
+Every loss computes in float32 at least (float64 stays float64), also under autocast, and is finite, with
+finite gradients, for |logits| up to 1e4.
+
+Reductions: weighted CE and LDAM divide by the sum of the weights; Focal, IB and IB-Focal are plain batch
+means, as in the official code.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+NORMS = {"l1": 1, "l2": 2, "linf": float("inf")}
+
+
+# ---------------------------------------------------------------------------------------- class weights
+
+
+def inverse_frequency_weights(class_counts):
+    """IB reweighting: weights proportional to 1 / n_k, scaled to sum to K (paper, Section 3.5, eq. 8).
+
+    Returns:
+        (K,) float32 tensor.
+
+    >>> inverse_frequency_weights([3, 1])
+    tensor([0.5000, 1.5000])
+    """
+    return _sum_to_k(1.0 / torch.as_tensor(class_counts, dtype=torch.float64))
+
+
+def effective_number_weights(class_counts, beta=0.9999):
+    """CB reweighting: (1 - beta) / (1 - beta ** n_k), scaled to sum to K (Cui et al., CVPR 2019).
+
+    beta in [0, 1); beta 0 gives equal weights.
+
+    Returns:
+        (K,) float32 tensor.
+    """
+    return _sum_to_k(effective_number_rates(class_counts, beta))
+
+
+def effective_number_rates(class_counts, beta=0.9999):
+    """(1 - beta) / (1 - beta ** n_k), unscaled, (K,) float64: also the sampling rates of Resample."""
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    return (1.0 - beta) / (1.0 - torch.pow(torch.as_tensor(beta, dtype=torch.float64), counts))
+
+
+def _sum_to_k(weights):
+    return (weights / weights.sum() * len(weights)).float()
+
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+
+def _in_full_precision(function):
+    """Run a loss with autocast off and half-precision inputs brought to float32."""
+
+    def widen(x):
+        is_half = isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+        return x.float() if is_half else x
+
+    def wrapped(logits, *args, **kwargs):
+        with torch.autocast(logits.device.type, enabled=False):
+            args = [widen(a) for a in args]
+            return function(widen(logits), *args, **{k: widen(v) for k, v in kwargs.items()})
+
+    wrapped.__name__, wrapped.__doc__ = function.__name__, function.__doc__
+    wrapped.__wrapped__ = function
+    return wrapped
+
+
+def _cross_entropy_rows(logits, target, weight=None):
+    """w_y * CE of each row, (N,)."""
+    ce = F.cross_entropy(logits, target, reduction="none")
+    return ce if weight is None else ce * weight.to(ce.dtype)[target]
+
+
+def _focal_factor(ce, gamma):
+    """(1 - p) ** gamma with p = exp(-ce), (N,).
+
+    1 - p is taken as -expm1(-ce) and kept above the smallest normal number, so that the slope of the
+    power at 0 stays finite for gamma below 1.
+    """
+    miss = -torch.expm1(-ce)
+    return miss.clamp_min(torch.finfo(ce.dtype).tiny) ** gamma
+
+
+def _nonnegative(**values):
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+
+
+# --------------------------------------------------------------------------------------- CE, Focal, LDAM
+
+
+@_in_full_precision
+def cross_entropy(logits, target, weight=None):
+    """Cross entropy, weighted by class and divided by the sum of the weights (torch's own)."""
+    return F.cross_entropy(logits, target, weight=None if weight is None else weight.to(logits.dtype))
+
+
+@_in_full_precision
+def focal_loss(logits, target, weight=None, gamma=0.0, scale=10.0):
+    """Focal loss: scale * mean((1 - p) ** gamma * w_y * CE), with p = exp(-w_y * CE) (Lin et al., ICCV 2017).
+
+    The official IB code multiplies by 10 and takes p after the class weight; both are kept. Gamma 0 is
+    `scale` times the plain mean of w_y * CE.
+    """
+    ce = _cross_entropy_rows(logits, target, weight)
+    return scale * (_focal_factor(ce, gamma) * ce).mean()
+
+
+@_in_full_precision
+def ldam_loss(logits, target, margins, weight=None, s=30.0):
+    """LDAM: weighted CE of s * (logits - margin of the true class) (Cao et al., NeurIPS 2019, eq. 12-13).
+
+    Args:
+        margins: (K,), see `ldam_margins`.
+        s: scale of the logits, which are cosines of a normalised head.
+    """
+    margin = margins.to(logits.dtype)[target]
+    shifted = logits.scatter_add(1, target[:, None], -margin[:, None])
+    return F.cross_entropy(s * shifted, target, weight=None if weight is None else weight.to(logits.dtype))
+
+
+def ldam_margins(class_counts, max_m=0.5):
+    """Margins proportional to n_k ** (-1/4), the largest being `max_m`; (K,) float32."""
+    margins = torch.as_tensor(class_counts, dtype=torch.float64) ** -0.25
+    return (margins * (max_m / margins.max())).float()
+
+
+# ----------------------------------------------------------------------------------- influence-balanced
+
+
+@_in_full_precision
+def ib_factor(logits, target, features, alpha=1000.0, epsilon=1e-3, norm="l1", detach=False):
+    """The factor alpha / (|p - y| * |h| + epsilon) of each sample, (N,) (paper, eq. 5 and Section 4.1).
+
+    |p - y| * |h| is the norm of the gradient of CE in the last layer's weights: the sample's influence on
+    the decision boundary. The entry of the true class, p_y - 1, is taken as minus the sum of the other
+    probabilities, which does not cancel for confident hits.
+
+    Args:
+        features: |h| of each sample, in the same norm (the nets of `models` return it).
+        alpha: scale of the loss, a number or a 0-d tensor.
+        epsilon: added to the influence, so that a fitted sample does not get an infinite weight.
+        norm: 'l1' (the method), 'l2' or 'linf' (Table 1).
+        detach: no gradient through the factor (the official code lets it through).
+    """
+    influence = _error_norm(logits, target, norm) * features.reshape(-1).to(logits.dtype)
+    factor = alpha / (influence + epsilon)
+    return factor.detach() if detach else factor
+
+
+def _error_norm(logits, target, norm):
+    probabilities = F.softmax(logits, dim=1)
+    others = probabilities.scatter(1, target[:, None], 0.0)
+    error = others.scatter_add(1, target[:, None], -others.sum(1, keepdim=True))
+    return torch.linalg.vector_norm(error, NORMS[norm], dim=1)
+
+
+@_in_full_precision
+def ib_loss(logits, target, features, weight=None, alpha=1000.0, epsilon=1e-3, norm="l1", detach=False):
+    """Influence-balanced loss: mean of w_y * CE * alpha / (|p - y| * |h| + epsilon) (paper, eq. 6 and 7).
+
+    >>> logits, target, features = torch.zeros(1, 2), torch.tensor([0]), torch.tensor([2.0])
+    >>> round(ib_loss(logits, target, features, alpha=1.0, epsilon=0.0).item(), 4)   # log 2 / (1 * 2)
+    0.3466
+    """
+    factor = ib_factor(logits, target, features, alpha, epsilon, norm, detach)
+    return (_cross_entropy_rows(logits, target, weight) * factor).mean()
+
+
+@_in_full_precision
+def ib_focal_loss(
+    logits, target, features, weight=None, alpha=1000.0, gamma=0.0, epsilon=1e-3, norm="l1", detach=False
+):
+    """IB with the focal loss inside: mean of (1 - p) ** gamma * w_y * CE * factor, p = exp(-w_y * CE).
+
+    `detach` is of the IB factor only. Gamma 0 is `ib_loss`.
+    """
+    ce = _cross_entropy_rows(logits, target, weight)
+    factor = ib_factor(logits, target, features, alpha, epsilon, norm, detach)
+    return (_focal_factor(ce, gamma) * ce * factor).mean()
+
+
+# ---------------------------------------------------------------------------------------------- modules
+
+
+class _Weighted(nn.Module):
+    """A loss with class weights kept as a buffer, so that `.to(device)` moves them."""
+
+    needs_features = False
+
+    def __init__(self, weight=None):
+        super().__init__()
+        self.register_buffer("weight", None if weight is None else torch.as_tensor(weight), persistent=False)
+
+
+class CrossEntropyLoss(_Weighted):
+    """`cross_entropy` as a Module: criterion(logits, target)."""
+
+    def forward(self, logits, target):
+        return cross_entropy(logits, target, self.weight)
+
+
+class FocalLoss(_Weighted):
+    """`focal_loss` as a Module: criterion(logits, target). Raises ValueError for a negative gamma."""
+
+    def __init__(self, weight=None, gamma=0.0, scale=10.0):
+        super().__init__(weight)
+        _nonnegative(gamma=gamma)
+        self.gamma, self.scale = gamma, scale
+
+    def forward(self, logits, target):
+        return focal_loss(logits, target, self.weight, self.gamma, self.scale)
+
+
+class LDAMLoss(_Weighted):
+    """`ldam_loss` as a Module: criterion(logits, target), logits of a normalised head.
+
+    Args:
+        cls_num_list: K training-set counts.
+        max_m: largest margin.
+        s: scale, over 0.
+    """
+
+    def __init__(self, cls_num_list, max_m=0.5, weight=None, s=30):
+        super().__init__(weight)
+        if not s > 0:
+            raise ValueError(f"s must be over 0, got {s}")
+        self.register_buffer("margins", ldam_margins(cls_num_list, max_m), persistent=False)
+        self.s = s
+
+    def forward(self, logits, target):
+        return ldam_loss(logits, target, self.margins, self.weight, self.s)
+
+
+class IBLoss(_Weighted):
+    """`ib_loss` as a Module: criterion(logits, target, features).
+
+    alpha may be 'auto': the first `AUTO_BATCHES` training batches set it so that the loss has the size of
+    the unweighted CE that it replaces (the authors' advice, issue 1 of their repository). Until then each
+    batch uses the ratio of the sums so far. The state is in the state dict, so that a resumed run goes on
+    with the same alpha.
+
+    Raises:
+        ValueError: unknown norm, alpha not over 0, negative epsilon.
+    """
+
+    needs_features = True
+    AUTO_BATCHES = 20
+
+    def __init__(self, weight=None, alpha=10000.0, epsilon=1e-3, norm="l1", detach=False):
+        super().__init__(weight)
+        if norm not in NORMS:
+            raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
+        _nonnegative(epsilon=epsilon)
+        self.auto_alpha = alpha == "auto"
+        if not self.auto_alpha and not alpha > 0:
+            raise ValueError(f"alpha must be over 0 or 'auto', got {alpha}")
+        self.epsilon, self.norm, self.detach = epsilon, norm, detach
+        self.alpha = alpha
+        if self.auto_alpha:
+            self.register_buffer("alpha", torch.ones(()))
+            # sums of CE and of the loss at alpha 1, and the batches in them
+            self.register_buffer("calibration", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, logits, target, features):
+        if self.auto_alpha and self.training and torch.is_grad_enabled():
+            self._calibrate(logits.detach(), target, features.detach())
+        return self._loss(logits, target, features, self.alpha)
+
+    def factor(self, logits, target, features):
+        """The IB factor of each sample, (N,), without gradient."""
+        with torch.no_grad():
+            return ib_factor(logits, target, features, self.alpha, self.epsilon, self.norm)
+
+    def _loss(self, logits, target, features, alpha):
+        return ib_loss(
+            logits, target, features, self.weight, alpha, self.epsilon, self.norm, self.detach
+        )
+
+    @torch.no_grad()
+    def _calibrate(self, logits, target, features):
+        # written without a branch on tensor values: no synchronisation with the device
+        seen = torch.stack(
+            [
+                cross_entropy(logits, target).double(),
+                self._loss(logits, target, features, 1.0).double(),
+                torch.ones((), dtype=torch.float64, device=logits.device),
+            ]
+        )
+        open_ = self.calibration[2] < self.AUTO_BATCHES
+        self.calibration += torch.where(open_, seen, torch.zeros_like(seen))
+        ratio = self.calibration[0] / self.calibration[1].clamp_min(torch.finfo(torch.float64).tiny)
+        self.alpha.copy_(ratio)
+
+
+class IB_FocalLoss(IBLoss):  # noqa: N801 (the published name)
+    """`ib_focal_loss` as a Module: criterion(logits, target, features). Arguments as IBLoss, and gamma."""
+
+    def __init__(self, weight=None, alpha=10000.0, gamma=0.0, epsilon=1e-3, norm="l1", detach=False):
+        super().__init__(weight, alpha, epsilon, norm, detach)
+        _nonnegative(gamma=gamma)
+        self.gamma = gamma
+
+    def _loss(self, logits, target, features, alpha):
+        return ib_focal_loss(
+            logits, target, features, self.weight, alpha, self.gamma, self.epsilon, self.norm, self.detach
+        )

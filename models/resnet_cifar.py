@@ -1,0 +1,103 @@
+"""ResNets for 32 x 32 images (He et al., CVPR 2016, Section 4.2), with option-A shortcuts.
+
+Every net returns `(logits, features)`: (N, K), and (N, 1) with the norm of the last layer's input. State-dict
+keys and initial values are those of the official IB code.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from losses import NORMS
+
+
+def feature_norm(hidden, norm="l1"):
+    """Norm of each row of `hidden` (N, D), as (N, 1): |h| of the influence |p - y| * |h|."""
+    return torch.linalg.vector_norm(hidden, NORMS[norm], dim=1, keepdim=True)
+
+
+class NormedLinear(nn.Module):
+    """Cosines of the input with each class's weight vector, (N, K): LDAM's head."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        with torch.no_grad():
+            self.weight.uniform_(-1, 1).renorm_(2, 1, 1e-5).mul_(1e5)  # columns of length 1
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) @ F.normalize(self.weight, dim=0)
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut that subsamples and pads with zero channels (option A)."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.new_channels = stride, channels - in_channels
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self._shortcut(x))
+
+    def _shortcut(self, x):
+        if self.stride == 1 and self.new_channels == 0:
+            return x
+        before = self.new_channels // 2
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
+
+
+class ResNet_s(nn.Module):  # noqa: N801 (the published name)
+    """Three stages of `blocks` blocks with 16, 32 and 64 channels, and a linear head.
+
+    Args:
+        blocks: blocks of each stage, three ints.
+        num_classes: K.
+        use_norm: a normalised head (`NormedLinear`), for LDAM.
+        feature_norm: 'l1', 'l2' or 'linf', the norm that `features` carries.
+    """
+
+    def __init__(self, blocks, num_classes=10, use_norm=False, feature_norm="l1"):
+        super().__init__()
+        self.feature_norm = feature_norm
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks[0], 1)
+        self.layer2 = self._stage(16, 32, blocks[1], 2)
+        self.layer3 = self._stage(32, 64, blocks[2], 2)
+        self.linear = NormedLinear(64, num_classes) if use_norm else nn.Linear(64, num_classes)
+        self.apply(_kaiming_init)
+
+    @staticmethod
+    def _stage(in_channels, channels, blocks, stride):
+        first = BasicBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *[BasicBlock(channels, channels, 1) for _ in range(blocks - 1)])
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        hidden = out.mean((2, 3))
+        return self.linear(hidden), feature_norm(hidden, self.feature_norm)
+
+
+def _kaiming_init(module):
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight)
+
+
+def _resnet(depth):
+    def build(num_classes=10, use_norm=False, feature_norm="l1"):
+        return ResNet_s([(depth - 2) // 6] * 3, num_classes, use_norm, feature_norm)
+
+    build.__name__ = f"resnet{depth}"
+    build.__doc__ = f"ResNet-{depth} for 32 x 32 images; arguments as `ResNet_s`."
+    return build
+
+
+resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202 = map(_resnet, (20, 32, 44, 56, 110, 1202))

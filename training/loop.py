@@ -1,0 +1,222 @@
+"""The training loop that every script shares: an epoch, an evaluation, a run."""
+
+import dataclasses
+import os
+import time
+
+import torch
+from torch.nn import functional as F
+
+import losses
+from training import checkpoint
+from training.criteria import build_criterion
+from training.metrics import Counts, group_accuracy
+from training.records import Progress, Records, best_epoch, shown
+from utils import DataError, epoch_seed
+
+
+class NonFiniteLoss(DataError):
+    """The loss became NaN or infinite."""
+
+
+def train_one_epoch(model, batches, criterion, optimizer, num_classes, on_batch=None):
+    """One pass over `batches`, an iterable of (images, targets) on the model's device.
+
+    Nothing is read from the device in between, but what `on_batch(batch, counts, first_bad)` reads.
+
+    Returns:
+        dict(loss, acc1, acc5, seen, ib_factor): ib_factor is the mean factor of each class (None for a class
+        without samples), or None for a criterion that has no factor.
+
+    Raises:
+        NonFiniteLoss: with the number of the first bad batch.
+    """
+    model.train()
+    device = next(model.parameters()).device
+    counts = Counts(num_classes, device, confusion=False)
+    factors = torch.zeros(2, num_classes, device=device, dtype=torch.float64)
+    first_bad = torch.full((), -1, device=device)
+    for batch, (images, target) in enumerate(batches):
+        logits, features = model(images)
+        inputs = (logits, target, features) if criterion.needs_features else (logits, target)
+        loss = criterion(*inputs)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        first_bad = torch.where((first_bad < 0) & ~torch.isfinite(loss.detach()), batch, first_bad)
+        counts.add(logits.detach(), target, loss)
+        if criterion.needs_features:
+            factor = criterion.factor(logits.detach(), target, features.detach()).double()
+            factors.index_add_(1, target, torch.stack([factor, torch.ones_like(factor)]))
+        if on_batch is not None:
+            on_batch(batch, counts, first_bad)
+    raise_if_bad(first_bad)
+    return {**counts.read(), "ib_factor": _mean_factors(factors) if criterion.needs_features else None}
+
+
+def raise_if_bad(first_bad):
+    """Raise NonFiniteLoss if a batch was noted."""
+    if first_bad.item() >= 0:
+        raise NonFiniteLoss(str(first_bad.item()))
+
+
+def _mean_factors(factors):
+    return [s / n if n else None for s, n in zip(*factors.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def evaluate(model, batches, class_counts):
+    """Accuracy on `batches`, and the plain CE, whatever the run trains with, so that its curve does not jump.
+
+    Returns:
+        dict(loss, acc1, acc5, seen, class_mean, many, medium, few, per_class, confusion), accuracies in percent,
+        None for what has no images.
+    """
+    model.eval()
+    counts = Counts(len(class_counts), next(model.parameters()).device)
+    for images, target in batches:
+        logits, _ = model(images)
+        counts.add(logits, target, F.cross_entropy(logits.float(), target))
+    per_class, confusion = counts.per_class()
+    groups = group_accuracy(per_class, class_counts)
+    return {**counts.read(), **groups, "per_class": per_class, "confusion": confusion}
+
+
+def make_optimizer(model, options):
+    """SGD as published: momentum, L2 weight decay on all parameters, no Nesterov."""
+    return torch.optim.SGD(
+        model.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
+    )
+
+
+@dataclasses.dataclass
+class Run:
+    """All that `fit` needs, put together by a script.
+
+    train, test, val (or None): batch sources with `train_epoch(epoch, rates)` / `eval_epoch()`;
+    class_counts: training images of each class; info: see `Records`; start: a `resume.Start`.
+    """
+
+    options: object
+    recipe: object
+    model: torch.nn.Module
+    train: object
+    test: object
+    val: object
+    class_counts: list
+    class_names: list
+    info: dict
+    log_folder: str
+    model_folder: str
+    start: object
+
+
+def fit(run):
+    """Train from `run.start` to the last epoch, keep records and checkpoints. Returns the history."""
+    options, recipe = run.options, run.recipe
+    optimizer = make_optimizer(run.model, options)
+    criterion, stage_key = None, None
+    if run.start.optimizer is not None:
+        optimizer.load_state_dict(run.start.optimizer)
+    records = Records(run.log_folder, run.class_names, run.info, run.start.history)
+    progress = Progress(recipe.epochs, options.print_freq)
+    rates = None
+    if options.train_rule == "Resample":
+        rates = losses.effective_number_rates(run.class_counts, options.beta)[run.train.targets.cpu()]
+    os.makedirs(run.model_folder, exist_ok=True)
+    try:
+        for epoch in range(run.start.epoch, recipe.epochs):
+            stage = recipe.stage(epoch)
+            if stage_key != (stage.loss, stage.class_weights):
+                stage_key = (stage.loss, stage.class_weights)
+                criterion = build_criterion(stage, options, run.class_counts)
+                criterion.to(next(run.model.parameters()).device)
+                if epoch == run.start.epoch and run.start.criterion:
+                    criterion.load_state_dict(run.start.criterion)
+            record = _epoch(run, epoch, stage, criterion, optimizer, progress, rates)
+            history = [*records.history, record]
+            _save(run, history, optimizer, criterion)
+            records.add(record)
+            progress.done(record["seconds"], _line(record, history, recipe.epochs))
+    finally:
+        records.close()
+    return records.history
+
+
+def _epoch(run, epoch, stage, criterion, optimizer, progress, rates):
+    """Train and evaluate one epoch; its record."""
+    options, started = run.options, time.monotonic()
+    for group in optimizer.param_groups:
+        group["lr"] = stage.lr
+    torch.manual_seed(epoch_seed(options.seed, epoch))  # for nets with dropout
+    progress.epoch(epoch, len(run.train), stage.lr)
+
+    def on_batch(batch, counts, first_bad):
+        if progress.due(batch):
+            raise_if_bad(first_bad)
+            progress.show(batch, counts.read())
+
+    try:
+        batches = run.train.train_epoch(epoch, rates)
+        train = train_one_epoch(run.model, batches, criterion, optimizer, len(run.class_counts), on_batch)
+    except NonFiniteLoss as bad:
+        hint = "a smaller --alpha (or --alpha auto), or a smaller --lr" if criterion.needs_features else "a smaller --lr"
+        raise NonFiniteLoss(f"the loss is not finite in epoch {epoch}, batch {bad}: try {hint}") from None
+    factor = train.pop("ib_factor")
+    train["seconds"] = time.monotonic() - started
+    evaluated = time.monotonic()
+    test = evaluate(run.model, run.test.eval_epoch(), run.class_counts)
+    test["seconds"] = time.monotonic() - evaluated
+    val = None
+    if run.val is not None:
+        val = evaluate(run.model, run.val.eval_epoch(), run.class_counts)
+        val.pop("confusion")
+    alpha = float(criterion.alpha) if criterion.needs_features else None
+    return {
+        "epoch": epoch,
+        "time": time.time(),
+        "seconds": time.monotonic() - started,
+        "stage": dataclasses.asdict(stage),
+        "train": train,
+        "test": {name: value for name, value in test.items() if name != "confusion"},
+        "val": val,
+        "score": val["class_mean"] if val else test["acc1"],
+        "ib_factor": factor,
+        "alpha": alpha,
+    }
+
+
+def _save(run, history, optimizer, criterion):
+    """The newest checkpoint; beside it the best, and those asked for."""
+    best = best_epoch(history)
+    done = history[-1]["epoch"] + 1
+    state = {
+        "epoch": done,
+        "arch": run.options.arch,
+        "state_dict": run.model.state_dict(),
+        "best_acc1": best["test"]["acc1"],
+        "optimizer": optimizer.state_dict(),
+        "criterion": criterion.state_dict(),
+        "settings": run.info["settings"],
+        "split_sha256": run.info["split"]["sha256"],
+        "history": history,
+    }
+    names = [checkpoint.NEWEST]
+    if best is history[-1]:
+        names.append(checkpoint.BEST)
+    if done in (run.options.start_ib_epoch, *run.options.keep_epochs):
+        names.append(checkpoint.epoch_name(done))
+    for name in reversed(names):  # the newest last: it says that the others are there
+        checkpoint.save(os.path.join(run.model_folder, name), state)
+
+
+def _line(record, history, epochs):
+    test, best = record["test"], best_epoch(history)
+    parts = [
+        f"epoch {record['epoch'] + 1}/{epochs} done in {record['seconds']:.1f} s",
+        f"{record['stage']['loss']} loss {record['train']['loss']:.4f}",
+        f"test acc1 {test['acc1']:.2f} acc5 {test['acc5']:.2f}",
+        f"many {shown(test['many'])} medium {shown(test['medium'])} few {shown(test['few'])}",
+        f"best {best['test']['acc1']:.2f} (epoch {best['epoch'] + 1})",
+    ]
+    return "  ".join(parts)

@@ -1,0 +1,69 @@
+"""Accuracy of each class, of the many/medium/few groups, and the confusion matrix, counted on the device."""
+
+import torch
+
+from imbalance import groups
+
+#: A confusion matrix is kept up to this many classes.
+MAX_CONFUSION_CLASSES = 1000
+
+
+class Counts:
+    """Hits and losses summed on the device; `read()` is the only synchronisation.
+
+    All accuracies are percentages.
+    """
+
+    def __init__(self, num_classes, device, confusion=True):
+        self.num_classes = num_classes
+        self.loss = torch.zeros((), device=device, dtype=torch.float64)
+        # seen, hits at top-1, hits at top-5
+        self.hits = torch.zeros(3, device=device, dtype=torch.int64)
+        confusion = confusion and num_classes <= MAX_CONFUSION_CLASSES
+        rows = num_classes if confusion else 2
+        self.table = torch.zeros(rows * num_classes, device=device, dtype=torch.int64)
+        self.confusion = confusion
+
+    @torch.no_grad()
+    def add(self, logits, target, loss):
+        """Count a batch: logits (N, K), target (N,), loss the batch's mean."""
+        top = logits.topk(min(5, self.num_classes), dim=1).indices
+        hit = top == target[:, None]
+        self.loss += loss.detach().double() * len(target)
+        self.hits[0] += len(target)
+        self.hits[1] += hit[:, 0].sum()
+        self.hits[2] += hit.sum()
+        if self.confusion:
+            cell = target * self.num_classes + top[:, 0]
+        else:  # row 0: misses, row 1: hits
+            cell = hit[:, 0].long() * self.num_classes + target
+        self.table += torch.bincount(cell, minlength=len(self.table))
+
+    def read(self):
+        """dict(loss, acc1, acc5, seen)."""
+        seen, top1, top5 = self.hits.tolist()
+        n = max(seen, 1)
+        return {"loss": self.loss.item() / n, "acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "seen": seen}
+
+    def per_class(self):
+        """(accuracy of each class, a list with None for a class without images; confusion matrix or None)."""
+        table = self.table.view(-1, self.num_classes).cpu()
+        if self.confusion:
+            hits, totals = table.diagonal(), table.sum(1)
+        else:
+            hits, totals = table[1], table.sum(0)
+        accuracy = [100 * h / t if t else None for h, t in zip(hits.tolist(), totals.tolist(), strict=True)]
+        return accuracy, table.tolist() if self.confusion else None
+
+
+def mean_accuracy(per_class, labels=None):
+    """Mean accuracy over the given classes (all: None); None where there is none."""
+    values = [per_class[k] for k in (range(len(per_class)) if labels is None else labels)]
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def group_accuracy(per_class, class_counts):
+    """dict(class_mean, many, medium, few): means of class accuracies; None for an empty group."""
+    by_group = {name: mean_accuracy(per_class, labels) for name, labels in groups(class_counts).items()}
+    return {"class_mean": mean_accuracy(per_class), **by_group}

@@ -1,0 +1,93 @@
+"""Figures of a run, with matplotlib; without it, none."""
+
+import os
+
+from utils import warn
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        warn("matplotlib is not installed: no figures")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def of_evaluation(result, names, class_counts, folder):
+    """confusion.png and class_accuracy.png from what `loop.evaluate` returns. Returns the paths."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return []
+    written = [_class_accuracy(pyplot, result["per_class"], names, class_counts, folder)]
+    if result["confusion"] is not None:
+        written.append(_confusion(pyplot, result["confusion"], names, folder))
+    return written
+
+
+def of_history(history, settings, folder):
+    """curves.png from a run's records. Returns the paths."""
+    pyplot = _pyplot()
+    return [] if pyplot is None else [_curves(pyplot, history, settings, folder)]
+
+
+def _save(pyplot, figure, folder, name):
+    path = os.path.join(folder, name)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _confusion(pyplot, confusion, names, folder):
+    """Rows are true classes, in percent of the class."""
+    size = min(max(4.5, 0.45 * len(names)), 14)
+    figure, axes = pyplot.subplots(figsize=(size + 1, size), layout="constrained")
+    percent = [[100 * cell / max(sum(row), 1) for cell in row] for row in confusion]
+    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="percent of the true class")
+    axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
+    if len(names) <= 30:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= 12:
+        for i, row in enumerate(percent):
+            for j, value in enumerate(row):
+                color = "white" if value > 50 else "black"
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    return _save(pyplot, figure, folder, "confusion.png")
+
+
+def _class_accuracy(pyplot, per_class, names, class_counts, folder):
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    seen = [(n, a, name) for n, a, name in zip(class_counts, per_class, names, strict=True) if a is not None]
+    axes.scatter([n for n, _, _ in seen], [a for _, a, _ in seen], s=24)
+    if len(names) <= 12:
+        for n, accuracy, name in seen:
+            axes.annotate(name, (n, accuracy), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", ylim=(-2, 105), xlabel="training images of the class", ylabel="test accuracy [%]")
+    axes.set_title("Accuracy of each class over its training images")
+    axes.grid(alpha=0.3)
+    return _save(pyplot, figure, folder, "class_accuracy.png")
+
+
+def _curves(pyplot, history, settings, folder):
+    epochs = [record["epoch"] + 1 for record in history]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    left.plot(epochs, [record["test"]["loss"] for record in history], label="test (CE)")
+    left.plot(epochs, [record["train"]["loss"] for record in history], label="training (its own criterion)")
+    left.set(xlabel="epoch", ylabel="loss", yscale="log", title="Loss")
+    for name in ("acc1", "class_mean", "many", "medium", "few"):
+        values = [record["test"][name] for record in history]
+        if None not in values:
+            right.plot(epochs, values, label={"acc1": "top-1", "class_mean": "class mean"}.get(name, name))
+    right.set(xlabel="epoch", ylabel="test accuracy [%]", ylim=(0, 102), title="Accuracy")
+    if any(record["stage"]["loss"].startswith("IB") for record in history):
+        for axes in (left, right):
+            axes.axvline(settings["start_ib_epoch"] + 0.5, color="black", linestyle="--", label="IB starts")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return _save(pyplot, figure, folder, "curves.png")

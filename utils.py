@@ -1,0 +1,133 @@
+"""Errors that a user sees, random generators, the device, meters."""
+
+import functools
+import os
+import platform
+import signal
+import sys
+
+import numpy as np
+import torch
+
+
+class UsageError(Exception):
+    """A wrong flag or a combination that cannot work: one line, exit status 2."""
+
+
+class DataError(Exception):
+    """Missing, damaged or foreign data, a checkpoint or a folder that cannot be used: one line, exit status 1."""
+
+
+def warn(message):
+    """A line on standard error that starts with 'warning:'."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def command(main):
+    """Decorate a script's main(argv): errors become one line on standard error and an exit status.
+
+    UsageError ends with status 2, DataError and a refused write with 1, SIGTERM with 143, Ctrl-C with 130.
+    """
+
+    @functools.wraps(main)
+    def run(argv=None):
+        name = os.path.basename(sys.argv[0]) if argv is None else f"{main.__module__}.py"
+        previous = _raise_on_sigterm()
+        try:
+            return main(argv)
+        except UsageError as error:
+            status, message = 2, f"error: {one_line(error)}"
+        except DataError as error:
+            status, message = 1, f"error: {one_line(error)}"
+        except OSError as error:
+            status, message = 1, f"error: {one_line(error)}"
+        except Terminated as stop:
+            status, message = 143, f"stopped by SIGTERM{one_line(stop)}"
+        except KeyboardInterrupt as stop:
+            status, message = 130, f"stopped by Ctrl-C{one_line(stop)}"
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(status)
+
+    return run
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program was, so that files are closed on the way out."""
+
+
+def _raise_on_sigterm():
+    def stop(signum, frame):
+        raise Terminated
+
+    try:
+        return signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        return None
+
+
+def one_line(text):
+    """`text` with control characters escaped, so that it stays one line and moves no cursor."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+# ---------------------------------------------------------------------------------------------- randomness
+
+
+def epoch_seed(seed, epoch):
+    """A 63-bit seed for epoch `epoch` of a run with `seed`; different pairs give unrelated seeds."""
+    words = np.random.SeedSequence([seed, epoch]).generate_state(2)
+    return (int(words[0]) << 31) ^ int(words[1])
+
+
+def epoch_generator(seed, epoch):
+    """The CPU generator of everything drawn in that epoch."""
+    return torch.Generator().manual_seed(epoch_seed(seed, epoch))
+
+
+def draw_seed():
+    """A seed from the operating system, in [0, 2 ** 31)."""
+    return int.from_bytes(os.urandom(4), "little") >> 1
+
+
+# -------------------------------------------------------------------------------------------------- device
+
+
+def choose_device(gpu=None):
+    """`--gpu N`: that CUDA device. None: the first CUDA device, else the CPU.
+
+    Returns the CPU for an index on a machine without CUDA (the script warns).
+
+    Raises:
+        UsageError: an index beyond the cards that are there, or a negative one.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu is not None and (gpu < 0 or 0 < count <= gpu):
+        raise UsageError(f"--gpu {gpu}: this machine has {count} CUDA device{'s' * (count != 1)}, counted from 0")
+    return torch.device("cuda", gpu or 0) if count else torch.device("cpu")
+
+
+def versions():
+    """Versions and machine facts that a run records."""
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def duration(seconds):
+    """Seconds as '1:02:03'.
+
+    >>> duration(3723.4)
+    '1:02:03'
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
