@@ -1,7 +1,7 @@
 """Train on long-tailed CIFAR-10, CIFAR-100 or handwritten digits, with the influence-balanced loss or without.
 
     python cifar_train.py --dataset digits --epochs 30 --start_ib_epoch 20 --loss_type IB --train_rule IBReweight
-    python cifar_train.py --dataset cifar100 --loss_type IB --train_rule IBReweight --start_ib_epoch 100 --num_classes 100
+    python cifar_train.py --dataset cifar100 --loss_type IB --train_rule IBReweight --start_ib_epoch 100
     python cifar_train.py --dataset cifar10 --loss_type CE -e --resume checkpoint/NAME/ckpt.best.pth.tar
 
 The first needs no download and takes seconds; the second is the paper's main setting (200 epochs: an hour on a

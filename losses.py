@@ -266,8 +266,9 @@ class IBLoss(_Weighted):
         if not self.auto_alpha and not alpha > 0:
             raise ValueError(f"alpha must be over 0 or 'auto', got {alpha}")
         self.epsilon, self.norm, self.detach = epsilon, norm, detach
-        self.alpha = alpha
-        if self.auto_alpha:
+        if not self.auto_alpha:
+            self.alpha = alpha
+        else:
             self.register_buffer("alpha", torch.ones(()))
             # sums of CE and of the loss at alpha 1, and the batches in them
             self.register_buffer("calibration", torch.zeros(3, dtype=torch.float64))
@@ -283,9 +284,7 @@ class IBLoss(_Weighted):
             return ib_factor(logits, target, features, self.alpha, self.epsilon, self.norm)
 
     def _loss(self, logits, target, features, alpha):
-        return ib_loss(
-            logits, target, features, self.weight, alpha, self.epsilon, self.norm, self.detach
-        )
+        return ib_loss(logits, target, features, self.weight, alpha, self.epsilon, self.norm, self.detach)
 
     @torch.no_grad()
     def _calibrate(self, logits, target, features):

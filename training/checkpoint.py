@@ -20,6 +20,11 @@ def epoch_name(epoch):
     return f"ckpt.epoch{epoch:03d}.pth.tar"
 
 
+def best_name(epoch):
+    """File name of the best checkpoint of the first `epoch` epochs, kept beside `epoch_name`, for forks."""
+    return f"ckpt.epoch{epoch:03d}.best.pth.tar"
+
+
 def write_atomically(path, write):
     """Call `write(file)` on a temporary file beside `path`, flush it to the disk, and move it to `path`."""
     folder = os.path.dirname(os.path.abspath(path))

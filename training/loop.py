@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import time
 
 import torch
@@ -12,6 +13,7 @@ from training import checkpoint
 from training.criteria import build_criterion
 from training.metrics import Counts, group_accuracy
 from training.records import Progress, Records, best_epoch, shown
+from training.resume import adopt
 from utils import DataError, epoch_seed
 
 
@@ -115,15 +117,16 @@ def fit(run):
     """Train from `run.start` to the last epoch, keep records and checkpoints. Returns the history."""
     options, recipe = run.options, run.recipe
     optimizer = make_optimizer(run.model, options)
-    criterion, stage_key = None, None
     if run.start.optimizer is not None:
-        optimizer.load_state_dict(run.start.optimizer)
+        _load_optimizer(optimizer, run.start)
+    criterion, stage_key = None, None
+    os.makedirs(run.model_folder, exist_ok=True)
+    adopt(run.start, run.model_folder)
     records = Records(run.log_folder, run.class_names, run.info, run.start.history)
     progress = Progress(recipe.epochs, options.print_freq)
     rates = None
     if options.train_rule == "Resample":
         rates = losses.effective_number_rates(run.class_counts, options.beta)[run.train.targets.cpu()]
-    os.makedirs(run.model_folder, exist_ok=True)
     try:
         for epoch in range(run.start.epoch, recipe.epochs):
             stage = recipe.stage(epoch)
@@ -143,6 +146,13 @@ def fit(run):
     return records.history
 
 
+def _load_optimizer(optimizer, start):
+    try:
+        optimizer.load_state_dict(start.optimizer)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{start.path} does not fit this net's optimizer: {error}") from None
+
+
 def _epoch(run, epoch, stage, criterion, optimizer, progress, rates):
     """Train and evaluate one epoch; its record."""
     options, started = run.options, time.monotonic()
@@ -160,7 +170,9 @@ def _epoch(run, epoch, stage, criterion, optimizer, progress, rates):
         batches = run.train.train_epoch(epoch, rates)
         train = train_one_epoch(run.model, batches, criterion, optimizer, len(run.class_counts), on_batch)
     except NonFiniteLoss as bad:
-        hint = "a smaller --alpha (or --alpha auto), or a smaller --lr" if criterion.needs_features else "a smaller --lr"
+        hint = (
+            "a smaller --alpha (or --alpha auto), or a smaller --lr" if criterion.needs_features else "a smaller --lr"
+        )
         raise NonFiniteLoss(f"the loss is not finite in epoch {epoch}, batch {bad}: try {hint}") from None
     factor = train.pop("ib_factor")
     train["seconds"] = time.monotonic() - started
@@ -204,10 +216,14 @@ def _save(run, history, optimizer, criterion):
     names = [checkpoint.NEWEST]
     if best is history[-1]:
         names.append(checkpoint.BEST)
-    if done in (run.options.start_ib_epoch, *run.options.keep_epochs):
+    keep = done in (run.options.start_ib_epoch, *run.options.keep_epochs)
+    if keep:
         names.append(checkpoint.epoch_name(done))
     for name in reversed(names):  # the newest last: it says that the others are there
         checkpoint.save(os.path.join(run.model_folder, name), state)
+    best_path = os.path.join(run.model_folder, checkpoint.BEST)
+    if keep and os.path.exists(best_path):
+        shutil.copyfile(best_path, os.path.join(run.model_folder, checkpoint.best_name(done)))
 
 
 def _line(record, history, epochs):

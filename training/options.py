@@ -12,7 +12,21 @@ from utils import UsageError, one_line, warn
 
 #: Settings that change nothing in what is learnt: they do not belong to the identity of a run.
 INCIDENTAL = frozenset(
-    "data_dir workers print_freq resume evaluate gpu root_log root_model dry_run force overwrite keep_epochs threads".split()
+    (
+        "data_dir",
+        "workers",
+        "print_freq",
+        "resume",
+        "evaluate",
+        "gpu",
+        "root_log",
+        "root_model",
+        "dry_run",
+        "force",
+        "overwrite",
+        "keep_epochs",
+        "threads",
+    )
 )
 #: Settings that a run and the checkpoint it starts from must share. The schedule and the constants of the
 #: loss are compared epoch by epoch instead (see resume.py).
@@ -105,9 +119,7 @@ def add_method_flags(parser):
     number("--epsilon", default=1e-3, type=_number(float, low=0), help="added to the influence (default: %(default)s)")
     number("--ib_norm", default="l1", choices=list(NORMS), help="norm of the influence (default: %(default)s)")
     number("--detach_ib", action="store_true", help="no gradient through the IB factor")
-    number(
-        "--gamma", default=1.0, type=_number(float, low=0), help="of Focal and IBFocal (default: %(default)s)"
-    )
+    number("--gamma", default=1.0, type=_number(float, low=0), help="of Focal and IBFocal (default: %(default)s)")
     number(
         "--focal_scale", default=10.0, type=_number(float, above=0),
         help="factor of the Focal loss, as in the official code (default: %(default)s)",
@@ -132,7 +144,9 @@ def add_training_flags(parser, epochs=200, milestones=(160, 180), lr_factors=(0.
         "--start-epoch", default=0, type=_number(int, low=0), metavar="E", dest="start_epoch",
         help="number of the first epoch, for restarts by hand; --resume sets it (default: %(default)s)",
     )  # fmt: skip
-    number("-b", "--batch-size", default=128, type=_number(int, low=1), metavar="N", dest="batch_size", help="default: 128")
+    number(
+        "-b", "--batch-size", default=128, type=_number(int, low=1), metavar="N", dest="batch_size", help="default: 128"
+    )
     number(
         "--lr", "--learning-rate", default=0.1, type=_number(float, low=0), metavar="LR", dest="lr",
         help="before its factors (default: %(default)s)",
@@ -142,7 +156,13 @@ def add_training_flags(parser, epochs=200, milestones=(160, 180), lr_factors=(0.
         "--wd", "--weight-decay", default=2e-4, type=_number(float, low=0), metavar="W", dest="weight_decay",
         help="default: %(default)s",
     )  # fmt: skip
-    number("--warmup_epochs", default=5, type=_number(int, low=0), metavar="N", help="linear warm-up (default: %(default)s)")
+    number(
+        "--warmup_epochs",
+        default=5,
+        type=_number(int, low=0),
+        metavar="N",
+        help="linear warm-up (default: %(default)s)",
+    )
     number("--keep_warmup", action="store_true", help="warm up also where the IB phase starts before its end")
     number(
         "--milestones", nargs="*", default=None, type=_number(int, low=0), metavar="E",
@@ -156,7 +176,9 @@ def add_training_flags(parser, epochs=200, milestones=(160, 180), lr_factors=(0.
         "--ib_lr_factor", default=0.01, type=_number(float, above=0), metavar="F",
         help="what the lr is multiplied by in the IB phase (default: %(default)s)",
     )  # fmt: skip
-    number("--seed", default=None, type=_number(int, low=0, high=2**31 - 1), help="drawn, printed and recorded if left out")
+    number(
+        "--seed", default=None, type=_number(int, low=0, high=2**31 - 1), help="drawn, printed and recorded if left out"
+    )
     parser.set_defaults(_published_milestones=tuple(milestones), _published_lr_factors=tuple(lr_factors))
 
 
@@ -166,10 +188,24 @@ def add_run_flags(parser, workers_help="number of data loading processes"):
     flag("--gpu", default=None, type=int, metavar="N", help="CUDA device (default: the first one, else the CPU)")
     flag("--threads", default=None, type=_number(int, low=1), metavar="N", help="CPU threads (default: torch's)")
     flag("-j", "--workers", default=4, type=_number(int, low=0), metavar="N", help=workers_help)
-    flag("-p", "--print_freq", default=10, type=_number(int, low=1), metavar="N", help="batches between progress lines (default: %(default)s)")
+    flag(
+        "-p",
+        "--print_freq",
+        default=10,
+        type=_number(int, low=1),
+        metavar="N",
+        help="batches between progress lines (default: %(default)s)",
+    )
     flag("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: from this run's newest")
     flag("-e", "--evaluate", action="store_true", help="evaluate the checkpoint of --resume, train nothing")
-    flag("--keep_epochs", nargs="*", default=[], type=_number(int, low=1), metavar="N", help="also keep the checkpoints after N epochs")
+    flag(
+        "--keep_epochs",
+        nargs="*",
+        default=[],
+        type=_number(int, low=1),
+        metavar="N",
+        help="also keep the checkpoints after N epochs",
+    )
     flag("--exp_str", default="0", metavar="NAME", help="last part of the run's name (default: %(default)s)")
     flag("--root_log", default="log", metavar="DIR", help="default: %(default)s")
     flag("--root_model", default="checkpoint", metavar="DIR", help="default: %(default)s")

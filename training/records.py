@@ -172,8 +172,8 @@ class Progress:
             self.bar = tqdm(total=batches, desc=f"epoch {epoch + 1}/{self.epochs}", leave=False, file=self.stream)
 
     def due(self, batch):
-        """Whether figures are wanted after this batch (counted from 0)."""
-        return batch % self.print_freq == 0
+        """Whether figures are wanted after this batch (counted from 0): every print_freq, and the very first."""
+        return (batch + 1) % self.print_freq == 0 or (batch == 0 and not self.seconds)
 
     def show(self, batch, figures):
         left = self._time_left(batch + 1)

@@ -7,12 +7,12 @@ the run that was never forked.
 import argparse
 import dataclasses
 import glob
-import json
 import os
+import shutil
 
 from training import checkpoint
 from training.options import INCIDENTAL, SHARED, plan
-from utils import DataError, UsageError, warn
+from utils import UsageError, warn
 
 
 @dataclasses.dataclass
@@ -25,6 +25,7 @@ class Start:
     optimizer: dict | None = None
     criterion: dict | None = None
     path: str | None = None
+    is_fork: bool = False
 
 
 class Finished(Exception):
@@ -41,6 +42,8 @@ def find_start(options, log_folder, model_folder):
     own = os.path.join(model_folder, checkpoint.NEWEST)
     path = options.resume
     if path == "auto":
+        if options.overwrite:
+            raise UsageError("--resume auto and --overwrite exclude each other")
         path = own if os.path.exists(own) else None
         if path is None:
             print(f"--resume auto: no checkpoint in {model_folder}, a fresh start", flush=True)
@@ -51,14 +54,16 @@ def find_start(options, log_folder, model_folder):
     _check_folder(options, own, log_folder, state, is_own)
     if state is None:
         return Start(epoch=options.start_epoch)
+    state.setdefault("epoch", options.start_epoch)
     _check_same(options, state, path)
     return Start(
-        epoch=int(state.get("epoch", options.start_epoch)),
+        epoch=state["epoch"],
         history=state.get("history", []),
         state_dict=state["state_dict"],
         optimizer=state.get("optimizer"),
         criterion=_criterion_state(options, state),
         path=path,
+        is_fork=not is_own,
     )
 
 
@@ -93,7 +98,7 @@ def _check_folder(options, own, log_folder, state, is_own):
     if differs is None:
         if held["epoch"] >= options.epochs:
             raise Finished
-        if state is None:
+        if not is_own:
             raise UsageError(
                 f"{os.path.dirname(own)} holds this run after {held['epoch']} epochs: "
                 "--resume auto goes on, --overwrite starts anew"
@@ -148,6 +153,16 @@ def _criterion_state(options, state):
     return state["criterion"] if same else None
 
 
+def adopt(start, model_folder):
+    """Give a fork's folder the checkpoint that it starts from, and the best one of the epochs before it."""
+    if not start.is_fork:
+        return
+    shutil.copyfile(start.path, os.path.join(model_folder, checkpoint.epoch_name(start.epoch)))
+    best = os.path.join(os.path.dirname(start.path), checkpoint.best_name(start.epoch))
+    if os.path.exists(best):
+        shutil.copyfile(best, os.path.join(model_folder, checkpoint.BEST))
+
+
 def clear(log_folder, model_folder):
     """Delete what an earlier run left, file by file: nothing that a run does not write."""
     patterns = [os.path.join(glob.escape(model_folder), "ckpt*.pth.tar")]
@@ -174,14 +189,3 @@ def load_for_evaluation(options):
             )
     options.use_norm = checkpoint.has_normalised_head(state["state_dict"])
     return state
-
-
-def held_settings(log_folder):
-    """The settings that args.json of a run folder records, or None."""
-    try:
-        with open(os.path.join(log_folder, "args.json")) as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{log_folder}/args.json cannot be read: {error}") from None

@@ -48,7 +48,7 @@ def train_or_evaluate(options, load_data, build_model, make_batches):
         options.seed = draw_seed()
     train_set, test_set = load_data(options)
     run = _prepare(options, train_set, test_set, build_model, make_batches, device, start, log_folder, model_folder)
-    if options.overwrite and start.path is None:
+    if options.overwrite:
         clear(log_folder, model_folder)
     if options.gpu is not None and device.type == "cpu":
         _warn_of_cpu(run)
@@ -170,7 +170,9 @@ def _evaluate(options, state, data, build_model, make_batches, device, log_folde
     checkpoint.load_weights(model, state["state_dict"], options.resume)
     result = evaluate(model, make_batches(options, test_set, None, device).eval_epoch(), class_counts)
     print_classes(train_set.classes, class_counts, result)
-    line = "  ".join(f"{name} {shown(result[name])}" for name in ("acc1", "acc5", "class_mean", "many", "medium", "few"))
+    line = "  ".join(
+        f"{name} {shown(result[name])}" for name in ("acc1", "acc5", "class_mean", "many", "medium", "few")
+    )
     print(f"{line}  loss {result['loss']:.4f} ({GROUP_RULE})")
     folder = os.path.join(log_folder, "evaluate")
     os.makedirs(folder, exist_ok=True)

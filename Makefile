@@ -1,0 +1,34 @@
+# make demo   set up, train CE and IB on long-tailed digits, print the tables (about two minutes after the install)
+# make test   set up, run the tests
+# make lint   ruff
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+# the tested versions are of Python 3.11 on x86_64; elsewhere the ranges of requirements.txt decide
+PINNED := $(shell $(PYTHON) -c "import sys, platform; print('-c constraints.txt' if sys.version_info[:2] == (3, 11) and platform.machine() == 'x86_64' else '')")
+
+DEMO = $(BIN)/python cifar_train.py --dataset digits --arch resnet20 --imb_factor 0.02 --batch-size 32 --epochs 40 \
+	--start_ib_epoch 20 --milestones 32 36 --seed 0 --root_log demo/log --root_model demo/checkpoint --overwrite
+
+.PHONY: demo test lint setup
+setup: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed' if sys.version_info < (3, 10) else 0)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt $(PINNED)
+	touch $@
+
+# IB goes on from the checkpoint that the CE run keeps at the epoch where IB starts: phase one is trained once
+demo: setup
+	$(DEMO) --loss_type CE -p 1000
+	$(DEMO) --loss_type IB --train_rule IBReweight -p 1000 \
+		--resume demo/checkpoint/digits_resnet20_CE_None_exp_0.02_0/ckpt.epoch020.pth.tar
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
