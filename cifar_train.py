@@ -9,8 +9,6 @@ GPU's slow day, half a day on two CPU cores); the third evaluates. Logs and figu
 checkpoints to checkpoint/<name>. `--dry_run` prints the recipe, `--help` every flag.
 """
 
-import sys
-
 import imbalance_cifar
 import models
 from training import options as flags
@@ -68,4 +66,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -40,7 +40,8 @@ def command(main):
         except DataError as error:
             status, message = 1, f"error: {one_line(error)}"
         except OSError as error:
-            status, message = 1, f"error: {one_line(error)}"
+            reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            status, message = 1, f"error: {one_line(reason)}"
         except Terminated as stop:
             status, message = 143, f"stopped by SIGTERM{one_line(stop)}"
         except KeyboardInterrupt as stop:

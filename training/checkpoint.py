@@ -56,7 +56,9 @@ def load(path):
         raise DataError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+    except pickle.UnpicklingError:
+        raise DataError(f"{path} is no checkpoint, or one that wants to run code, or is damaged: refused") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0][:120]})") from None
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
         raise DataError(f"{path} holds no training checkpoint: it has no 'state_dict'")

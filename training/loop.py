@@ -120,7 +120,6 @@ def fit(run):
     if run.start.optimizer is not None:
         _load_optimizer(optimizer, run.start)
     criterion, stage_key = None, None
-    os.makedirs(run.model_folder, exist_ok=True)
     adopt(run.start, run.model_folder)
     records = Records(run.log_folder, run.class_names, run.info, run.start.history)
     progress = Progress(recipe.epochs, options.print_freq)

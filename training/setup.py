@@ -48,6 +48,8 @@ def train_or_evaluate(options, load_data, build_model, make_batches):
         options.seed = draw_seed()
     train_set, test_set = load_data(options)
     run = _prepare(options, train_set, test_set, build_model, make_batches, device, start, log_folder, model_folder)
+    for folder in (log_folder, model_folder):
+        os.makedirs(folder, exist_ok=True)
     if options.overwrite:
         clear(log_folder, model_folder)
     if options.gpu is not None and device.type == "cpu":
