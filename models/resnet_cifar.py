@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from losses import NORMS
+from losses import row_norm
 
 
 def feature_norm(hidden, norm="l1"):
     """Norm of each row of `hidden` (N, D), as (N, 1): |h| of the influence |p - y| * |h|."""
-    return torch.linalg.vector_norm(hidden, NORMS[norm], dim=1, keepdim=True)
+    return row_norm(hidden, norm)[:, None]
 
 
 class NormedLinear(nn.Module):

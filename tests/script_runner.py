@@ -66,8 +66,8 @@ def run_main(args, cwd, capsys, figures=False, cuda=False):
         if not cuda:
             stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
         if not figures:
-            stack.enter_context(mock.patch.object(plots, "of_evaluation", lambda *args: []))
-            stack.enter_context(mock.patch.object(plots, "of_history", lambda *args: []))
+            stack.enter_context(mock.patch.object(plots, "of_evaluation", return_value=[]))
+            stack.enter_context(mock.patch.object(plots, "of_history", return_value=[]))
         capsys.readouterr()
         os.chdir(cwd)
         try:
@@ -126,7 +126,7 @@ def run_process_until(args, cwd, line_start, stop_signal):
                 process.send_signal(stop_signal)
                 break
         rest, err = process.communicate()
-    assert lines and lines[-1].startswith(line_start), f"{line_start!r} never came: {''.join(lines)}{err}"
+    assert any(line.startswith(line_start) for line in lines), f"{line_start!r} never came: {''.join(lines)}{err}"
     return process.returncode, [*lines, *rest.splitlines(keepends=True)], err
 
 

@@ -119,22 +119,21 @@ def fit(run):
     optimizer = make_optimizer(run.model, options)
     if run.start.optimizer is not None:
         _load_optimizer(optimizer, run.start)
-    criterion, stage_key = None, None
     adopt(run.start, run.model_folder)
     records = Records(run.log_folder, run.class_names, run.info, run.start.history)
     progress = Progress(recipe.epochs, options.print_freq)
     rates = None
     if options.train_rule == "Resample":
         rates = losses.effective_number_rates(run.class_counts, options.beta)[run.train.targets.cpu()]
+    state, criterion, previous = run.start.criterion, None, None
     try:
         for epoch in range(run.start.epoch, recipe.epochs):
             stage = recipe.stage(epoch)
-            if stage_key != (stage.loss, stage.class_weights):
-                stage_key = (stage.loss, stage.class_weights)
-                criterion = build_criterion(stage, options, run.class_counts)
-                criterion.to(next(run.model.parameters()).device)
-                if epoch == run.start.epoch and run.start.criterion:
-                    criterion.load_state_dict(run.start.criterion)
+            if previous is None or (stage.loss, stage.class_weights) != (previous.loss, previous.class_weights):
+                if previous is not None:  # other weights, the same alpha
+                    state = criterion.state_dict() if stage.loss == previous.loss else None
+                criterion = _criterion(run, stage, state)
+            previous = stage
             record = _epoch(run, epoch, stage, criterion, optimizer, progress, rates)
             history = [*records.history, record]
             _save(run, history, optimizer, criterion)
@@ -143,6 +142,14 @@ def fit(run):
     finally:
         records.close()
     return records.history
+
+
+def _criterion(run, stage, state):
+    """The criterion of a stage on the run's device; `state` is of the same loss in an earlier epoch, or empty."""
+    criterion = build_criterion(stage, run.options, run.class_counts)
+    if state and state.keys() == criterion.state_dict().keys():
+        criterion.load_state_dict(state)
+    return criterion.to(next(run.model.parameters()).device)
 
 
 def _load_optimizer(optimizer, start):

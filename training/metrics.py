@@ -37,7 +37,7 @@ class Counts:
             cell = target * self.num_classes + top[:, 0]
         else:  # row 0: misses, row 1: hits
             cell = hit[:, 0].long() * self.num_classes + target
-        self.table += torch.bincount(cell, minlength=len(self.table))
+        self.table.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would wait for the device
 
     def read(self):
         """dict(loss, acc1, acc5, seen)."""

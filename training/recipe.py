@@ -79,11 +79,3 @@ class Recipe:
 
     def _sampler(self):
         return "Resample" if self.train_rule == "Resample" else "none"
-
-
-def first_difference(one, other, epochs):
-    """The first of `epochs` epochs in which two recipes differ, as (epoch, stage, stage), or None."""
-    for epoch in range(epochs):
-        if one.stage(epoch) != other.stage(epoch):
-            return epoch, one.stage(epoch), other.stage(epoch)
-    return None

@@ -74,7 +74,7 @@ def identity(settings):
 
 def difference(mine, theirs):
     """The first setting in which two identities differ, as text, or None. A seed left out fits any."""
-    for name in sorted(mine.keys() | theirs.keys()):
+    for name in sorted(mine.keys() & theirs.keys()):  # a flag that is newer than the checkpoint changed nothing then
         if name == "seed" and mine.get(name) is None:
             continue
         if mine.get(name) != theirs.get(name):
@@ -173,12 +173,14 @@ def clear(log_folder, model_folder):
             os.unlink(path)
 
 
-def load_for_evaluation(options):
-    """The checkpoint that -e evaluates; refuses another arch, data set or imbalance.
+def load_for_evaluation(options, model_folder):
+    """The checkpoint that -e evaluates (auto: this run's newest); refuses another arch, data set or imbalance.
 
     Raises:
         UsageError, DataError: as `find_start`.
     """
+    if options.resume == "auto":
+        options.resume = os.path.join(model_folder, checkpoint.NEWEST)
     state = checkpoint.load(options.resume)
     settings = state.get("settings") or {"arch": state.get("arch", options.arch)}
     for name in ("dataset", "arch", "num_classes", "imb_type", "imb_factor", "rand_number"):

@@ -34,11 +34,11 @@ def train_or_evaluate(options, load_data, build_model, make_batches):
         torch.set_num_threads(options.threads)
     options.threads = torch.get_num_threads()
     log_folder = os.path.join(options.root_log, store_name(options))
+    model_folder = os.path.join(options.root_model, store_name(options))
     if options.evaluate:
-        state = load_for_evaluation(options)
+        state = load_for_evaluation(options, model_folder)
         _evaluate(options, state, load_data(options), build_model, make_batches, device, log_folder)
         return
-    model_folder = os.path.join(options.root_model, store_name(options))
     try:
         start = find_start(options, log_folder, model_folder)
     except Finished:

@@ -1,0 +1,29 @@
+"""Fixtures of all tests, and the marker `gpu`."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def golden(name):
+    """A golden file: a dict of a .json, the arrays of a .npz."""
+    path = GOLDEN / name
+    return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Golden trajectories and bit comparisons hold for one thread count."""
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,275 @@
+"""The nets: published keys, outputs, initial values and training trajectories; the wrapper of other nets."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import losses
+import models
+from models.resnet_cifar import NormedLinear
+
+NETS = {**models.CIFAR_NETS, **models.IMAGENET_NETS}
+BUILT_NETS = [name for name in NETS if name != "resnet1202"]  # that one is too big to run here
+GOLDEN_NETS = ["resnet20", "resnet32", "resnet32_norm", "resnet44", "resnet56", "resnet110", "resnet18"]
+
+
+def build_golden(name, num_classes):
+    return NETS[name.removesuffix("_norm")](num_classes, use_norm=name.endswith("_norm"))
+
+
+def head_and_hidden(net):
+    """The last layer, and a list that receives its inputs."""
+    head, hidden = (net.linear if hasattr(net, "linear") else net.fc), []
+    head.register_forward_pre_hook(lambda layer, args: hidden.append(args[0].detach()))
+    return head, hidden
+
+
+# -------------------------------------------------------------------------------- against the official code
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+@pytest.mark.parametrize("name", GOLDEN_NETS)
+def test_state_dict_keys(golden, name, num_classes):
+    published = golden(f"state_dict_keys_{num_classes}.json")[name]
+    head_size = {"resnet18": 1000, "resnet44": 10, "resnet56": 10, "resnet110": 10}.get(name, num_classes)
+    with torch.device("meta"):
+        state = build_golden(name, head_size).state_dict()
+    assert list(state) == list(published)
+    assert {key: list(tensor.shape) for key, tensor in state.items()} == published
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet32_norm", "resnet18"])
+def test_golden_outputs(golden, fill, name, num_classes):
+    expected = golden(f"models_{num_classes}.npz")
+    seed, x = (6, "x64") if name == "resnet18" else (5, "x")
+    net = fill(build_golden(name, num_classes), seed).eval()
+    with torch.no_grad():
+        outputs = net(torch.tensor(expected[x]))
+    for output, part in zip(outputs, ("logits", "features"), strict=True):
+        reference = torch.tensor(expected[f"{name}/{part}"])
+        assert output.shape == reference.shape
+        largest = max(1.0, reference.abs().max().item())
+        torch.testing.assert_close(output, reference, rtol=0, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_initial_values(golden, num_classes):
+    torch.manual_seed(0)
+    state = models.resnet32(num_classes).state_dict()
+    sums = [tensor.double().sum().item() for tensor in state.values()]
+    assert sums == golden(f"models_{num_classes}.npz")["init/resnet32/sums"].tolist()
+
+
+LR, IB_LR, IB_START = 0.05, 0.0005, 12
+
+
+def criterion_for(loss, rule, counts):
+    weight = {
+        "None": lambda: None,
+        "IBReweight": lambda: losses.inverse_frequency_weights(counts),
+        "CBReweight": lambda: losses.effective_number_weights(counts),
+    }[rule]()
+    return {
+        "CE": lambda: losses.CrossEntropyLoss(weight),
+        "Focal": lambda: losses.FocalLoss(weight, gamma=1.0),
+        "IB": lambda: losses.IBLoss(weight, alpha=1000.0),
+        "IBFocal": lambda: losses.IB_FocalLoss(weight, alpha=1000.0, gamma=1.0),
+    }[loss]()
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), LR, momentum=0.9, weight_decay=2e-4)
+
+
+def train(net, optimizer, criterion, batches):
+    values = []
+    for x, y in batches:
+        logits, features = net(x)
+        loss = criterion(logits, y, features) if criterion.needs_features else criterion(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    return values
+
+
+@pytest.fixture(scope="module")
+def batches(golden):
+    data = golden("trajectory_10.npz")
+    return [(torch.tensor(x).double(), torch.tensor(y)) for x, y in zip(data["x"], data["y"], strict=True)]
+
+
+@pytest.fixture(scope="module")
+def phase_one(fill, batches):
+    """The first 12 steps of plain CE, which the CE run and the IB runs share."""
+    net = fill(models.resnet20(10), 7).double().train()
+    optimizer = sgd(net)
+    values = train(net, optimizer, losses.CrossEntropyLoss(), batches[:IB_START])
+    return copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict()), values
+
+
+@pytest.mark.parametrize(
+    ("loss", "rule"),
+    [
+        ("CE", "None"),
+        ("CE", "CBReweight"),
+        ("Focal", "None"),
+        ("IB", "IBReweight"),
+        ("IB", "CBReweight"),
+        ("IBFocal", "IBReweight"),
+    ],
+)
+def test_golden_trajectory(golden, fill, batches, request, loss, rule):
+    expected = golden("trajectory_10.npz")
+    criterion = criterion_for(loss, rule, golden("losses_10.npz")["cls_num_list"])
+    net = fill(models.resnet20(10), 7).double().train()
+    optimizer, values = sgd(net), []
+    if criterion.needs_features or (loss, rule) == ("CE", "None"):
+        net_state, optimizer_state, values = request.getfixturevalue("phase_one")
+        net.load_state_dict(net_state)
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    if criterion.needs_features:
+        optimizer.param_groups[0]["lr"] = IB_LR
+    values = values + train(net, optimizer, criterion, batches[len(values) :])
+    norm = torch.cat([p.detach().flatten() for p in net.parameters()]).norm().item()
+    assert values == pytest.approx(expected[f"{loss}/{rule}/losses"].tolist(), rel=1e-6)
+    assert norm == pytest.approx(float(expected[f"{loss}/{rule}/final_param_norm"]), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- the nets
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "parameters"),
+    [
+        ("resnet32", 10, 464_154),
+        ("resnet32", 100, 470_004),
+        ("resnet18", 1000, 11_689_512),
+        ("resnet50", 1000, 25_557_032),
+    ],
+)
+def test_parameter_count(name, num_classes, parameters):
+    with torch.device("meta"):
+        net = NETS[name](num_classes)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7), (1202, 19.4)]
+)
+def test_sizes_of_the_resnet_paper(depth, millions):
+    with torch.device("meta"):
+        net = models.CIFAR_NETS[f"resnet{depth}"]()
+    parameters = sum(p.numel() for p in net.parameters()) / 1e6
+    assert parameters == pytest.approx(millions, abs=0.05 if depth > 100 else 0.006)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) + 1 == depth
+
+
+@pytest.mark.parametrize(("use_norm", "norm"), [(False, "l1"), (True, "l2"), (True, "linf")])
+@pytest.mark.parametrize("name", BUILT_NETS)
+def test_head_and_features(name, use_norm, norm):
+    torch.manual_seed(0)
+    net = NETS[name](7, use_norm=use_norm, feature_norm=norm).eval()
+    head, hidden = head_and_hidden(net)
+    with torch.no_grad():
+        logits, features = net(torch.randn(2, 3, 32, 32))
+        h = hidden[0]
+        if use_norm:
+            expected = torch.cosine_similarity(h[:, :, None], head.weight[None], dim=1)
+        else:
+            expected = h @ head.weight.T + head.bias
+    rows = {"l1": h.abs().sum(1), "l2": h.square().sum(1).sqrt(), "linf": h.abs().amax(1)}
+    assert (logits.shape, features.shape) == ((2, 7), (2, 1))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features[:, 0], rows[norm])
+
+
+@pytest.mark.parametrize(("use_norm", "head"), [(False, nn.Linear), (True, NormedLinear)])
+def test_resnet1202_takes_the_same_arguments(use_norm, head):
+    with torch.device("meta"):
+        net = models.resnet1202(5, use_norm=use_norm, feature_norm="l2")
+    assert type(net.linear) is head
+    assert net.feature_norm == "l2"
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18"])
+def test_unknown_feature_norm(name):
+    with pytest.raises((KeyError, ValueError)):
+        NETS[name](3, feature_norm="l3").eval()(torch.zeros(2, 3, 32, 32))
+
+
+def test_new_normed_linear_has_columns_of_length_one():
+    torch.manual_seed(0)
+    columns = NormedLinear(64, 10).weight.detach()
+    torch.testing.assert_close(columns.norm(dim=0), torch.ones(10), rtol=1e-4, atol=0)
+    assert columns.std() > 0.1
+
+
+def test_normed_linear_is_finite_at_a_dead_feature_vector():
+    x = torch.zeros(2, 4, requires_grad=True)
+    NormedLinear(4, 3)(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_shortcut_subsamples_and_pads_with_zero_channels():
+    block = models.resnet_cifar.BasicBlock(2, 6, stride=2)
+    x = torch.rand(1, 2, 4, 4)
+    shortcut = block._shortcut(x)
+    assert shortcut.shape == (1, 6, 2, 2)
+    torch.testing.assert_close(shortcut[:, 2:4], x[:, :, ::2, ::2], rtol=0, atol=0)
+    assert shortcut[:, [0, 1, 4, 5]].eq(0).all()
+
+
+# --------------------------------------------------------------------------------------- with_feature_norm
+
+FAMILIES = [("mobilenet_v3_small", "classifier.3"), ("densenet121", "classifier"), ("shufflenet_v2_x0_5", "fc")]
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize(("family", "layer"), FAMILIES)
+def test_with_feature_norm(family, layer, by_name):
+    torch.manual_seed(0)
+    net = getattr(torchvision.models, family)(weights=None, num_classes=6).eval()
+    last, x = net.get_submodule(layer), torch.randn(2, 3, 64, 64)
+    keys, hidden = list(net.state_dict()), []
+    handle = last.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    with torch.no_grad():
+        plain = net(x)
+        handle.remove()
+        wrapped = models.with_feature_norm(net, layer if by_name else last)
+        logits, features = wrapped(x)
+    assert wrapped is net
+    assert torch.equal(logits, plain)
+    assert features.shape == (2, 1)
+    torch.testing.assert_close(features[:, 0], hidden[0].abs().sum(1))
+    assert list(net.state_dict()) == keys
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("l1", 7.0), ("l2", 5.0), ("linf", 4.0)])
+def test_with_feature_norm_of_known_numbers(norm, expected):
+    net = models.with_feature_norm(nn.Sequential(nn.Identity(), nn.Linear(2, 3)), "1", norm)
+    assert net(torch.tensor([[3.0, -4.0]]))[1].tolist() == [[expected]]
+
+
+def test_gradient_flows_through_the_features():
+    net = models.with_feature_norm(nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2)), "2")
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[2.0], [-3.0]]))
+    net(torch.tensor([[5.0]]))[1].sum().backward()
+    assert net[0].weight.grad.tolist() == [[5.0], [0.0]]  # the second unit is switched off by the ReLU
+
+
+def test_a_copy_of_a_wrapped_net_stands_alone():
+    net = models.with_feature_norm(nn.Sequential(nn.Linear(2, 2)), "0")
+    twin, x = copy.deepcopy(net), torch.tensor([[1.0, -2.0]])
+    assert twin(x)[1].tolist() == net(2 * x)[1].div(2).tolist() == [[3.0]]
+
+
+def test_with_feature_norm_of_a_missing_layer():
+    with pytest.raises(AttributeError, match="head"):
+        models.with_feature_norm(nn.Sequential(nn.Linear(2, 2)), "head")
