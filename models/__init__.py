@@ -2,9 +2,9 @@
 
 from models.feature_norm import with_feature_norm
 from models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202
-from models.resnet_imagenet import resnet18, resnet50
+from models.resnet_imagenet import imagenet_weights, resnet18, resnet50
 
 CIFAR_NETS = {net.__name__: net for net in (resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202)}
 IMAGENET_NETS = {net.__name__: net for net in (resnet18, resnet50)}
 
-__all__ = ["CIFAR_NETS", "IMAGENET_NETS", "with_feature_norm", *CIFAR_NETS, *IMAGENET_NETS]
+__all__ = ["CIFAR_NETS", "IMAGENET_NETS", "imagenet_weights", "with_feature_norm", *CIFAR_NETS, *IMAGENET_NETS]

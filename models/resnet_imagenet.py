@@ -1,28 +1,57 @@
 """torchvision's ResNets, made to return `(logits, features)`; state-dict keys unchanged."""
 
+import contextlib
+import http.client
+import pickle
+import socket
+import sys
+
 import torchvision
 from torch import nn
 
 from models.feature_norm import with_feature_norm
 from models.resnet_cifar import NormedLinear
+from utils import DataError
+
+WEIGHTS = "IMAGENET1K_V1"
 
 
-def _resnet(name, weights):
+def imagenet_weights(name):
+    """The state dict of torchvision's net `name`, trained on ImageNet; downloaded once, its hash checked.
+
+    Raises:
+        DataError: no network, or a damaged file; the message names the ways out.
+    """
+    entry = torchvision.models.get_model_weights(name)[WEIGHTS]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torch.hub sets none, and a blocked network would hang for minutes
+    try:
+        with contextlib.redirect_stderr(sys.stdout):  # standard error is for errors
+            return entry.get_state_dict(progress=sys.stdout.isatty(), check_hash=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as error:
+        raise DataError(
+            f"no ImageNet weights of {name} (from {entry.url}: {error}): name such a file with --pretrained PATH, "
+            "or start from scratch with --pretrained none"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _resnet(name):
     def build(num_classes=1000, pretrained=False, use_norm=False, feature_norm="l1"):
         make = getattr(torchvision.models, name)
+        net = make(num_classes=1000 if pretrained else num_classes)
         if pretrained:
-            net = make(weights=weights)
+            net.load_state_dict(imagenet_weights(name))
             net.fc = nn.Linear(net.fc.in_features, num_classes)
-        else:
-            net = make(weights=None, num_classes=num_classes)
         if use_norm:
             net.fc = NormedLinear(net.fc.in_features, num_classes)
         return with_feature_norm(net, "fc", feature_norm)
 
     build.__name__ = name
-    build.__doc__ = f"torchvision's {name}; `pretrained` loads its {weights} weights and gives it a new last layer."
+    build.__doc__ = f"torchvision's {name}; `pretrained` loads its {WEIGHTS} weights and gives it a new last layer."
     return build
 
 
-resnet18 = _resnet("resnet18", "IMAGENET1K_V1")
-resnet50 = _resnet("resnet50", "IMAGENET1K_V1")
+resnet18 = _resnet("resnet18")
+resnet50 = _resnet("resnet50")

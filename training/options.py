@@ -7,6 +7,7 @@ import sys
 from imbalance import IMB_TYPES
 from losses import NORMS
 from training.criteria import constants
+from training.precision import AMP_TYPES
 from training.recipe import IB_LOSSES, LOSS_TYPES, TRAIN_RULES, Recipe
 from utils import UsageError, one_line, warn
 
@@ -24,16 +25,22 @@ INCIDENTAL = frozenset(
         "dry_run",
         "force",
         "overwrite",
+        "recipe",
         "keep_epochs",
         "threads",
+        "compile",
+        "deterministic",
     )
 )
 #: Settings that a run and the checkpoint it starts from must share. The schedule and the constants of the
 #: loss are compared epoch by epoch instead (see resume.py).
 SHARED = (
     "dataset", "arch", "num_classes", "use_norm", "imb_type", "imb_factor", "rand_number", "val_fraction",
-    "seed", "batch_size", "momentum", "weight_decay", "pretrained",
+    "seed", "batch_size", "momentum", "weight_decay", "amp", "pretrained",
+    "image_size", "crop",
 )  # fmt: skip
+
+CROPS = ("resized", "padded")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -70,6 +77,9 @@ def _alpha(text):
     return "auto" if text == "auto" else _number(float, above=0)(text)
 
 
+_alpha.__name__ = "number"  # what argparse calls it
+
+
 def add_data_flags(parser, datasets):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default=datasets[0], choices=datasets, help="default: %(default)s")
@@ -94,16 +104,31 @@ def add_data_flags(parser, datasets):
     )  # fmt: skip
 
 
-def add_model_flags(parser, archs, default):
+def add_model_flags(parser, archs, default, imagenet=False):
+    """`imagenet`: the nets have ImageNet weights, which are the default and what a bare --pretrained means."""
     group = parser.add_argument_group("net")
     group.add_argument("-a", "--arch", default=default, choices=archs, help="default: %(default)s")
+    const, metavar = ("imagenet", "imagenet|none|PATH") if imagenet else ("published", "none|PATH")
     group.add_argument(
-        "--pretrained", nargs="?", const="published", default=None, metavar="PATH",
-        help="start from the weights of this checkpoint",
+        "--pretrained", nargs="?", const=const, default="imagenet" if imagenet else None, metavar=metavar,
+        help="start from the weights of this checkpoint" + (", or torchvision's (default: imagenet)" * imagenet),
     )  # fmt: skip
 
 
-def add_method_flags(parser):
+def add_picture_flags(parser, image_size):
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--image_size", default=image_size, type=_number(int, low=8, high=1024), metavar="N",
+        help="side of the square that the net sees (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--crop", default="resized", choices=CROPS,
+        help="training crops: resized: RandomResizedCrop, tested on the centre of pictures resized to 256/224 of "
+        "that side; padded: RandomCrop of the picture padded by an eighth, tested whole (default: %(default)s)",
+    )  # fmt: skip
+
+
+def add_method_flags(parser, drw_epoch=160):
     group = parser.add_argument_group("method")
     number = group.add_argument
     number("--loss_type", default="CE", choices=LOSS_TYPES, help="default: %(default)s")
@@ -131,7 +156,7 @@ def add_method_flags(parser):
     number("--max_m", default=0.5, type=_number(float, low=0), help="LDAM's largest margin (default: %(default)s)")
     number("--s", default=30.0, type=_number(float, above=0), help="LDAM's scale (default: %(default)s)")
     number(
-        "--drw_epoch", default=160, type=_number(int, low=0), metavar="E",
+        "--drw_epoch", default=drw_epoch, type=_number(int, low=0), metavar="E",
         help="first epoch of DRW's class weights (default: %(default)s)",
     )  # fmt: skip
 
@@ -187,6 +212,14 @@ def add_run_flags(parser, workers_help="number of data loading processes"):
     flag = group.add_argument
     flag("--gpu", default=None, type=int, metavar="N", help="CUDA device (default: the first one, else the CPU)")
     flag("--threads", default=None, type=_number(int, low=1), metavar="N", help="CPU threads (default: torch's)")
+    flag(
+        "--amp",
+        default="none",
+        choices=list(AMP_TYPES),
+        help="mixed precision; the losses stay float32 (default: none)",
+    )
+    flag("--compile", action="store_true", help="torch.compile; with CUDA graphs on a GPU")
+    flag("--deterministic", action="store_true", help="bitwise repeatable on CUDA too, and slower there")
     flag("-j", "--workers", default=4, type=_number(int, low=0), metavar="N", help=workers_help)
     flag(
         "-p",
@@ -246,6 +279,8 @@ def complete(options):
     if not options.exp_str or os.sep in options.exp_str or not options.exp_str.isprintable():
         raise UsageError("--exp_str is part of a folder's name: it must be printable, without a separator, not empty")
     options.use_norm = options.loss_type == "LDAM"
+    if options.pretrained == "none":
+        options.pretrained = None
     return options
 
 
