@@ -1,0 +1,68 @@
+"""The yardstick: the training loop as most releases of this field have it, written afresh.
+
+NCHW tensors, torchvision transforms one picture at a time in a DataLoader, `.item()` and accuracy in every step.
+"""
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from imbalance_cifar import CIFAR_MEAN, CIFAR_STD
+
+
+class Pictures(Dataset):
+    """uint8 pictures in memory, transformed one at a time."""
+
+    def __init__(self, images, targets, train):
+        augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()] if train else []
+        normalise = [transforms.ToTensor(), transforms.Normalize(CIFAR_MEAN, CIFAR_STD)]
+        self.images, self.targets = images, targets
+        self.transform = transforms.Compose([*augment, *normalise])
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
+
+
+def loader(images, targets, train, workers, batch_size=128):
+    return DataLoader(Pictures(images, targets, train), batch_size, shuffle=train, num_workers=workers)
+
+
+def topk_hits(logits, target, ks=(1, 5)):
+    best = logits.topk(max(ks), 1).indices.t()
+    hits = best.eq(target.view(1, -1).expand_as(best))
+    return [hits[:k].reshape(-1).float().sum().item() for k in ks]
+
+
+def train_step(model, images, target, optimizer):
+    """One step, its figures read at once. Returns (loss, top-1 hits, top-5 hits)."""
+    logits, _ = model(images)
+    loss = nn.functional.cross_entropy(logits, target)
+    hits = topk_hits(logits, target)
+    figures = loss.item(), *hits
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return figures
+
+
+def train_epoch(model, batches, optimizer):
+    model.train()
+    device = next(model.parameters()).device
+    return [train_step(model, images.to(device), target.to(device), optimizer) for images, target in batches]
+
+
+@torch.no_grad()
+def evaluate(model, batches):
+    model.eval()
+    device, predictions = next(model.parameters()).device, []
+    for images, target in batches:
+        logits, _ = model(images.to(device))
+        topk_hits(logits, target.to(device))
+        nn.functional.cross_entropy(logits, target.to(device)).item()
+        predictions.extend(logits.argmax(1).cpu().numpy())
+    return predictions
