@@ -9,11 +9,13 @@ GPU's slow day, half a day on two CPU cores); the third evaluates. Logs and figu
 checkpoints to checkpoint/<name>. `--dry_run` prints the recipe, `--help` every flag.
 """
 
+import os
+
 import imbalance_cifar
 import models
 from training import options as flags
 from training.batches import TensorBatches
-from training.setup import check_num_classes, load_pretrained, train_or_evaluate
+from training.setup import check_num_classes, train_or_evaluate
 from utils import DataError, UsageError, command
 
 
@@ -31,12 +33,15 @@ def build_parser():
 def load_data(options):
     """(training set, test set). Raises UsageError for an imbalance that cannot be, DataError for missing data."""
     dataset = imbalance_cifar.DATASETS[options.dataset]
+    was_there = os.path.exists(options.data_dir)
     try:
         train = dataset(options.data_dir, options.imb_type, options.imb_factor, options.rand_number, download=True)
         return train, dataset(options.data_dir, train=False)
     except ValueError as error:
         raise UsageError(str(error)) from None
     except (RuntimeError, OSError, EOFError) as error:
+        if not was_there and os.path.isdir(options.data_dir) and not os.listdir(options.data_dir):
+            os.rmdir(options.data_dir)  # torchvision made it
         raise DataError(
             f"no {options.dataset} in {options.data_dir}, and it cannot be downloaded ({error}): put "
             f"{dataset.filename} there, name another --data_dir, or try --dataset digits, which needs no download"
@@ -45,8 +50,7 @@ def load_data(options):
 
 def build_model(options):
     net = models.CIFAR_NETS[options.arch]
-    model = net(options.num_classes, use_norm=options.use_norm, feature_norm=options.ib_norm)
-    return load_pretrained(options, model)
+    return net(options.num_classes, use_norm=options.use_norm, feature_norm=options.ib_norm)
 
 
 def make_batches(options, dataset, positions, device):

@@ -58,17 +58,19 @@ def _sum_to_k(weights):
 # ---------------------------------------------------------------------------------------------- helpers
 
 
+def _widen(x):
+    """A half-precision tensor as float32, anything else as it is."""
+    is_half = isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if is_half else x
+
+
 def _in_full_precision(function):
     """Run a loss with autocast off and half-precision inputs brought to float32."""
 
-    def widen(x):
-        is_half = isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16)
-        return x.float() if is_half else x
-
     def wrapped(logits, *args, **kwargs):
         with torch.autocast(logits.device.type, enabled=False):
-            args = [widen(a) for a in args]
-            return function(widen(logits), *args, **{k: widen(v) for k, v in kwargs.items()})
+            args = [_widen(a) for a in args]
+            return function(_widen(logits), *args, **{k: _widen(v) for k, v in kwargs.items()})
 
     wrapped.__name__, wrapped.__doc__ = function.__name__, function.__doc__
     wrapped.__wrapped__ = function
@@ -92,7 +94,8 @@ def _focal_factor(ce, gamma):
 
 
 def row_norm(rows, norm="l1"):
-    """The 'l1', 'l2' or 'linf' norm of each row of (N, D), as (N,)."""
+    """The 'l1', 'l2' or 'linf' norm of each row of (N, D), as (N,), in float32 at least."""
+    rows = _widen(rows)
     if norm == "l1":
         return rows.abs().sum(1)  # more exact in float32 than vector_norm
     return torch.linalg.vector_norm(rows, NORMS[norm], dim=1)

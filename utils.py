@@ -1,5 +1,6 @@
 """Errors that a user sees, random generators, the device, meters."""
 
+import contextlib
 import functools
 import os
 import platform
@@ -72,6 +73,23 @@ def _raise_on_sigterm():
 def one_line(text):
     """`text` with control characters escaped, so that it stays one line and moves no cursor."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the lock of a folder; another process waits. It ends with the process, and leaves no file.
+
+    On a file system without locks it does nothing.
+    """
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------- randomness

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import hashlib
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import cifar_train
+import imbalance_cifar
 import models
 from training import plots
 
@@ -52,6 +54,9 @@ def tiny(num_classes=10, use_norm=False, feature_norm="l1"):
 
 # ------------------------------------------------------------------------------------------ in this process
 
+#: The digits as the script reads them, read once.
+read_digits_once = functools.lru_cache(imbalance_cifar._digits)
+
 
 def run_main(args, cwd, capsys, figures=False, cuda=False):
     """cifar_train.main(args) in the folder `cwd`, with the net 'tiny' beside the published ones.
@@ -63,6 +68,7 @@ def run_main(args, cwd, capsys, figures=False, cuda=False):
     threads, generator = torch.get_num_threads(), torch.get_rng_state()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(models.CIFAR_NETS, tiny=tiny))
+        stack.enter_context(mock.patch.object(imbalance_cifar, "_digits", read_digits_once))
         if not cuda:
             stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
         if not figures:

@@ -62,7 +62,7 @@ def test_a_factor_outside_its_range_is_refused(factor):
 def test_an_unknown_type_and_an_empty_class_are_refused_by_name():
     with pytest.raises(ValueError, match="'pareto'"):
         imbalance.class_counts([10, 10], "pareto", 0.5)
-    with pytest.raises(ValueError, match="leaves 1 of 2 classes empty.*class 1"):
+    with pytest.raises(ValueError, match=r"leaves 1 of 2 classes empty.*class 1"):
         imbalance.class_counts([10, 10], "exp", 0.05)
 
 

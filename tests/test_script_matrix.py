@@ -183,9 +183,7 @@ def test_the_same_seed_gives_the_same_run_and_incidental_flags_change_nothing(tm
     args = [*TWO_EPOCHS, *TINY, "--loss_type", "IB"]
     run_ok([*args, "--exp_str", "a"], tmp_path, capsys)
     run_ok([*args, "--exp_str", "b", "-p", "1", "-j", "0", "--keep_epochs", "1"], tmp_path, capsys)
-    one, two = (
-        load_checkpoint(model_folder(tmp_path, "IB", exp=e) / "ckpt.pth.tar")["state_dict"] for e in ("a", "b")
-    )
+    one, two = (load_checkpoint(model_folder(tmp_path, "IB", exp=e) / "ckpt.pth.tar")["state_dict"] for e in ("a", "b"))
     assert all(one[name].equal(two[name]) for name in one)
 
 

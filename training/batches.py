@@ -27,8 +27,9 @@ class TensorBatches:
         self.images = torch.as_tensor(images).to(device)
         self.targets = torch.as_tensor(targets, dtype=torch.int64).to(device)
         self.batch_size, self.padding, self.seed = batch_size, padding, seed
-        self.mean = torch.tensor(mean, device=device)
-        self.std = torch.tensor(std, device=device)
+        width = self.images.shape[2]
+        self.mean = torch.tensor(mean, device=device).repeat(width)  # of a row: a long inner loop, not one of three
+        self.std = torch.tensor(std, device=device).repeat(width)
 
     def __len__(self):
         return -(-len(self.targets) // self.batch_size)
@@ -60,7 +61,8 @@ class TensorBatches:
 
     def normalise(self, images):
         """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in channels-last layout, as ToTensor and Normalize do."""
-        return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        rows = images.reshape(*images.shape[:2], -1).float()
+        return rows.div_(255).sub_(self.mean).div_(self.std).view(images.shape).permute(0, 3, 1, 2)
 
 
 def crop_and_flip(images, offsets, flips, padding):
@@ -71,13 +73,14 @@ def crop_and_flip(images, offsets, flips, padding):
         offsets: (B, 2), top and left corner of the crop in the padded image, in [0, 2 * padding].
         flips: (B,) bool, flip left to right after the crop.
     """
-    batch, height, width, _ = images.shape
+    batch, height, width, channels = images.shape
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     rows = offsets[:, :1] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(batch, width)
     columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - columns, columns)
-    samples = torch.arange(batch, device=images.device)[:, None, None]
-    return padded[samples, rows[:, :, None], columns[:, None, :]]
+    first_row = torch.arange(batch, device=images.device)[:, None] * padded.shape[1]
+    pixels = (first_row + rows)[:, :, None] * padded.shape[2] + columns[:, None, :]
+    return padded.view(-1, channels).index_select(0, pixels.view(-1)).view(images.shape)
 
 
 def sample(rates, generator):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import time
 
 import torch
@@ -12,6 +11,7 @@ import losses
 from training import checkpoint
 from training.criteria import build_criterion
 from training.metrics import Counts, group_accuracy
+from training.precision import Precision
 from training.records import Progress, Records, best_epoch, shown
 from training.resume import adopt
 from utils import DataError, epoch_seed
@@ -21,7 +21,7 @@ class NonFiniteLoss(DataError):
     """The loss became NaN or infinite."""
 
 
-def train_one_epoch(model, batches, criterion, optimizer, num_classes, on_batch=None):
+def train_one_epoch(model, batches, criterion, optimizer, num_classes, on_batch=None, precision=None):
     """One pass over `batches`, an iterable of (images, targets) on the model's device.
 
     Nothing is read from the device in between, but what `on_batch(batch, counts, first_bad)` reads.
@@ -34,17 +34,17 @@ def train_one_epoch(model, batches, criterion, optimizer, num_classes, on_batch=
         NonFiniteLoss: with the number of the first bad batch.
     """
     model.train()
+    precision = precision or Precision()
     device = next(model.parameters()).device
     counts = Counts(num_classes, device, confusion=False)
     factors = torch.zeros(2, num_classes, device=device, dtype=torch.float64)
     first_bad = torch.full((), -1, device=device)
     for batch, (images, target) in enumerate(batches):
-        logits, features = model(images)
+        with precision.autocast():
+            logits, features = model(images)
         inputs = (logits, target, features) if criterion.needs_features else (logits, target)
         loss = criterion(*inputs)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        precision.step(loss, optimizer)
         first_bad = torch.where((first_bad < 0) & ~torch.isfinite(loss.detach()), batch, first_bad)
         counts.add(logits.detach(), target, loss)
         if criterion.needs_features:
@@ -67,7 +67,7 @@ def _mean_factors(factors):
 
 
 @torch.no_grad()
-def evaluate(model, batches, class_counts):
+def evaluate(model, batches, class_counts, precision=None):
     """Accuracy on `batches`, and the plain CE, whatever the run trains with, so that its curve does not jump.
 
     Returns:
@@ -75,9 +75,11 @@ def evaluate(model, batches, class_counts):
         None for what has no images.
     """
     model.eval()
+    precision = precision or Precision()
     counts = Counts(len(class_counts), next(model.parameters()).device)
     for images, target in batches:
-        logits, _ = model(images)
+        with precision.autocast():
+            logits, _ = model(images)
         counts.add(logits, target, F.cross_entropy(logits.float(), target))
     per_class, confusion = counts.per_class()
     groups = group_accuracy(per_class, class_counts)
@@ -102,6 +104,8 @@ class Run:
     options: object
     recipe: object
     model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
     train: object
     test: object
     val: object
@@ -112,13 +116,18 @@ class Run:
     model_folder: str
     start: object
 
+    def __post_init__(self):
+        """The net as it is trained: compiled if asked for, with the weights of `model`."""
+        self.forward = self.model
+        if self.options.compile:
+            on_cuda = next(self.model.parameters()).is_cuda
+            self.forward = torch.compile(self.model, mode="reduce-overhead" if on_cuda else None, dynamic=False)
+
 
 def fit(run):
     """Train from `run.start` to the last epoch, keep records and checkpoints. Returns the history."""
-    options, recipe = run.options, run.recipe
-    optimizer = make_optimizer(run.model, options)
-    if run.start.optimizer is not None:
-        _load_optimizer(optimizer, run.start)
+    options, recipe, optimizer = run.options, run.recipe, run.optimizer
+    run.precision.load_state_dict(run.start.scaler)
     adopt(run.start, run.model_folder)
     records = Records(run.log_folder, run.class_names, run.info, run.start.history)
     progress = Progress(recipe.epochs, options.print_freq)
@@ -152,13 +161,6 @@ def _criterion(run, stage, state):
     return criterion.to(next(run.model.parameters()).device)
 
 
-def _load_optimizer(optimizer, start):
-    try:
-        optimizer.load_state_dict(start.optimizer)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{start.path} does not fit this net's optimizer: {error}") from None
-
-
 def _epoch(run, epoch, stage, criterion, optimizer, progress, rates):
     """Train and evaluate one epoch; its record."""
     options, started = run.options, time.monotonic()
@@ -174,7 +176,9 @@ def _epoch(run, epoch, stage, criterion, optimizer, progress, rates):
 
     try:
         batches = run.train.train_epoch(epoch, rates)
-        train = train_one_epoch(run.model, batches, criterion, optimizer, len(run.class_counts), on_batch)
+        train = train_one_epoch(
+            run.forward, batches, criterion, optimizer, len(run.class_counts), on_batch, run.precision
+        )
     except NonFiniteLoss as bad:
         hint = (
             "a smaller --alpha (or --alpha auto), or a smaller --lr" if criterion.needs_features else "a smaller --lr"
@@ -183,11 +187,11 @@ def _epoch(run, epoch, stage, criterion, optimizer, progress, rates):
     factor = train.pop("ib_factor")
     train["seconds"] = time.monotonic() - started
     evaluated = time.monotonic()
-    test = evaluate(run.model, run.test.eval_epoch(), run.class_counts)
+    test = evaluate(run.model, run.test.eval_epoch(), run.class_counts, run.precision)
     test["seconds"] = time.monotonic() - evaluated
     val = None
     if run.val is not None:
-        val = evaluate(run.model, run.val.eval_epoch(), run.class_counts)
+        val = evaluate(run.model, run.val.eval_epoch(), run.class_counts, run.precision)
         val.pop("confusion")
     alpha = float(criterion.alpha) if criterion.needs_features else None
     return {
@@ -212,15 +216,16 @@ def _save(run, history, optimizer, criterion):
         "epoch": done,
         "arch": run.options.arch,
         "state_dict": run.model.state_dict(),
-        "best_acc1": best["test"]["acc1"],
+        "best_acc1": max(best["test"]["acc1"], run.start.best_acc1),
         "optimizer": optimizer.state_dict(),
         "criterion": criterion.state_dict(),
+        "scaler": run.precision.state_dict(),
         "settings": run.info["settings"],
         "split_sha256": run.info["split"]["sha256"],
         "history": history,
     }
     names = [checkpoint.NEWEST]
-    if best is history[-1]:
+    if best is history[-1] and best["test"]["acc1"] > run.start.best_acc1:
         names.append(checkpoint.BEST)
     keep = done in (run.options.start_ib_epoch, *run.options.keep_epochs)
     if keep:
@@ -229,7 +234,7 @@ def _save(run, history, optimizer, criterion):
         checkpoint.save(os.path.join(run.model_folder, name), state)
     best_path = os.path.join(run.model_folder, checkpoint.BEST)
     if keep and os.path.exists(best_path):
-        shutil.copyfile(best_path, os.path.join(run.model_folder, checkpoint.best_name(done)))
+        checkpoint.copy(best_path, os.path.join(run.model_folder, checkpoint.best_name(done)))
 
 
 def _line(record, history, epochs):

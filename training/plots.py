@@ -1,16 +1,25 @@
 """Figures of a run, with matplotlib; without it, none."""
 
+import importlib.util
 import os
 
+from training.checkpoint import write_atomically
 from utils import warn
+
+FIGURES = ("class_accuracy.png", "curves.png")  # of every run; confusion.png where there are not too many classes
+
+
+def available():
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _pyplot():
-    try:
-        import matplotlib
-    except ImportError:
+    if not available():
         warn("matplotlib is not installed: no figures")
         return None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -36,7 +45,7 @@ def of_history(history, settings, folder):
 
 def _save(pyplot, figure, folder, name):
     path = os.path.join(folder, name)
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     pyplot.close(figure)
     return path
 

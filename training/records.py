@@ -18,6 +18,7 @@ from utils import duration
 #: Scalars of each class go to TensorBoard up to this many classes.
 MAX_CLASSES_IN_TENSORBOARD = 200
 
+FILES = ("args.json", "summary.json", "log_train.csv", "log_test.csv", "class_accuracy.csv")
 TRAIN_COLUMNS = ("epoch", "lr", "loss", "acc1", "acc5", "criterion", "class_weights", "sampler", "seconds")
 TEST_COLUMNS = (
     "epoch", "acc1", "acc5", "loss", "best_acc1", "class_mean", "many", "medium", "few", "val_class_mean", "seconds",
@@ -60,6 +61,7 @@ class Records:
             write_atomically(self._path(name), lambda file, lines=lines: file.write(_csv(lines)))
         if self.history:
             self._summary()
+            self._tensorboard()
 
     def add(self, record):
         """Add an epoch's record to every file."""

@@ -7,11 +7,13 @@ the run that was never forked.
 import argparse
 import dataclasses
 import glob
+import json
 import os
-import shutil
 
-from training import checkpoint
+from training import checkpoint, plots
 from training.options import INCIDENTAL, SHARED, plan
+from training.plots import FIGURES
+from training.records import FILES
 from utils import UsageError, warn
 
 
@@ -24,8 +26,11 @@ class Start:
     state_dict: dict | None = None
     optimizer: dict | None = None
     criterion: dict | None = None
+    scaler: dict | None = None
     path: str | None = None
     is_fork: bool = False
+    split_sha256: str | None = None
+    best_acc1: float = -1.0  # of a published checkpoint, which brings no history
 
 
 class Finished(Exception):
@@ -40,31 +45,46 @@ def find_start(options, log_folder, model_folder):
         Finished: nothing left to do.
     """
     own = os.path.join(model_folder, checkpoint.NEWEST)
+    held = checkpoint.load(own) if os.path.exists(own) and not options.overwrite else None
     path = options.resume
     if path == "auto":
-        if options.overwrite:
-            raise UsageError("--resume auto and --overwrite exclude each other")
-        path = own if os.path.exists(own) else None
-        if path is None:
-            print(f"--resume auto: no checkpoint in {model_folder}, a fresh start", flush=True)
+        path = _own_newest(options, own)
     state = checkpoint.load(path) if path else None
     if state is not None:
         _inherit_seed(options, state)
     is_own = path is not None and os.path.abspath(path).startswith(os.path.abspath(model_folder) + os.sep)
-    _check_folder(options, own, log_folder, state, is_own)
+    if _check_folder(options, held, log_folder, model_folder, is_own):
+        if _is_complete(log_folder, held):
+            raise Finished
+        path, state, is_own = own, held, True  # stopped after the last epoch, before its logs or figures
+        _inherit_seed(options, state)
     if state is None:
         return Start(epoch=options.start_epoch)
     state.setdefault("epoch", options.start_epoch)
     _check_same(options, state, path)
+    if state["epoch"] >= options.epochs and state is not held:
+        raise UsageError(f"{path} has {state['epoch']} epochs done, --epochs {options.epochs} asks for no more")
     return Start(
         epoch=state["epoch"],
         history=state.get("history", []),
         state_dict=state["state_dict"],
         optimizer=state.get("optimizer"),
         criterion=_criterion_state(options, state),
+        scaler=state.get("scaler"),
         path=path,
         is_fork=not is_own,
+        split_sha256=state.get("split_sha256"),
+        best_acc1=-1.0 if state.get("history") else float(state.get("best_acc1", -1.0)),
     )
+
+
+def _own_newest(options, own):
+    if options.overwrite:
+        raise UsageError("--resume auto and --overwrite exclude each other")
+    if os.path.exists(own):
+        return own
+    print(f"--resume auto: no checkpoint in {os.path.dirname(own)}, a fresh start", flush=True)
+    return None
 
 
 def identity(settings):
@@ -88,25 +108,52 @@ def _inherit_seed(options, state):
         options.seed = settings.get("seed")
 
 
-def _check_folder(options, own, log_folder, state, is_own):
-    """Refuse to write over another run, or over this one's progress."""
-    if options.overwrite or not os.path.exists(own):
-        return
-    held = checkpoint.load(own)
-    settings = held.get("settings") or {}
+def _check_folder(options, held, log_folder, model_folder, is_own):
+    """Refuse to write over another run, or over this one's progress. True if the folder holds this run, finished."""
+    if options.overwrite:
+        return False
+    settings = (held.get("settings") if held else _recorded_settings(log_folder)) or {}
     differs = difference(identity(vars(options)), identity(settings))
-    if differs is None:
-        if held["epoch"] >= options.epochs:
-            raise Finished
-        if not is_own:
-            raise UsageError(
-                f"{os.path.dirname(own)} holds this run after {held['epoch']} epochs: "
-                "--resume auto goes on, --overwrite starts anew"
-            )
-    elif not (is_own and options.force):
+    if differs is not None and not (is_own and options.force):
+        also = ", or --force to go on all the same" if is_own else ""
         raise UsageError(
-            f"{log_folder} holds a run with other settings ({differs}): choose another --exp_str, or --overwrite it"
+            f"{log_folder} holds a run with other settings ({differs}): "
+            f"choose another --exp_str, or --overwrite it{also}"
         )
+    if held is None and settings and differs is None:
+        raise UsageError(
+            f"{log_folder} holds the logs of this run, {model_folder} no checkpoint: --overwrite runs it anew"
+        )
+    if held is None or differs is not None:
+        return False
+    if held.get("epoch", 0) >= options.epochs:
+        return True
+    if not is_own:
+        raise UsageError(
+            f"{model_folder} holds this run after {held.get('epoch', 0)} epochs: "
+            "--resume auto goes on, --overwrite starts anew"
+        )
+    return False
+
+
+def _recorded_settings(log_folder):
+    """The settings of a run with at least one epoch in its logs, whose checkpoints lie elsewhere; else None."""
+    try:
+        with open(os.path.join(log_folder, "summary.json")) as file:
+            return json.load(file)["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_complete(log_folder, held):
+    """Whether logs and figures are there for every epoch of the checkpoint."""
+    try:
+        with open(os.path.join(log_folder, "summary.json")) as file:
+            done = json.load(file)["epochs_done"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    figures = all(os.path.exists(os.path.join(log_folder, name)) for name in FIGURES)
+    return done >= len(held.get("history", [])) and (figures or not plots.available())
 
 
 def _check_same(options, state, path):
@@ -121,7 +168,7 @@ def _check_same(options, state, path):
             first = f"{name} is {settings[name]!r} there and {getattr(options, name)!r} here"
             break
     if first is None and "epochs" in settings:
-        first = _first_difference_in_plan(options, argparse.Namespace(**settings), state["epoch"])
+        first = _first_difference_in_plan(options, _as_options(options, settings), state["epoch"])
     if first is not None:
         if not options.force:
             raise UsageError(f"{path} is of another run: {first} (--force goes on all the same)")
@@ -131,8 +178,6 @@ def _check_same(options, state, path):
             f"{path} was made with {settings['threads']} threads, this run has {options.threads}: "
             "the same run, but not to the last bit"
         )
-    if state["epoch"] >= options.epochs and not options.evaluate:
-        raise UsageError(f"{path} has {state['epoch']} epochs done, --epochs {options.epochs} asks for no more")
 
 
 def _first_difference_in_plan(mine, theirs, epochs):
@@ -144,12 +189,17 @@ def _first_difference_in_plan(mine, theirs, epochs):
     return None
 
 
+def _as_options(options, settings):
+    """A checkpoint's settings as options; flags newer than the checkpoint as they are now."""
+    return argparse.Namespace(**{**vars(options), **settings})
+
+
 def _criterion_state(options, state):
     """The criterion's state, where the next epoch goes on with the same criterion."""
     settings, epoch = state.get("settings"), state.get("epoch", 0)
     if not settings or not 0 < epoch < options.epochs or not state.get("criterion"):
         return None
-    same = plan(options, epoch)["loss"] == plan(argparse.Namespace(**settings), epoch - 1)["loss"]
+    same = plan(options, epoch)["loss"] == plan(_as_options(options, settings), epoch - 1)["loss"]
     return state["criterion"] if same else None
 
 
@@ -157,17 +207,19 @@ def adopt(start, model_folder):
     """Give a fork's folder the checkpoint that it starts from, and the best one of the epochs before it."""
     if not start.is_fork:
         return
-    shutil.copyfile(start.path, os.path.join(model_folder, checkpoint.epoch_name(start.epoch)))
+    checkpoint.copy(start.path, os.path.join(model_folder, checkpoint.epoch_name(start.epoch)))
     best = os.path.join(os.path.dirname(start.path), checkpoint.best_name(start.epoch))
     if os.path.exists(best):
-        shutil.copyfile(best, os.path.join(model_folder, checkpoint.BEST))
+        checkpoint.copy(best, os.path.join(model_folder, checkpoint.BEST))
 
 
 def clear(log_folder, model_folder):
     """Delete what an earlier run left, file by file: nothing that a run does not write."""
     patterns = [os.path.join(glob.escape(model_folder), "ckpt*.pth.tar")]
-    for name in ("*.csv", "*.json", "*.png", "events.out.tfevents.*"):
-        patterns.append(os.path.join(glob.escape(log_folder), name))
+    patterns += [
+        os.path.join(glob.escape(log_folder), name)
+        for name in (*FILES, *FIGURES, "confusion.png", "events.out.tfevents.*")
+    ]
     for pattern in patterns:
         for path in glob.glob(pattern):
             os.unlink(path)
@@ -183,11 +235,12 @@ def load_for_evaluation(options, model_folder):
         options.resume = os.path.join(model_folder, checkpoint.NEWEST)
     state = checkpoint.load(options.resume)
     settings = state.get("settings") or {"arch": state.get("arch", options.arch)}
-    for name in ("dataset", "arch", "num_classes", "imb_type", "imb_factor", "rand_number"):
-        if name in settings and settings[name] != getattr(options, name) and not options.force:
+    for name in ("dataset", "arch", "num_classes", "imb_type", "imb_factor", "rand_number", "image_size", "crop"):
+        here = getattr(options, name, None)
+        if name in settings and settings[name] != here and not options.force:
             raise UsageError(
                 f"{options.resume} is of another run: {name} is {settings[name]!r} there and "
-                f"{getattr(options, name)!r} here (--force goes on all the same)"
+                f"{here!r} here (--force goes on all the same)"
             )
     options.use_norm = checkpoint.has_normalised_head(state["state_dict"])
     return state

@@ -3,18 +3,21 @@
 import copy
 import json
 import os
+import pathlib
 import sys
 import time
 
 import torch
 
+import models
 from imbalance import GROUP_RULE, count_classes, groups, hold_out, split_sha256
 from training import checkpoint, plots
 from training.loop import Run, evaluate, fit, make_optimizer
 from training.options import dry_run, recipe_of, settings_of, store_name
+from training.precision import Precision, set_determinism
 from training.records import best_epoch, shown
 from training.resume import Finished, clear, find_start, load_for_evaluation
-from utils import UsageError, choose_device, draw_seed, duration, versions, warn
+from utils import DataError, UsageError, choose_device, draw_seed, duration, versions, warn
 
 
 def train_or_evaluate(options, load_data, build_model, make_batches):
@@ -30,9 +33,12 @@ def train_or_evaluate(options, load_data, build_model, make_batches):
         print(dry_run(options))
         return
     device = choose_device(options.gpu)
+    if options.amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a CUDA device; --amp bf16 runs on the CPU too")
     if options.threads:
         torch.set_num_threads(options.threads)
     options.threads = torch.get_num_threads()
+    set_determinism(options.deterministic)
     log_folder = os.path.join(options.root_log, store_name(options))
     model_folder = os.path.join(options.root_model, store_name(options))
     if options.evaluate:
@@ -48,13 +54,37 @@ def train_or_evaluate(options, load_data, build_model, make_batches):
         options.seed = draw_seed()
     train_set, test_set = load_data(options)
     run = _prepare(options, train_set, test_set, build_model, make_batches, device, start, log_folder, model_folder)
-    for folder in (log_folder, model_folder):
-        os.makedirs(folder, exist_ok=True)
+    make_folders(log_folder, model_folder)
     if options.overwrite:
         clear(log_folder, model_folder)
     if options.gpu is not None and device.type == "cpu":
         _warn_of_cpu(run)
     _train(run)
+
+
+def make_folders(*folders):
+    """Make the folders of a run, all or none, and remove what a killed run left half-written in them."""
+    made = []
+    try:
+        for folder in folders:
+            path = pathlib.Path(folder)
+            for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
+                missing.mkdir()
+                made.append(missing)
+            path.mkdir(exist_ok=True)  # a file in the way
+    except OSError:
+        for missing in reversed(made):
+            missing.rmdir()
+        raise
+    for folder in folders:
+        checkpoint.remove_temporary(folder)
+
+
+def _load_optimizer(optimizer, start):
+    try:
+        optimizer.load_state_dict(start.optimizer)
+    except Exception as error:  # whatever a foreign state makes torch raise
+        raise DataError(f"{start.path} does not fit this net's optimizer: {error}") from None
 
 
 def _prepare(options, train_set, test_set, build_model, make_batches, device, start, log_folder, model_folder):
@@ -66,6 +96,16 @@ def _prepare(options, train_set, test_set, build_model, make_batches, device, st
     model = build_model(options).to(device, memory_format=torch.channels_last)
     if start.state_dict is not None:
         checkpoint.load_weights(model, start.state_dict, start.path)
+    else:
+        load_pretrained(options, model)
+    optimizer = make_optimizer(model, options)
+    if start.optimizer is not None:
+        _load_optimizer(optimizer, start)
+    sha256 = split_sha256(train_set.chosen)
+    if start.split_sha256 not in (None, sha256) and not options.force:
+        raise DataError(
+            f"{start.path} was trained on other images of {options.data_dir} (--force goes on all the same)"
+        )
     info = {
         "name": store_name(options),
         "settings": settings_of(options),
@@ -75,13 +115,15 @@ def _prepare(options, train_set, test_set, build_model, make_batches, device, st
         "classes": list(train_set.classes),
         "class_counts": class_counts,
         "group_rule": GROUP_RULE,
-        "split": {"sha256": split_sha256(train_set.chosen), "total": len(targets)},
+        "split": {"sha256": sha256, "total": len(targets)},
     }
     print_info(info, start)
     return Run(
         options=options,
         recipe=recipe_of(options),
         model=model,
+        optimizer=optimizer,
+        precision=Precision(options.amp, device.type),
         train=make_batches(options, train_set, kept, device),
         test=make_batches(options, test_set, None, device),
         val=make_batches(options, train_set, held, device) if held is not None else None,
@@ -133,11 +175,15 @@ def _warn_of_cpu(run):
 
 def _train(run):
     try:
-        history = fit(run)
+        _report(run, fit(run))
     except KeyboardInterrupt as stop:
         newest = os.path.join(run.model_folder, checkpoint.NEWEST)
         hint = f"add --resume auto to go on from {newest}" if os.path.exists(newest) else "no epoch was finished"
         raise type(stop)(f": {hint}") from None
+
+
+def _report(run, history):
+    """The per-class table, best and last, and the figures."""
     best, last = best_epoch(history), history[-1]
     print_classes(run.class_names, run.class_counts, best["test"], last["test"])
     for name, record in (("best", best), ("last", last)):
@@ -148,7 +194,7 @@ def _train(run):
             f"few {shown(test['few'])}"
         )
     print(f"({GROUP_RULE}; accuracies in percent of the test set)")
-    final = evaluate(run.model, run.test.eval_epoch(), run.class_counts)
+    final = evaluate(run.model, run.test.eval_epoch(), run.class_counts, run.precision)
     written = plots.of_evaluation(final, run.class_names, run.class_counts, run.log_folder)
     written += plots.of_history(history, run.info["settings"], run.log_folder)
     print(f"logs: {run.log_folder}; checkpoints: {run.model_folder}; figures: {' '.join(written) or 'none'}")
@@ -167,7 +213,9 @@ def print_classes(names, counts, *results):
 def _evaluate(options, state, data, build_model, make_batches, device, log_folder):
     """-e: the figures of a checkpoint, in log/<store_name>/evaluate."""
     train_set, test_set = data
-    class_counts = count_classes(train_set.targets, options.num_classes)
+    fraction = (state.get("settings") or {}).get("val_fraction", options.val_fraction)
+    kept = hold_out(train_set.targets, fraction)[0] if fraction else range(len(train_set.targets))
+    class_counts = count_classes([train_set.targets[i] for i in kept], options.num_classes)
     model = build_model(options).to(device, memory_format=torch.channels_last)
     checkpoint.load_weights(model, state["state_dict"], options.resume)
     result = evaluate(model, make_batches(options, test_set, None, device).eval_epoch(), class_counts)
@@ -194,9 +242,16 @@ def check_num_classes(options, known):
 
 
 def load_pretrained(options, model):
-    """--pretrained PATH: start from the weights of a checkpoint."""
-    if options.pretrained == "published":
+    """--pretrained: start from ImageNet's weights, or from those of a file; in place.
+
+    The nets of ImageNet keep their own last layer where the weights have one of another form.
+    """
+    if options.pretrained == "imagenet":
+        weights = models.imagenet_weights(options.arch)
+        checkpoint.load_weights(model, weights, "the file of ImageNet's weights", new_head=True)
+    elif options.pretrained == "published":
         warn("there are no published weights for these nets: --pretrained without a PATH changes nothing")
     elif options.pretrained:
-        checkpoint.load_weights(model, checkpoint.load(options.pretrained)["state_dict"], options.pretrained)
-    return model
+        weights = checkpoint.load(options.pretrained, bare=True)["state_dict"]
+        new_head = options.arch in models.IMAGENET_NETS
+        checkpoint.load_weights(model, weights, options.pretrained, new_head)

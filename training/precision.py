@@ -1,0 +1,55 @@
+"""--amp and --deterministic: how numbers are computed on the device."""
+
+import contextlib
+import os
+
+import torch
+
+AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast for the net, and a loss scaler for fp16. The losses compute in float32 whatever it is.
+
+    Args:
+        amp: 'none', 'bf16' or 'fp16'.
+        device_type: 'cuda' or 'cpu'.
+    """
+
+    def __init__(self, amp="none", device_type="cpu"):
+        self.dtype, self.device_type = AMP_TYPES[amp], device_type
+        self.scaler = torch.amp.GradScaler(device_type) if amp == "fp16" else None
+
+    def autocast(self):
+        """The context in which the net runs."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, self.dtype)
+
+    def step(self, loss, optimizer):
+        """Gradient of `loss`, and a step of `optimizer`."""
+        optimizer.zero_grad(set_to_none=True)
+        if self.scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:  # leaves the step out where a scaled gradient overflows
+            self.scaler.scale(loss).backward()
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+    def state_dict(self):
+        """The scaler's state, for checkpoints; empty without one."""
+        return self.scaler.state_dict() if self.scaler is not None else {}
+
+    def load_state_dict(self, state):
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)
+
+
+def set_determinism(deterministic):
+    """--deterministic: bitwise repeatable on CUDA too; otherwise cuDNN may pick the fastest algorithm."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
