@@ -74,6 +74,7 @@ def run_main(args, cwd, capsys, figures=False, cuda=False):
         if not figures:
             stack.enter_context(mock.patch.object(plots, "of_evaluation", return_value=[]))
             stack.enter_context(mock.patch.object(plots, "of_history", return_value=[]))
+            stack.enter_context(mock.patch.object(plots, "available", return_value=False))
         capsys.readouterr()
         os.chdir(cwd)
         try:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import cifar_train
+import tinyimage_train
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-SCRIPTS = {"cifar_train.py": cifar_train}
+SCRIPTS = {"cifar_train.py": cifar_train, "tinyimage_train.py": tinyimage_train}
 
 
 def commands():
