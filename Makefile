@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 PINNED := $(shell $(PYTHON) -c "import sys, platform; print('-c constraints.txt' if sys.version_info[:2] == (3, 11) and platform.machine() == 'x86_64' else '')")
 
 DEMO = $(BIN)/python cifar_train.py --dataset digits --arch resnet20 --imb_factor 0.02 --batch-size 32 --epochs 40 \
-	--start_ib_epoch 20 --milestones 32 36 --seed 0 --root_log demo/log --root_model demo/checkpoint --overwrite
+	--start_ib_epoch 20 --milestones 32 36 --seed 0 --threads 1 --root_log demo/log --root_model demo/checkpoint --overwrite
 
 .PHONY: demo test lint setup
 setup: $(VENV)/installed

@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                      # a table, about ten minutes on two cores
     python benchmarks/speed.py --quick              # under a minute, rough
+    python benchmarks/speed.py --only tiny          # one part; --help lists them
     python benchmarks/speed.py --json speed.json --markdown speed.md
 
 Synthetic pictures of CIFAR's size, ResNet-32, batch 128. Every comparison is interleaved and repeated; the table
@@ -21,6 +22,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CLASSES, BATCH = 10, 128
+PARTS = ("steps", "pipeline", "tiny", "epoch", "side_by_side", "memory", "first")
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -142,6 +144,43 @@ def measure_pipeline(subjects, repeats, threads):
     return rows, {"pipeline": ratio(times, "plain, 0 workers", "ours")}
 
 
+def measure_tiny_pipeline(repeats, size=512):
+    """Tiny ImageNet's pipeline at 224 on one thread: decoded pictures to normalised batches, against torchvision."""
+    import numpy as np
+    import torch
+    from torchvision import transforms
+
+    from benchmarks.plain import Pictures
+    from imbalance_tinyimagenet import MEAN, STD
+    from training.image_batches import ResizedCropBatches
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    images = np.random.RandomState(0).randint(0, 256, (size, 64, 64, 3), dtype=np.uint8)
+    targets = [0] * size
+    ours = ResizedCropBatches(images, range(size), targets, BATCH, MEAN, STD)
+    tail = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    parts = {
+        "train": (lambda: ours.train_epoch(0), [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]),
+        "eval": (ours.eval_epoch, [transforms.Resize(256), transforms.CenterCrop(224)]),
+    }
+    rows, ratios = {}, {}
+    for part, (our_batches, head) in parts.items():
+        plain = Pictures(images, targets, train=False)
+        plain.transform = transforms.Compose([*head, *tail])
+        variants = {
+            "ours": lambda our_batches=our_batches: [None for _ in our_batches()],
+            "plain": lambda plain=plain: [None for _ in torch.utils.data.DataLoader(plain, BATCH)],
+        }
+        interleave(variants, 1)  # warm-up
+        times = interleave(variants, repeats)
+        for name, values in times.items():
+            rows[f"pictures/s at 224, {part}, {name}"] = of([size / t for t in values])
+        ratios[f"tiny_{part}_pipeline"] = ratio(times, "plain", "ours")
+    torch.set_num_threads(threads)
+    return rows, ratios
+
+
 def measure_epoch(subjects, repeats):
     """(b, c) training and evaluation, with the pipeline."""
     variants = {
@@ -196,6 +235,12 @@ def measure_peak(subjects, repeats, step_seconds):
     reached = counter.get_total_flops() / step_seconds
     rows = {"GFLOP/s, matrix product": of([peak / 1e9]), "GFLOP/s, training step": of([reached / 1e9])}
     return rows, {"peak_share": of([reached / peak])}
+
+
+def measure_steps_and_peak(subjects, repeats, steps):
+    rows, ratios = measure_steps(subjects, repeats, steps)
+    peak_rows, peak_ratios = measure_peak(subjects, repeats, rows["s, CE step"]["median"])
+    return rows | peak_rows, ratios | peak_ratios
 
 
 def child(*arguments):
@@ -325,19 +370,23 @@ def measure(options):
     torch.set_num_threads(threads)
     repeats, steps = (1, 2) if options.quick else (options.repeats, 8)
     train_size, test_size = (512, 512) if options.quick else (3072, 2480)
-    subjects = Subjects(train_size, test_size, device)
-    subjects.our_train(batches=few_batches(subjects, 2))  # warm-up of both
-    subjects.plain.train_epoch(subjects.plain_net, few_batches(subjects, 2), subjects.plain_optimizer)
-    figures, spread = measure_steps(subjects, repeats, steps)
-    parts = [
-        measure_peak(subjects, repeats, figures["s, CE step"]["median"]),
-        measure_pipeline(subjects, repeats, threads),
-        measure_epoch(subjects, repeats),
-        measure_side_by_side(repeats, steps),
-        measure_memory(1 if options.quick else 2, train_size),
-        measure_first_batch(repeats, options.data_dir),
-    ]
-    for rows, ratios in parts:
+    wanted = options.only or PARTS
+    figures, spread = {}, {}
+    if set(wanted) & {"steps", "pipeline", "epoch"}:
+        subjects = Subjects(train_size, test_size, device)
+        subjects.our_train(batches=few_batches(subjects, 2))  # warm-up of both
+        subjects.plain.train_epoch(subjects.plain_net, few_batches(subjects, 2), subjects.plain_optimizer)
+    measurements = {
+        "steps": lambda: measure_steps_and_peak(subjects, repeats, steps),
+        "pipeline": lambda: measure_pipeline(subjects, repeats, threads),
+        "tiny": lambda: measure_tiny_pipeline(repeats),
+        "epoch": lambda: measure_epoch(subjects, repeats),
+        "side_by_side": lambda: measure_side_by_side(repeats, steps),
+        "memory": lambda: measure_memory(1 if options.quick else 2, train_size),
+        "first": lambda: measure_first_batch(repeats, options.data_dir),
+    }
+    for part in wanted:
+        rows, ratios = measurements[part]()
         figures |= rows
         spread |= ratios
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -349,6 +398,7 @@ def measure(options):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one rough repeat of everything")
+    parser.add_argument("--only", nargs="+", default=None, choices=PARTS, help="measure these parts only")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--data_dir", default=os.environ.get("CIFAR_ROOT"), help="real CIFAR-10, for the first batch")
