@@ -95,6 +95,8 @@ def hold_out(targets, fraction, seed=0):
     Returns:
         (train, validation): two sorted int64 arrays that partition range(N).
     """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the held-out fraction must lie in [0, 1), got {fraction}")
     targets = np.asarray(targets, dtype=np.int64)
     generator = np.random.RandomState(seed)
     held = []

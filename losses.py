@@ -31,7 +31,7 @@ def inverse_frequency_weights(class_counts):
     >>> inverse_frequency_weights([3, 1])
     tensor([0.5000, 1.5000])
     """
-    return _sum_to_k(1.0 / torch.as_tensor(class_counts, dtype=torch.float64))
+    return _sum_to_k(1.0 / _positive(class_counts))
 
 
 def effective_number_weights(class_counts, beta=0.9999):
@@ -47,8 +47,18 @@ def effective_number_weights(class_counts, beta=0.9999):
 
 def effective_number_rates(class_counts, beta=0.9999):
     """(1 - beta) / (1 - beta ** n_k), unscaled, (K,) float64: also the sampling rates of Resample."""
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must lie in [0, 1), got {beta}")
+    counts = _positive(class_counts)
     return (1.0 - beta) / (1.0 - torch.pow(torch.as_tensor(beta, dtype=torch.float64), counts))
+
+
+def _positive(class_counts):
+    """The counts as (K,) float64. Raises ValueError for a class without images."""
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if not (counts >= 1).all():
+        raise ValueError(f"every class needs a training image, got the counts {counts.tolist()}")
+    return counts
 
 
 def _sum_to_k(weights):
@@ -95,6 +105,8 @@ def _focal_factor(ce, gamma):
 
 def row_norm(rows, norm="l1"):
     """The 'l1', 'l2' or 'linf' norm of each row of (N, D), as (N,), in float32 at least."""
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
     rows = _widen(rows)
     if norm == "l1":
         return rows.abs().sum(1)  # more exact in float32 than vector_norm
@@ -142,7 +154,7 @@ def ldam_loss(logits, target, margins, weight=None, s=30.0):
 
 def ldam_margins(class_counts, max_m=0.5):
     """Margins proportional to n_k ** (-1/4), the largest being `max_m`; (K,) float32."""
-    margins = torch.as_tensor(class_counts, dtype=torch.float64) ** -0.25
+    margins = _positive(class_counts) ** -0.25
     return (margins * (max_m / margins.max())).float()
 
 
@@ -274,7 +286,7 @@ class IBLoss(_Weighted):
             raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
         _nonnegative(epsilon=epsilon)
         self.auto_alpha = alpha == "auto"
-        if not self.auto_alpha and not alpha > 0:
+        if not self.auto_alpha and (isinstance(alpha, str) or not alpha > 0):
             raise ValueError(f"alpha must be over 0 or 'auto', got {alpha}")
         self.epsilon, self.norm, self.detach = epsilon, norm, detach
         if not self.auto_alpha:
@@ -307,7 +319,7 @@ class IBLoss(_Weighted):
                 torch.ones((), dtype=torch.float64, device=logits.device),
             ]
         )
-        open_ = self.calibration[2] < self.AUTO_BATCHES
+        open_ = (self.calibration[2] < self.AUTO_BATCHES) & seen.isfinite().all()
         self.calibration += torch.where(open_, seen, torch.zeros_like(seen))
         ratio = self.calibration[0] / self.calibration[1].clamp_min(torch.finfo(torch.float64).tiny)
         self.alpha.copy_(ratio)

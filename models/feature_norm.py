@@ -31,10 +31,12 @@ def with_feature_norm(module, layer, norm="l1"):
         the same module.
 
     Raises:
-        AttributeError: no layer of that name.
+        AttributeError: no layer of that name. ValueError: a layer of another module.
     """
     if isinstance(layer, str):
         layer = module.get_submodule(layer)
+    if all(layer is not part for part in module.modules()):
+        raise ValueError("the layer is not a part of the module")
     hooks = _FeatureNorm(norm)
     layer.register_forward_pre_hook(hooks.measure)
     module.register_forward_hook(hooks.attach)

@@ -89,3 +89,17 @@ def test_hold_out_is_a_stratified_partition_that_keeps_each_class():
 
 def test_group_limits():
     assert imbalance.groups([101, 100, 20, 19, 0]) == {"many": [0], "medium": [1, 2], "few": [3, 4]}
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1, 2, float("nan")])
+def test_hold_out_refuses_a_fraction_outside_its_range(fraction):
+    with pytest.raises(ValueError, match="must lie in"):
+        imbalance.hold_out([0, 0, 1], fraction)
+
+
+def test_hold_out_is_seeded_and_leaves_the_global_generator_alone():
+    before = np.random.get_state()[1].copy()
+    first = imbalance.hold_out([0] * 100, 0.3, seed=1)[1]
+    assert np.array_equal(first, imbalance.hold_out([0] * 100, 0.3, seed=1)[1])
+    assert not np.array_equal(first, imbalance.hold_out([0] * 100, 0.3, seed=2)[1])
+    assert np.array_equal(before, np.random.get_state()[1])

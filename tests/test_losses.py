@@ -525,3 +525,28 @@ def test_auto_alpha_lets_no_gradient_through():
     auto = IBLoss(alpha="auto")
     value = value_and_gradients(auto, logits, target, features)
     assert_same(value, value_and_gradients(IBLoss(alpha=auto.alpha.item()), logits, target, features))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: losses.inverse_frequency_weights([3, 0]),
+        lambda: losses.effective_number_weights([3, 0]),
+        lambda: losses.effective_number_weights([3, 1], beta=1.0),
+        lambda: losses.LDAMLoss([3, 0]),
+        lambda: losses.IBLoss(alpha="Auto"),
+        lambda: losses.row_norm(torch.ones(2, 2), "l3"),
+    ],
+)
+def test_what_would_give_nan_or_a_late_error_is_refused(make):
+    with pytest.raises(ValueError, match=r"got|unknown norm"):
+        make()
+
+
+def test_a_batch_that_is_not_finite_leaves_auto_alpha_alone():
+    criterion, target = losses.IBLoss(alpha="auto"), torch.tensor([0, 1])
+    features = torch.ones(2)
+    criterion(torch.randn(2, 3, requires_grad=True), target, features)
+    before = criterion.alpha.clone()
+    criterion(torch.full((2, 3), float("nan"), requires_grad=True), target, features)
+    assert torch.equal(criterion.alpha, before)

@@ -145,6 +145,8 @@ def phase_one(num_classes):
         (10, "IB", "CBReweight"),
         (10, "IBFocal", "IBReweight"),
         (100, "CE", "None"),
+        (100, "CE", "CBReweight"),
+        (100, "Focal", "None"),
         (100, "IB", "IBReweight"),
         (100, "IB", "CBReweight"),
         (100, "IBFocal", "IBReweight"),
