@@ -1,4 +1,4 @@
-# make demo   set up, train CE and IB on long-tailed digits, print the tables (about two minutes after the install)
+# make demo   set up, train CE and IB on long-tailed digits, print the tables (two to three minutes after the install)
 # make test   set up, run the tests
 # make lint   ruff
 PYTHON ?= python3
