@@ -1,7 +1,10 @@
 """The yardstick: the training loop as most releases of this field have it, written afresh.
 
-NCHW tensors, torchvision transforms one picture at a time in a DataLoader, `.item()` and accuracy in every step.
+NCHW tensors, a fresh tensor for every activation, torchvision transforms one picture at a time in a DataLoader,
+`.item()` and accuracy in every step.
 """
+
+import functools
 
 import torch
 from PIL import Image
@@ -10,6 +13,21 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from imbalance_cifar import CIFAR_MEAN, CIFAR_STD
+from models.resnet_cifar import BasicBlock
+
+
+def out_of_place(net):
+    """Give the blocks of one of our CIFAR nets a fresh tensor for every activation. Returns the net."""
+    for block in net.modules():
+        if isinstance(block, BasicBlock):
+            block.forward = functools.partial(_block, block)
+    return net
+
+
+def _block(block, x):
+    out = nn.functional.relu(block.bn1(block.conv1(x)))
+    out = block.bn2(block.conv2(out))
+    return nn.functional.relu(out + block._shortcut(x))
 
 
 class Pictures(Dataset):

@@ -22,7 +22,14 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CLASSES, BATCH = 10, 128
-PARTS = ("steps", "pipeline", "tiny", "epoch", "side_by_side", "memory", "first")
+#: What operators of a training step are for, by a part of their names; everything else is 'rest'.
+KINDS = {
+    "convolution": ("convolution",),
+    "batch norm": ("batch_norm",),
+    "ReLU": ("relu", "clamp_min", "threshold"),
+    "shortcuts": ("aten::add_",),
+}
+PARTS = ("steps", "profile", "pipeline", "tiny", "epoch", "side_by_side", "memory", "first")
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -80,7 +87,7 @@ class Subjects:
         self.train_batches = TensorBatches(*self.train, BATCH, CIFAR_MEAN, CIFAR_STD, device)
         self.test_batches = TensorBatches(*self.test, BATCH, CIFAR_MEAN, CIFAR_STD, device)
         torch.manual_seed(0)
-        self.plain_net = models.resnet32(CLASSES).to(device)
+        self.plain_net = plain.out_of_place(models.resnet32(CLASSES)).to(device)
         self.plain_optimizer = torch.optim.SGD(self.plain_net.parameters(), 0.01, momentum=0.9, weight_decay=2e-4)
         torch.manual_seed(0)
         self.net = models.resnet32(CLASSES).to(device, memory_format=torch.channels_last)
@@ -144,7 +151,7 @@ def measure_pipeline(subjects, repeats, threads):
     return rows, {"pipeline": ratio(times, "plain, 0 workers", "ours")}
 
 
-def measure_tiny_pipeline(repeats, size=512):
+def measure_tiny_pipeline(repeats, size):
     """Tiny ImageNet's pipeline at 224 on one thread: decoded pictures to normalised batches, against torchvision."""
     import numpy as np
     import torch
@@ -237,6 +244,21 @@ def measure_peak(subjects, repeats, step_seconds):
     return rows, {"peak_share": of([reached / peak])}
 
 
+def measure_profile(subjects, steps):
+    """Shares of a training step's own time, by kind of operator, in percent."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_cuda = subjects.device.type == "cuda"
+    batches, totals = few_batches(subjects, steps), dict.fromkeys([*KINDS, "rest"], 0.0)
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiler:
+        subjects.our_train(batches=batches)
+    for event in profiler.key_averages():
+        kind = next((k for k, parts in KINDS.items() if any(p in event.key.lower() for p in parts)), "rest")
+        totals[kind] += event.self_device_time_total if on_cuda else event.self_cpu_time_total
+    whole = sum(totals.values())
+    return {f"% of a step, {kind}": of([100 * t / whole]) for kind, t in totals.items()}, {}
+
+
 def measure_steps_and_peak(subjects, repeats, steps):
     rows, ratios = measure_steps(subjects, repeats, steps)
     peak_rows, peak_ratios = measure_peak(subjects, repeats, rows["s, CE step"]["median"])
@@ -262,8 +284,8 @@ def measure_side_by_side(repeats, steps):
 
 
 def measure_memory(repeats, size):
-    """(e) peak of the proportional set size of a training process and its workers, in MB."""
-    peaks = {"ours": [], "plain": []}
+    """(e) peak of the proportional set size of a training process and its workers, in MB, and of the bare import."""
+    peaks = {"ours": [], "plain": [], "bare import": []}
     for _ in range(repeats):
         for who, values in peaks.items():
             process, peak = child("memory", who, size), 0
@@ -338,6 +360,10 @@ def run_child(task, *arguments):
         for step in range(steps):
             subjects.our_train(subjects.ce, [batches[step % 4]])
         print((time.perf_counter() - started) / steps)
+    elif arguments[0] == "bare import":
+        import torchvision  # noqa: F401
+
+        time.sleep(0.2)  # for the one who measures
     else:
         who, size = arguments[0], int(arguments[1])
         subjects = Subjects(size, size // 2, torch.device("cpu"))
@@ -369,17 +395,18 @@ def measure(options):
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     repeats, steps = (1, 2) if options.quick else (options.repeats, 8)
-    train_size, test_size = (512, 512) if options.quick else (3072, 2480)
+    train_size, test_size = (256, 256) if options.quick else (3072, 2480)
     wanted = options.only or PARTS
     figures, spread = {}, {}
-    if set(wanted) & {"steps", "pipeline", "epoch"}:
+    if set(wanted) & {"steps", "profile", "pipeline", "epoch"}:
         subjects = Subjects(train_size, test_size, device)
         subjects.our_train(batches=few_batches(subjects, 2))  # warm-up of both
         subjects.plain.train_epoch(subjects.plain_net, few_batches(subjects, 2), subjects.plain_optimizer)
     measurements = {
         "steps": lambda: measure_steps_and_peak(subjects, repeats, steps),
+        "profile": lambda: measure_profile(subjects, steps),
         "pipeline": lambda: measure_pipeline(subjects, repeats, threads),
-        "tiny": lambda: measure_tiny_pipeline(repeats),
+        "tiny": lambda: measure_tiny_pipeline(repeats, 64 if options.quick else 512),
         "epoch": lambda: measure_epoch(subjects, repeats),
         "side_by_side": lambda: measure_side_by_side(repeats, steps),
         "memory": lambda: measure_memory(1 if options.quick else 2, train_size),

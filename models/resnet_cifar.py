@@ -41,9 +41,10 @@ class BasicBlock(nn.Module):
         self.stride, self.new_channels = stride, channels - in_channels
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
+        # in place: batch norm's backward needs its input, not its output
+        out = F.relu_(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self._shortcut(x))
+        return F.relu_(out.add_(self._shortcut(x)))
 
     def _shortcut(self, x):
         if self.stride == 1 and self.new_channels == 0:
@@ -80,7 +81,7 @@ class ResNet_s(nn.Module):  # noqa: N801 (the published name)
         return nn.Sequential(first, *[BasicBlock(channels, channels, 1) for _ in range(blocks - 1)])
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu_(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         hidden = out.mean((2, 3))
         return self.linear(hidden), feature_norm(hidden, self.feature_norm)

@@ -1,5 +1,6 @@
 """The nets: published keys, outputs, initial values and training trajectories; the wrapper of other nets."""
 
+import argparse
 import copy
 import functools
 
@@ -13,6 +14,7 @@ from torch import nn
 import losses
 import models
 from models.resnet_cifar import NormedLinear
+from training.loop import make_optimizer, train_one_epoch
 
 NETS = {**models.CIFAR_NETS, **models.IMAGENET_NETS}
 BUILT_NETS = [name for name in NETS if name != "resnet1202"]  # that one is too big to run here
@@ -105,20 +107,15 @@ def criterion_for(loss, rule, counts):
     }[loss]()
 
 
-def sgd(net):
-    return torch.optim.SGD(net.parameters(), LR, momentum=0.9, weight_decay=2e-4)
+def as_trained(net):
+    """The net and its optimizer as the scripts have them."""
+    net = net.double().to(memory_format=torch.channels_last)
+    return net, make_optimizer(net, argparse.Namespace(lr=LR, momentum=0.9, weight_decay=2e-4))
 
 
 def train(net, optimizer, criterion, batches):
-    values = []
-    for x, y in batches:
-        logits, features = net(x)
-        loss = criterion(logits, y, features) if criterion.needs_features else criterion(logits, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(loss.item())
-    return values
+    """The loss of each step of the scripts' own loop."""
+    return [train_one_epoch(net, [batch], criterion, optimizer, net.linear.out_features)["loss"] for batch in batches]
 
 
 @functools.cache
@@ -130,8 +127,7 @@ def batches(num_classes):
 @functools.cache
 def phase_one(num_classes):
     """The first 12 steps of plain CE, which the CE run and the IB runs share: net, optimizer, losses."""
-    net = fill(models.resnet20(num_classes), 7).double().train()
-    optimizer = sgd(net)
+    net, optimizer = as_trained(fill(models.resnet20(num_classes), 7))
     return net, optimizer, train(net, optimizer, losses.CrossEntropyLoss(), batches(num_classes)[:IB_START])
 
 
@@ -158,8 +154,8 @@ def test_golden_trajectory(num_classes, loss, rule):
     if criterion.needs_features or (loss, rule) == ("CE", "None"):
         net, optimizer, values = copy.deepcopy(phase_one(num_classes))
     else:
-        net, values = fill(models.resnet20(num_classes), 7).double().train(), []
-        optimizer = sgd(net)
+        net, optimizer = as_trained(fill(models.resnet20(num_classes), 7))
+        values = []
     if criterion.needs_features:
         optimizer.param_groups[0]["lr"] = IB_LR
     values = values + train(net, optimizer, criterion, batches(num_classes)[len(values) :])
