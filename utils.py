@@ -21,7 +21,7 @@ class DataError(Exception):
 
 def warn(message):
     """A line on standard error that starts with 'warning:'."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def command(main):

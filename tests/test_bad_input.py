@@ -324,23 +324,6 @@ def test_truncated_checkpoint_of_the_old_format_at_any_length(good_checkpoint, t
     assert not failed
 
 
-def test_flipped_bits_never_end_in_a_traceback(good_checkpoint, tmp_path, capsys):
-    whole, generator = bytearray(good_checkpoint(capsys)), random.Random(1)
-    failed = {}
-    for place in generator.sample(range(len(whole)), 40) + list(range(60, 100)):
-        damaged = whole.copy()
-        damaged[place] ^= 0xFF
-        (tmp_path / "flipped.pth.tar").write_bytes(damaged)
-        try:
-            # a flipped weight cannot be seen; whatever is, must be seen cleanly
-            status, _, err = run_main([*ARGS, "-e", "--resume", "flipped.pth.tar"], tmp_path, capsys)
-            assert status in (0, 1, 2)
-            assert len(messages(err)) == (status != 0)
-        except Exception as error:
-            failed[place] = repr(error)[:150]
-    assert not failed
-
-
 def damage(state, path, value):
     """`state` with the entry at `path` (keys, outermost first) replaced, or deleted for `None`."""
     *outer, last = path
@@ -390,7 +373,8 @@ def test_a_checkpoint_from_before_a_flag_existed_is_resumed(name, good_checkpoin
 def test_an_own_checkpoint_that_is_damaged_is_not_written_over(tmp_path, capsys):
     run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
     path = model_folder(tmp_path) / "ckpt.pth.tar"
-    path.write_bytes(path.read_bytes()[:1000])
+    for damaged in (path, path.with_name("ckpt.previous.pth.tar")):
+        damaged.write_bytes(damaged.read_bytes()[:1000])
     for more in ([], ["--resume", "auto"]):
         refused([*TWO_EPOCHS, *TINY, *more], tmp_path, capsys, 1, str(path.relative_to(tmp_path)))
     run_ok([*TWO_EPOCHS, *TINY, "--overwrite"], tmp_path, capsys)

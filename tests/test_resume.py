@@ -288,7 +288,7 @@ def test_resample_run_forks_into_ib_with_resample_only(tmp_path, capsys):
 
 def test_every_run_keeps_its_fork_points(ce_run):
     kept = {p.name for p in ce_run.iterdir() if "best" not in p.name}
-    assert kept == {f"ckpt{e}.pth.tar" for e in ("", ".epoch001", ".epoch002", ".epoch003")}
+    assert kept == {f"ckpt{e}.pth.tar" for e in ("", ".previous", ".epoch001", ".epoch002", ".epoch003")}
     assert [load_checkpoint(ce_run / f"ckpt.epoch00{n}.pth.tar")["epoch"] for n in (1, 2, 3)] == [1, 2, 3]
 
 

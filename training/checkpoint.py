@@ -1,19 +1,30 @@
-"""Checkpoints: written whole or not at all, loaded without running code from the file."""
+"""Checkpoints: written whole or not at all, with a checksum, loaded without running code from the file.
+
+A file is what torch.save makes, and any torch.load reads it. As the comment that a zip archive may end with, it
+carries the sha256 of all bytes before that comment. Files without one (published, torchvision's) are loaded too.
+"""
 
 import contextlib
 import glob
+import hashlib
+import io
 import os
 import pickle
-import shutil
+import struct
 import tempfile
 import warnings
 
 import torch
 
-from utils import DataError
+from utils import DataError, warn
 
-NEWEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
+NEWEST, PREVIOUS, BEST = "ckpt.pth.tar", "ckpt.previous.pth.tar", "ckpt.best.pth.tar"
 TEMPORARY = ".tmp"
+
+#: The comment: these words and 64 hexadecimal digits.
+SEAL, DIGITS = b"\nsha256 of all bytes before this line: ", 64
+#: How a zip archive begins, how its last record begins, and how long that is without the comment.
+ZIP_START, ZIP_END, ZIP_END_SIZE = b"PK\x03\x04", b"PK\x05\x06", 22
 
 
 def epoch_name(epoch):
@@ -30,8 +41,11 @@ def best_name(epoch):
     return f"ckpt.epoch{epoch:03d}.best.pth.tar"
 
 
-def write_atomically(path, write):
-    """Call `write(file)` on a temporary file beside `path`, flush it to the disk, and move it to `path`."""
+def write_atomically(path, write, check=None):
+    """Call `write(file)` on a temporary file beside `path`, flush it to the disk, and move it to `path`.
+
+    `check(name of the temporary file)` is called in between.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=TEMPORARY)
     try:
@@ -39,6 +53,8 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -53,15 +69,89 @@ def remove_temporary(folder):
         os.unlink(path)
 
 
+def _seal(content):
+    """The bytes of a zip archive without a comment, with its checksum as the comment."""
+    content = content[:-2] + struct.pack("<H", len(SEAL) + DIGITS)
+    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
+
+
+def _is_sealed(content, path):
+    """Whether the bytes of a file carry their checksum.
+
+    Raises:
+        DataError: they carry a wrong one, or what is left of one.
+    """
+    body, seal = content[: -len(SEAL) - DIGITS], content[-len(SEAL) - DIGITS :]
+    if seal.startswith(SEAL):
+        if seal[len(SEAL) :] != hashlib.sha256(body).hexdigest().encode():
+            raise DataError(f"{path} is damaged: its checksum does not agree")
+        return True
+    end = content.rfind(ZIP_END, -(2**16)) if content.startswith(ZIP_START) else -1
+    if end >= 0 and content[end + ZIP_END_SIZE - 2 :] != b"\0\0":
+        raise DataError(f"{path} is damaged: it does not end where it should")
+    return False
+
+
+def _read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _write_sealed(path, content):
+    """Write bytes that carry their checksum beside `path`, read them back from there, and move them to `path`.
+
+    The newest checkpoint gives way to the one before, under the name PREVIOUS.
+    """
+    folder, name = os.path.split(path)
+
+    def read_back(temporary):
+        if _read(temporary) != content:
+            raise DataError(f"{path} cannot be read back as it was written: nothing was replaced")
+        if name == NEWEST and os.path.exists(path):
+            os.replace(path, os.path.join(folder, PREVIOUS))
+
+    write_atomically(path, lambda file: file.write(content), read_back)
+
+
 def copy(source, path):
-    """Copy a file to `path`, atomically."""
-    with open(source, "rb") as original:
-        write_atomically(path, lambda file: shutil.copyfileobj(original, file))
+    """Copy a checkpoint to `path`, atomically.
+
+    Raises:
+        DataError: the source is damaged.
+    """
+    content = _read(source)
+    _is_sealed(content, source)
+    _write_sealed(path, content)
 
 
-def save(path, state):
-    """Write the dict `state` to `path`, atomically."""
-    write_atomically(path, lambda file: torch.save(state, file))
+def save(folder, names, state):
+    """Write the dict `state` to files of these names, one after the other, each atomically."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = _seal(buffer.getvalue())
+    for name in names:
+        _write_sealed(os.path.join(folder, name), content)
+
+
+def load_newest(folder):
+    """The newest good checkpoint of a run's folder as (path, dict), or (None, None) where there is none.
+
+    The one before is taken, with a warning, where the newest is damaged or gone.
+
+    Raises:
+        DataError: the newest is damaged, and there is none before it that is good.
+    """
+    newest, previous = os.path.join(folder, NEWEST), os.path.join(folder, PREVIOUS)
+    if not os.path.exists(previous):
+        return (newest, load(newest)) if os.path.exists(newest) else (None, None)
+    try:
+        return newest, load(newest)
+    except DataError as error:
+        with contextlib.suppress(DataError):
+            state = load(previous)
+            warn(f"{error}; the one before is taken, {previous}, of {state.get('epoch')} epochs")
+            return previous, state
+        raise
 
 
 def load(path, bare=False):
@@ -70,14 +160,16 @@ def load(path, bare=False):
     With `bare`, a file that is a state dict itself, as torchvision's are, comes as the `state_dict` of a dict.
 
     Raises:
-        DataError: missing, truncated, not a checkpoint, or no `state_dict` in it.
+        DataError: missing, damaged, not a checkpoint, or no `state_dict` in it.
     """
     if not os.path.isfile(path):
         raise DataError(f"no checkpoint at {path}")
+    content = _read(path)
+    _is_sealed(content, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DataError(f"{path} is no checkpoint, or one that wants to run code, or is damaged: refused") from None
     except Exception as error:  # a damaged file makes torch raise nearly anything

@@ -230,8 +230,7 @@ def _save(run, history, optimizer, criterion):
     keep = done in (run.options.start_ib_epoch, *run.options.keep_epochs)
     if keep:
         names.append(checkpoint.epoch_name(done))
-    for name in reversed(names):  # the newest last: it says that the others are there
-        checkpoint.save(os.path.join(run.model_folder, name), state)
+    checkpoint.save(run.model_folder, reversed(names), state)  # the newest last: it says that the others are there
     best_path = os.path.join(run.model_folder, checkpoint.BEST)
     if keep and os.path.exists(best_path):
         checkpoint.copy(best_path, os.path.join(run.model_folder, checkpoint.best_name(done)))

@@ -14,7 +14,7 @@ from training import checkpoint, plots
 from training.options import INCIDENTAL, SHARED, plan
 from training.plots import FIGURES
 from training.records import FILES
-from utils import UsageError, warn
+from utils import DataError, UsageError, one_line, warn
 
 
 @dataclasses.dataclass
@@ -44,12 +44,11 @@ def find_start(options, log_folder, model_folder):
         UsageError: another run's folder, or a checkpoint of a run that differs. DataError: a bad checkpoint.
         Finished: nothing left to do.
     """
-    own = os.path.join(model_folder, checkpoint.NEWEST)
-    held = checkpoint.load(own) if os.path.exists(own) and not options.overwrite else None
+    own, held = (None, None) if options.overwrite else checkpoint.load_newest(model_folder)
     path = options.resume
     if path == "auto":
-        path = _own_newest(options, own)
-    state = checkpoint.load(path) if path else None
+        path = _own_newest(options, own, model_folder)
+    state = held if path == own else checkpoint.load(path) if path else None
     if state is not None:
         _inherit_seed(options, state)
     is_own = path is not None and os.path.abspath(path).startswith(os.path.abspath(model_folder) + os.sep)
@@ -78,13 +77,12 @@ def find_start(options, log_folder, model_folder):
     )
 
 
-def _own_newest(options, own):
+def _own_newest(options, own, model_folder):
     if options.overwrite:
         raise UsageError("--resume auto and --overwrite exclude each other")
-    if os.path.exists(own):
-        return own
-    print(f"--resume auto: no checkpoint in {os.path.dirname(own)}, a fresh start", flush=True)
-    return None
+    if own is None:
+        print(f"--resume auto: no checkpoint in {one_line(model_folder)}, a fresh start", flush=True)
+    return own
 
 
 def identity(settings):
@@ -204,8 +202,14 @@ def _criterion_state(options, state):
 
 
 def adopt(start, model_folder):
-    """Give a fork's folder the checkpoint that it starts from, and the best one of the epochs before it."""
+    """Give a fork's folder the checkpoint that it starts from, and the best one of the epochs before it.
+
+    A run that goes on from its last checkpoint but one makes it the newest, in place of one that is damaged.
+    """
     if not start.is_fork:
+        previous = os.path.join(model_folder, checkpoint.PREVIOUS)
+        if start.path and os.path.abspath(start.path) == os.path.abspath(previous):
+            os.replace(previous, os.path.join(model_folder, checkpoint.NEWEST))
         return
     checkpoint.copy(start.path, os.path.join(model_folder, checkpoint.epoch_name(start.epoch)))
     best = os.path.join(os.path.dirname(start.path), checkpoint.best_name(start.epoch))
@@ -232,8 +236,11 @@ def load_for_evaluation(options, model_folder):
         UsageError, DataError: as `find_start`.
     """
     if options.resume == "auto":
-        options.resume = os.path.join(model_folder, checkpoint.NEWEST)
-    state = checkpoint.load(options.resume)
+        options.resume, state = checkpoint.load_newest(model_folder)
+        if state is None:
+            raise DataError(f"no checkpoint at {os.path.join(model_folder, checkpoint.NEWEST)}")
+    else:
+        state = checkpoint.load(options.resume)
     settings = state.get("settings") or {"arch": state.get("arch", options.arch)}
     for name in ("dataset", "arch", "num_classes", "imb_type", "imb_factor", "rand_number", "image_size", "crop"):
         here = getattr(options, name, None)

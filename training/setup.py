@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import pathlib
 import sys
 import time
 
@@ -12,6 +11,7 @@ import torch
 import models
 from imbalance import GROUP_RULE, count_classes, groups, hold_out, split_sha256
 from training import checkpoint, plots
+from training.folders import claimed
 from training.loop import Run, evaluate, fit, make_optimizer
 from training.options import dry_run, recipe_of, settings_of, store_name
 from training.precision import Precision, set_determinism
@@ -45,39 +45,21 @@ def train_or_evaluate(options, load_data, build_model, make_batches):
         state = load_for_evaluation(options, model_folder)
         _evaluate(options, state, load_data(options), build_model, make_batches, device, log_folder)
         return
-    try:
-        start = find_start(options, log_folder, model_folder)
-    except Finished:
-        print(f"{log_folder} holds this run, finished: nothing to do (--overwrite runs it again)")
-        return
-    if options.seed is None:
-        options.seed = draw_seed()
-    train_set, test_set = load_data(options)
-    run = _prepare(options, train_set, test_set, build_model, make_batches, device, start, log_folder, model_folder)
-    make_folders(log_folder, model_folder)
-    if options.overwrite:
-        clear(log_folder, model_folder)
-    if options.gpu is not None and device.type == "cpu":
-        _warn_of_cpu(run)
-    _train(run)
-
-
-def make_folders(*folders):
-    """Make the folders of a run, all or none, and remove what a killed run left half-written in them."""
-    made = []
-    try:
-        for folder in folders:
-            path = pathlib.Path(folder)
-            for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
-                missing.mkdir()
-                made.append(missing)
-            path.mkdir(exist_ok=True)  # a file in the way
-    except OSError:
-        for missing in reversed(made):
-            missing.rmdir()
-        raise
-    for folder in folders:
-        checkpoint.remove_temporary(folder)
+    with claimed(log_folder, model_folder):
+        try:
+            start = find_start(options, log_folder, model_folder)
+        except Finished:
+            print(f"{log_folder} holds this run, finished: nothing to do (--overwrite runs it again)")
+            return
+        if options.seed is None:
+            options.seed = draw_seed()
+        data = load_data(options)
+        run = _prepare(options, *data, build_model, make_batches, device, start, log_folder, model_folder)
+        if options.overwrite:
+            clear(log_folder, model_folder)
+        if options.gpu is not None and device.type == "cpu":
+            _warn_of_cpu(run)
+        _train(run)
 
 
 def _load_optimizer(optimizer, start):

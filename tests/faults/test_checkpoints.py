@@ -1,0 +1,302 @@
+"""Checkpoints: damage is noticed wherever it is, the one before is taken, nothing good is given up for a bad one."""
+
+import contextlib
+import errno
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import zipfile
+from unittest import mock
+
+import pytest
+import torch
+from script_runner import (
+    DIGITS,
+    REPOSITORY,
+    TINY,
+    assert_same_weights,
+    environment,
+    load_checkpoint,
+    log_folder,
+    messages,
+    model_folder,
+    read_logs,
+    run_main,
+    run_ok,
+    snapshot,
+)
+
+from training import checkpoint, loop
+from utils import DataError
+
+THREE = [*DIGITS, *TINY, "--epochs", "3", "--milestones", "2", "--loss_type", "IB", "--start_ib_epoch", "1"]
+STATE = {"epoch": 1, "arch": "tiny", "state_dict": {"weight": torch.arange(512.0), "bias": torch.zeros(3)}}
+
+
+def sealed(folder, state=None):
+    checkpoint.save(str(folder), [checkpoint.NEWEST], STATE if state is None else state)
+    return folder / checkpoint.NEWEST
+
+
+def damaged_versions(content, generator, number):
+    """(what was done, damaged bytes): bits flipped, cut short, blocks lost, bytes added."""
+    for count in range(number):
+        kind = ("bit", "cut", "bit", "zeros", "bits", "cut", "added", "bit")[count % 8]
+        place, copy = generator.randrange(len(content)), bytearray(content)
+        if kind == "cut":
+            copy = copy[:place]
+        elif kind == "zeros":
+            copy[place : place + 64] = bytes(len(copy[place : place + 64]))
+        elif kind == "added":
+            copy[place:place] = generator.randbytes(generator.randrange(1, 100))
+        else:
+            for _ in range(1 if kind == "bit" else 20):
+                copy[generator.randrange(len(copy))] ^= 1 << generator.randrange(8)
+        if copy != content:  # zeros over zeros
+            yield f"{kind} at {place}", bytes(copy)
+
+
+def unnoticed(path, versions):
+    """What was done to those damaged versions that load."""
+    found = []
+    for what, content in versions:
+        path.write_bytes(content)
+        with contextlib.suppress(DataError):
+            checkpoint.load(str(path))
+            found.append(what)
+    return found
+
+
+def test_200_damaged_checkpoints_are_noticed(tmp_path):
+    path = sealed(tmp_path)
+    assert not unnoticed(path, damaged_versions(path.read_bytes(), random.Random(0), 200))
+
+
+def test_every_length_and_every_bit_of_the_end_is_noticed(tmp_path):
+    path = sealed(tmp_path)
+    content = path.read_bytes()
+    cuts = ((f"cut to {n}", content[:n]) for n in range(len(content) - 300, len(content)))
+    assert not unnoticed(path, cuts)
+
+    def flips():
+        for place in range(len(content) - 130, len(content)):
+            for bit in range(8):
+                flipped = bytes([content[place] ^ 1 << bit])
+                yield f"bit {bit} of byte {place}", content[:place] + flipped + content[place + 1 :]
+
+    assert not unnoticed(path, flips())
+
+
+def test_other_readers_read_it(tmp_path):
+    path = sealed(tmp_path)
+    state = torch.load(path, weights_only=True)
+    assert torch.equal(state["state_dict"]["weight"], STATE["state_dict"]["weight"])
+    mapped = torch.load(path, weights_only=True, mmap=True)
+    assert torch.equal(mapped["state_dict"]["weight"], STATE["state_dict"]["weight"])
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        # the very last bytes, of the length that the archive's last record says
+        assert path.read_bytes().endswith(archive.comment)
+        assert re.fullmatch(rb"\nsha256 of all bytes before this line: [0-9a-f]{64}", archive.comment)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "edited"])
+def test_files_without_a_checksum_are_read(how, tmp_path):
+    path = tmp_path / "foreign.pth.tar"
+    state = torch.load(sealed(tmp_path), weights_only=True) if how == "edited" else STATE
+    torch.save(state, path, _use_new_zipfile_serialization=how != "legacy")
+    assert checkpoint.load(str(path))["epoch"] == 1
+
+
+def test_a_damaged_file_is_not_copied(tmp_path):
+    path = sealed(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    before = snapshot(tmp_path)
+    with pytest.raises(DataError, match="checksum"):
+        checkpoint.copy(str(path), str(tmp_path / "copy.pth.tar"))
+    assert snapshot(tmp_path) == before
+
+
+def test_what_cannot_be_read_back_replaces_nothing(tmp_path):
+    sealed(tmp_path)
+    before = snapshot(tmp_path)
+    read = checkpoint._read
+    with (
+        mock.patch.object(checkpoint, "_read", lambda path: read(path)[:-1]),
+        pytest.raises(DataError, match="read back"),
+    ):
+        sealed(tmp_path, {**STATE, "epoch": 2})
+    assert snapshot(tmp_path) == before
+
+
+def test_the_one_before_is_kept_and_no_more(tmp_path):
+    for epoch in range(1, 5):
+        sealed(tmp_path, {**STATE, "epoch": epoch})
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.previous.pth.tar", "ckpt.pth.tar"]
+    assert [load_checkpoint(tmp_path / name)["epoch"] for name in sorted(os.listdir(tmp_path))] == [3, 4]
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of three epochs that nothing happened to; made once, by whoever asks first."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def get(capsys):
+        if not (folder / "log").exists():
+            run_ok(THREE, folder, capsys)
+        return folder
+
+    return get
+
+
+def damage(path, how):
+    if how == "gone":  # as a kill between two renames leaves it
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3] ^= 4
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+@pytest.mark.parametrize("after", [2, 3])
+def test_resume_auto_takes_the_one_before_and_ends_in_the_same_bits(after, how, whole, tmp_path, capsys):
+    real = loop.train_one_epoch
+
+    def stop_after(model, batches, *rest):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(model, batches, *rest)
+
+    calls = []
+    with mock.patch.object(loop, "train_one_epoch", stop_after):
+        run_main(THREE, tmp_path, capsys)
+    newest = model_folder(tmp_path, "IB") / "ckpt.pth.tar"
+    assert load_checkpoint(newest)["epoch"] == after
+    damage(newest, how)
+    status, out, err = run_main([*THREE, "--resume", "auto"], tmp_path, capsys)
+    assert status == 0
+    (warning,) = [line for line in err.splitlines() if "ckpt" in line]
+    assert ("ckpt.pth.tar is damaged" in warning) == (how != "gone")
+    assert f"the one before is taken, {newest.with_name('ckpt.previous.pth.tar').relative_to(tmp_path)}" in warning
+    assert f"of {after - 1} epochs" in warning
+    assert f"after {after - 1} epochs" in out
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar", "ckpt.previous.pth.tar"):
+        assert_same_weights(newest.with_name(name), model_folder(whole(capsys), "IB") / name)
+    assert read_logs(log_folder(tmp_path, "IB")) == read_logs(log_folder(whole(capsys), "IB"))
+
+
+def test_evaluating_the_newest_takes_the_one_before_and_says_so(tmp_path, capsys):
+    run_ok(THREE, tmp_path, capsys)
+    damage(model_folder(tmp_path, "IB") / "ckpt.pth.tar", "flipped")
+    status, _, err = run_main([*THREE, "-e", "--resume", "auto"], tmp_path, capsys)
+    assert status == 0
+    assert "the one before is taken" in err
+    written = (log_folder(tmp_path, "IB") / "evaluate" / "evaluation.json").read_text()
+    assert '"epoch": 2' in written
+    assert "ckpt.previous.pth.tar" in written
+    named = model_folder(tmp_path, "IB").relative_to(tmp_path) / "ckpt.pth.tar"
+    status, _, err = run_main([*THREE, "-e", "--resume", named], tmp_path, capsys)
+    assert status == 1, "a file that is named is that file"
+    assert "damaged" in err
+
+
+# --------------------------------------------------------------------------------- disks that are full or broken
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("function", ["os.fsync", "tempfile.mkstemp", "os.replace"])
+def test_a_write_that_fails_spares_the_last_good_checkpoint(function, number, whole, tmp_path, capsys):
+    """The call fails while the checkpoint of the second epoch is written."""
+    save = checkpoint.save
+
+    def save_on_a_bad_disk(folder, names, state):
+        failing = mock.patch(function, side_effect=OSError(number, os.strerror(number)))
+        with failing if state["epoch"] == 2 else contextlib.nullcontext():
+            save(folder, names, state)
+
+    with mock.patch.object(checkpoint, "save", save_on_a_bad_disk):
+        status, _, err = run_main(THREE, tmp_path, capsys)
+    assert status == 1
+    (line,) = messages(err)
+    assert os.strerror(number) in line
+    model = model_folder(tmp_path, "IB")
+    assert checkpoint.load_newest(str(model))[1]["epoch"] == 1
+    assert not [name for name in os.listdir(model) if name.endswith(".tmp") or name == ".lock"]
+    run_ok([*THREE, "--resume", "auto"], tmp_path, capsys)
+    assert_same_weights(model / "ckpt.pth.tar", model_folder(whole(capsys), "IB") / "ckpt.pth.tar")
+    assert read_logs(log_folder(tmp_path, "IB")) == read_logs(log_folder(whole(capsys), "IB"))
+
+
+LIMITED = """
+import resource, sys
+import torch
+from training import checkpoint
+from utils import command
+state = lambda epoch: {"epoch": epoch, "arch": "x", "state_dict": {"w": torch.zeros(100_000)}}
+@command
+def main(argv=None):
+    checkpoint.save(argv[0], ["ckpt.pth.tar"], state(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    checkpoint.save(argv[0], ["ckpt.pth.tar"], state(2))
+main(sys.argv[1:])
+"""
+
+
+def test_a_file_that_may_not_grow_is_one_line_and_spares_the_last_one(tmp_path):
+    """The kernel itself refuses to write on: a limit on the size of files."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("error: [Errno 27] File too large")
+    assert len(done.stderr.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["ckpt.pth.tar"]
+    assert checkpoint.load(str(tmp_path / "ckpt.pth.tar"))["epoch"] == 1
+
+
+# ------------------------------------------------------------------------------------------------- SIGTERM
+
+
+@pytest.mark.parametrize("at", ["write", "evaluate", "records"])
+def test_sigterm_at_a_bad_moment_leaves_a_good_checkpoint(at, whole, tmp_path, capsys):
+    """The signal comes in the second epoch, while that function runs."""
+    place = {
+        "write": (torch, "save"),
+        "evaluate": (loop, "evaluate"),
+        "records": (loop.Records, "add"),
+    }[at]
+    real, calls = getattr(*place), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with mock.patch.object(*place, interrupted):
+        status, _, err = run_main(THREE, tmp_path, capsys)
+    assert status == 143
+    (line,) = messages(err)
+    assert "--resume auto to go on" in line
+    model = model_folder(tmp_path, "IB")
+    assert checkpoint.load(str(model / "ckpt.pth.tar"))["epoch"] == (2 if at == "records" else 1)
+    assert not (model / ".lock").exists()
+    run_ok([*THREE, "--resume", "auto"], tmp_path, capsys)
+    assert_same_weights(model / "ckpt.pth.tar", model_folder(whole(capsys), "IB") / "ckpt.pth.tar")
+    assert read_logs(log_folder(tmp_path, "IB")) == read_logs(log_folder(whole(capsys), "IB"))
