@@ -78,17 +78,15 @@ def _add_execution(parser):
 def select(options):
     """The Runs that the options ask for, each once, in the paper's order."""
     cells = [run for table in options.table for run in runs.cells_of_table(table)]
-    cells += [run for figure in options.figure for run in runs.cells_of_figure(figure)]
-    if not cells:
-        places = (options.dataset or ["cifar10"], options.imb_type or ["exp"], options.ratio or CIFAR_RATIOS)
-        if options.control:
-            cells = runs.controls(options.control, runs.grid(*places[:2], options.ratio or [100], ["CE"]))
-        else:
-            cells = runs.grid(*places, options.method or list(runs.METHODS))
-    elif options.control:
-        cells += runs.controls(options.control, cells)
     wanted = {name: getattr(options, name) for name in ("dataset", "imb_type", "ratio", "method")}
     cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
+    datasets, imb_types = options.dataset or ["cifar10"], options.imb_type or ["exp"]
+    for figure in options.figure:
+        cells += runs.cells_of_figure(figure, datasets, options.ratio or ())
+    if options.control:
+        cells += runs.controls(options.control, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
+    if not (options.table or options.figure or options.control):
+        cells = runs.grid(datasets, imb_types, options.ratio or CIFAR_RATIOS, options.method or list(runs.METHODS))
     if not cells:
         raise UsageError("no run of the paper is all of that: leave out one of the restrictions")
     return runs.spread_over(dict.fromkeys(cells), options.seeds, options.subsets, options.protocol)

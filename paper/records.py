@@ -52,7 +52,7 @@ def read(folder):
             record = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
-        if isinstance(record, dict) and {"settings", "history", "best", "last"} <= record.keys():
-            if record["epochs_done"] >= record["settings"]["epochs"]:
-                found.append(record)
+        is_record = isinstance(record, dict) and {"settings", "history", "best", "last"} <= record.keys()
+        if is_record and record["epochs_done"] >= record["settings"]["epochs"]:
+            found.append(record)
     return found

@@ -233,12 +233,14 @@ def _run_of(row):
     return Run(row["dataset"], row["imb_type"], row["ratio"], row["method"], row["variant"])
 
 
-def cells_of_figure(figure):
-    """2: CE on CIFAR-10, balanced and at ratio 100; 3: IB at ratios 10 and 100 over the start of its phase."""
+def cells_of_figure(figure, datasets=("cifar10",), ratios=()):
+    """2: CE, balanced and long-tailed at ratio 100; 3: IB at ratios 10 and 100 over the start of its phase."""
     if figure == 2:
-        return [Run("cifar10", "none", 1, "CE"), Run("cifar10", "exp", 100, "CE")]
+        places = [("none", 1), *(("exp", ratio) for ratio in ratios or (100,))]
+        return [Run(dataset, imb_type, ratio, "CE") for dataset in datasets for imb_type, ratio in places]
     variants = ["" if start == 100 else f"start{start:03d}" for start in STARTS]
-    return [Run("cifar10", "exp", ratio, "IB", variant) for ratio in (10, 100) for variant in variants]
+    places = [(dataset, ratio) for dataset in datasets for ratio in ratios or (10, 100)]
+    return [Run(dataset, "exp", ratio, "IB", variant) for dataset, ratio in places for variant in variants]
 
 
 def grid(datasets, imb_types, ratios, methods):
