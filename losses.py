@@ -1,4 +1,5 @@
-"""Losses for long-tailed classification: cross entropy, Focal, LDAM, and the influence-balanced loss (IB).
+"""Losses for long-tailed classification: cross entropy, Focal, LDAM, Balanced Softmax, logit adjustment, and the
+influence-balanced loss (IB).
 
 Needs torch and nothing else of this repository, so it can be taken alone. Each loss is a function and a
 Module. Shapes: `logits` (N, K), `target` (N,) int64, `features` (N,) or (N, 1): the norm of the last
@@ -7,16 +8,16 @@ layer's input h, one number a sample. All return a scalar.
 Every loss computes in float32 at least (float64 stays float64), also under autocast, and is finite, with
 finite gradients, for |logits| up to 1e4.
 
-Reductions: weighted CE and LDAM divide by the sum of the weights; Focal, IB and IB-Focal are plain batch
-means, as in the official code.
+Reductions: weighted CE, LDAM, Balanced Softmax and logit adjustment divide by the sum of the weights; Focal, IB
+and IB-Focal are plain batch means, as in the official code.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-#: name -> order
-NORMS = {"l1": 1, "l2": 2, "linf": float("inf")}
+#: name -> order; 'none' counts every norm as 0, for the control without influence (Table 2 d)
+NORMS = {"l1": 1, "l2": 2, "linf": float("inf"), "none": None}
 
 
 # ---------------------------------------------------------------------------------------- class weights
@@ -104,10 +105,12 @@ def _focal_factor(ce, gamma):
 
 
 def row_norm(rows, norm="l1"):
-    """The 'l1', 'l2' or 'linf' norm of each row of (N, D), as (N,), in float32 at least."""
+    """The 'l1', 'l2' or 'linf' norm of each row of (N, D), or zeros for 'none', as (N,), in float32 at least."""
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
     rows = _widen(rows)
+    if norm == "none":
+        return rows.new_zeros(len(rows))
     if norm == "l1":
         return rows.abs().sum(1)  # more exact in float32 than vector_norm
     return torch.linalg.vector_norm(rows, NORMS[norm], dim=1)
@@ -158,6 +161,45 @@ def ldam_margins(class_counts, max_m=0.5):
     return (margins * (max_m / margins.max())).float()
 
 
+# ---------------------------------------------------------------------------- logits with the class prior
+
+
+def logit_adjusted_cross_entropy(logits, target, class_counts, tau=1.0, weight=None):
+    """Logit adjustment: weighted CE of logits + tau * log prior (Menon et al., ICLR 2021, eq. 10).
+
+    Args:
+        class_counts: K training-set counts; the prior is their share.
+        tau: 0 is cross entropy.
+
+    Raises:
+        ValueError: a class without images.
+
+    >>> logits, target = torch.zeros(1, 2), torch.tensor([1])
+    >>> round(logit_adjusted_cross_entropy(logits, target, [3, 1]).item(), 4)   # log 4
+    1.3863
+    """
+    return _adjusted_cross_entropy(logits, target, log_prior(class_counts), tau, weight)
+
+
+def balanced_softmax(logits, target, class_counts, weight=None):
+    """Balanced Softmax: weighted CE of logits + log n_k (Ren et al., NeurIPS 2020, eq. 3).
+
+    The same as logit adjustment at tau 1: the two differ by a number common to all logits.
+    """
+    return logit_adjusted_cross_entropy(logits, target, class_counts, 1.0, weight)
+
+
+def log_prior(class_counts):
+    """Logarithm of each class's share of the training images, (K,) float64."""
+    counts = _positive(class_counts)
+    return (counts / counts.sum()).log()
+
+
+@_in_full_precision
+def _adjusted_cross_entropy(logits, target, prior, tau, weight):
+    return cross_entropy(logits + tau * prior.to(logits), target, weight)
+
+
 # ----------------------------------------------------------------------------------- influence-balanced
 
 
@@ -173,12 +215,18 @@ def ib_factor(logits, target, features, alpha=1000.0, epsilon=1e-3, norm="l1", d
         features: |h| of each sample, in the same norm (the nets of `models` return it).
         alpha: scale of the loss, a number or a 0-d tensor.
         epsilon: added to the influence, so that a fitted sample does not get an infinite weight.
-        norm: 'l1' (the method), 'l2' or 'linf' (Table 1).
+        norm: 'l1' (the method), 'l2' or 'linf' (Table 1), or 'none': the influence counts as 0, and the factor is
+            alpha / epsilon (Table 2 d).
         detach: no gradient through the factor (the official code lets it through).
     """
-    influence = _error_norm(logits, target, norm) * features.reshape(-1).to(logits.dtype)
-    factor = alpha / (influence + epsilon)
+    factor = alpha / (influence(logits, target, features, norm) + epsilon)
     return factor.detach() if detach else factor
+
+
+@_in_full_precision
+def influence(logits, target, features, norm="l1"):
+    """|p - y| * |h| of each sample, (N,); arguments as `ib_factor`."""
+    return _error_norm(logits, target, norm) * features.reshape(-1).to(logits.dtype)
 
 
 def _error_norm(logits, target, norm):
@@ -263,6 +311,31 @@ class LDAMLoss(_Weighted):
 
     def forward(self, logits, target):
         return ldam_loss(logits, target, self.margins, self.weight, self.s)
+
+
+class LogitAdjustedLoss(_Weighted):
+    """`logit_adjusted_cross_entropy` as a Module: criterion(logits, target).
+
+    Args:
+        cls_num_list: K training-set counts.
+        tau: weight of the prior, 0 or more.
+    """
+
+    def __init__(self, cls_num_list, tau=1.0, weight=None):
+        super().__init__(weight)
+        _nonnegative(tau=tau)
+        self.register_buffer("log_prior", log_prior(cls_num_list).float(), persistent=False)
+        self.tau = tau
+
+    def forward(self, logits, target):
+        return _adjusted_cross_entropy(logits, target, self.log_prior, self.tau, self.weight)
+
+
+class BalancedSoftmaxLoss(LogitAdjustedLoss):
+    """`balanced_softmax` as a Module: criterion(logits, target)."""
+
+    def __init__(self, cls_num_list, weight=None):
+        super().__init__(cls_num_list, 1.0, weight)
 
 
 class IBLoss(_Weighted):

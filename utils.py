@@ -1,4 +1,7 @@
-"""Errors that a user sees, random generators, the device, meters."""
+"""Errors that a user sees, random generators, the device, meters.
+
+torch is imported where it is used: `reproduce.py list` needs the errors only, and torch takes seconds.
+"""
 
 import contextlib
 import functools
@@ -8,7 +11,6 @@ import signal
 import sys
 
 import numpy as np
-import torch
 
 
 class UsageError(Exception):
@@ -103,6 +105,8 @@ def epoch_seed(seed, epoch):
 
 def epoch_generator(seed, epoch):
     """The CPU generator of everything drawn in that epoch."""
+    import torch
+
     return torch.Generator().manual_seed(epoch_seed(seed, epoch))
 
 
@@ -122,6 +126,8 @@ def choose_device(gpu=None):
     Raises:
         UsageError: an index beyond the cards that are there, or a negative one.
     """
+    import torch
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is not None and (gpu < 0 or 0 < count <= gpu):
         raise UsageError(f"--gpu {gpu}: this machine has {count} CUDA device{'s' * (count != 1)}, counted from 0")
@@ -130,6 +136,7 @@ def choose_device(gpu=None):
 
 def versions():
     """Versions and machine facts that a run records."""
+    import torch
     import torchvision
 
     return {

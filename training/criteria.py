@@ -11,6 +11,8 @@ LOSSES = {
     "CE": (lambda o, counts, w: losses.CrossEntropyLoss(w), ()),
     "Focal": (lambda o, counts, w: losses.FocalLoss(w, o.gamma, o.focal_scale), ("gamma", "focal_scale")),
     "LDAM": (lambda o, counts, w: losses.LDAMLoss(counts, o.max_m, w, o.s), ("max_m", "s")),
+    "BS": (lambda o, counts, w: losses.BalancedSoftmaxLoss(counts, w), ()),
+    "LA": (lambda o, counts, w: losses.LogitAdjustedLoss(counts, o.la_tau, w), ("la_tau",)),
     "IB": (
         lambda o, counts, w: losses.IBLoss(w, o.alpha, o.epsilon, o.ib_norm, o.detach_ib),
         ("alpha", "epsilon", "ib_norm", "detach_ib"),

@@ -142,7 +142,10 @@ def add_method_flags(parser, drw_epoch=160):
         help="scale of the IB loss; auto: from the first IB batches, so that it has the size of CE (default: 1000)",
     )  # fmt: skip
     number("--epsilon", default=1e-3, type=_number(float, low=0), help="added to the influence (default: %(default)s)")
-    number("--ib_norm", default="l1", choices=list(NORMS), help="norm of the influence (default: %(default)s)")
+    number(
+        "--ib_norm", default="l1", choices=list(NORMS),
+        help="norm of the influence; none: it counts as 0, the factor is alpha / epsilon (default: %(default)s)",
+    )  # fmt: skip
     number("--detach_ib", action="store_true", help="no gradient through the IB factor")
     number("--gamma", default=1.0, type=_number(float, low=0), help="of Focal and IBFocal (default: %(default)s)")
     number(
@@ -154,6 +157,9 @@ def add_method_flags(parser, drw_epoch=160):
         help="of CBReweight, DRW and Resample (default: %(default)s)",
     )  # fmt: skip
     number("--max_m", default=0.5, type=_number(float, low=0), help="LDAM's largest margin (default: %(default)s)")
+    number(
+        "--la_tau", default=1.0, type=_number(float, low=0), help="LA's weight of the log prior (default: %(default)s)"
+    )
     number("--s", default=30.0, type=_number(float, above=0), help="LDAM's scale (default: %(default)s)")
     number(
         "--drw_epoch", default=drw_epoch, type=_number(int, low=0), metavar="E",

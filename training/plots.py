@@ -14,7 +14,8 @@ def available():
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _pyplot():
+def load_pyplot():
+    """matplotlib.pyplot for files, or None, with a warning."""
     if not available():
         warn("matplotlib is not installed: no figures")
         return None
@@ -28,7 +29,7 @@ def _pyplot():
 
 def of_evaluation(result, names, class_counts, folder):
     """confusion.png and class_accuracy.png from what `loop.evaluate` returns. Returns the paths."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     if pyplot is None:
         return []
     written = [_class_accuracy(pyplot, result["per_class"], names, class_counts, folder)]
@@ -39,11 +40,12 @@ def of_evaluation(result, names, class_counts, folder):
 
 def of_history(history, settings, folder):
     """curves.png from a run's records. Returns the paths."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     return [] if pyplot is None else [_curves(pyplot, history, settings, folder)]
 
 
-def _save(pyplot, figure, folder, name):
+def save_figure(pyplot, figure, folder, name):
+    """Write a figure to folder/name and close it. Returns the path."""
     path = os.path.join(folder, name)
     write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     pyplot.close(figure)
@@ -66,7 +68,7 @@ def _confusion(pyplot, confusion, names, folder):
             for j, value in enumerate(row):
                 color = "white" if value > 50 else "black"
                 axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-    return _save(pyplot, figure, folder, "confusion.png")
+    return save_figure(pyplot, figure, folder, "confusion.png")
 
 
 def _class_accuracy(pyplot, per_class, names, class_counts, folder):
@@ -79,7 +81,7 @@ def _class_accuracy(pyplot, per_class, names, class_counts, folder):
     axes.set(xscale="log", ylim=(-2, 105), xlabel="training images of the class", ylabel="test accuracy [%]")
     axes.set_title("Accuracy of each class over its training images")
     axes.grid(alpha=0.3)
-    return _save(pyplot, figure, folder, "class_accuracy.png")
+    return save_figure(pyplot, figure, folder, "class_accuracy.png")
 
 
 def _curves(pyplot, history, settings, folder):
@@ -99,4 +101,4 @@ def _curves(pyplot, history, settings, folder):
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    return _save(pyplot, figure, folder, "curves.png")
+    return save_figure(pyplot, figure, folder, "curves.png")

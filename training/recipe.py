@@ -2,7 +2,7 @@
 
 import dataclasses
 
-LOSS_TYPES = ("CE", "Focal", "LDAM", "IB", "IBFocal")
+LOSS_TYPES = ("CE", "Focal", "LDAM", "BS", "LA", "IB", "IBFocal")
 IB_LOSSES = ("IB", "IBFocal")
 TRAIN_RULES = ("None", "Resample", "CBReweight", "IBReweight", "DRW")
 

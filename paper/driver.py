@@ -1,0 +1,220 @@
+"""Runs the chosen runs once each: what they share is trained once, finished ones are skipped, broken ones go on.
+
+Everything that it knows lies in files below `out`, so it can be killed at any moment and started again:
+`log/` and `checkpoint/` are the scripts' own, `output/<run>.txt` is what a run printed, and `<results>/<run>.json`
+is written when a run has ended well.
+"""
+
+import collections
+import contextlib
+import fcntl
+import os
+import pathlib
+import sys
+import time
+
+from paper import executors, records
+from training import checkpoint
+from utils import DataError, duration
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+#: A run whose worker goes away this often is given up.
+MAX_LOSSES = 5
+SECONDS_BETWEEN_LINES = 60
+
+
+class Driver:
+    """Args:
+    runs: list of runs.Run, each once.
+    out: folder below which everything is written; all machines share it.
+    results: folder of the small record of each finished run.
+    executor: see executors.py.
+    extra: flags for every script, after a run's own.
+    """
+
+    def __init__(self, runs, out, results, executor, extra=(), threads=1, stream=None):
+        self.runs, self.executor = runs, executor
+        self.out, self.results = pathlib.Path(out).resolve(), pathlib.Path(results).resolve()
+        self.extra, self.threads = list(extra), threads
+        self.view = View(self, stream or sys.stdout)
+        self.families = collections.defaultdict(list)
+        for run in runs:
+            self.families[run.family].append(run)
+        self.losses = collections.Counter()
+        for folder in (self.out / "output", self.results):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.state = {run: DONE if self._record(run).exists() else WAITING for run in runs}
+
+    def run(self):
+        """Train all that is not done. Returns the runs that failed."""
+        try:
+            while True:
+                for run in self._ready():
+                    self._start(run)
+                if not self._in(WAITING, RUNNING):
+                    break
+                for run, status in self.executor.wait(1.0):
+                    self._ended(run, status)
+                self.view.update()
+        finally:
+            self.executor.stop()
+        return self._in(FAILED)
+
+    # ------------------------------------------------------------------------------------ what comes next
+
+    def _ready(self):
+        """Runs to start now, one by one while there is room."""
+        for run in self.runs:
+            if not self.executor.room():
+                return
+            if self.state[run] == WAITING and not self._must_wait(run):
+                yield run
+
+    def _must_wait(self, run):
+        """Whether another run of its family is to train the epochs that they share."""
+        if self._newest(run).exists() or self._fork_point(run) or not run.fork_epoch:
+            return False
+        live = [other for other in self.families[run.family] if self.state[other] in (WAITING, RUNNING)]
+        trunk = max(live, key=lambda other: other.fork_epoch)
+        return trunk is not run
+
+    def _fork_point(self, run):
+        """The checkpoint of another run of its family after the epochs that they share, or None."""
+        for other in [*self.families[run.family], run.trunk]:
+            folder = self._model_folder(other)
+            path = folder / checkpoint.epoch_name(run.fork_epoch)
+            # the copy of the best one is written last
+            if other != run and path.exists() and (folder / checkpoint.best_name(run.fork_epoch)).exists():
+                return path
+        return None
+
+    def command(self, run):
+        """Script and flags of `run`, as it can be started now."""
+        script, *flags = run.argv(self.out)
+        shared = {other.fork_epoch for other in self.families[run.family]}
+        keep = sorted(epoch for epoch in shared if 0 < epoch <= run.fork_epoch and epoch < run.settings["epochs"])
+        flags += ["--keep_epochs", *map(str, keep)] if keep else []
+        fork = None if self._newest(run).exists() else self._fork_point(run)
+        resume = str(fork) if fork else "auto"
+        return [str(REPOSITORY / script), *flags, "--threads", str(self.threads), "--resume", resume, *self.extra]
+
+    def _start(self, run):
+        self.state[run] = RUNNING
+        command = self.command(run)
+        fork = command[command.index("--resume") + 1]
+        self.view.line(f"start  {run.name}" + (f", from {os.path.relpath(fork, self.out)}" if fork != "auto" else ""))
+        self.executor.start(run, command, str(self.output(run)))
+
+    def _ended(self, run, status):
+        if status == 0:
+            records.collect(self.out / "log" / run.name / "summary.json", self._record(run))
+            self.state[run] = DONE
+            self.view.line(f"done   {run.name}")
+        elif status is executors.LOST and self.losses[run] < MAX_LOSSES:
+            self.losses[run] += 1
+            self.state[run] = WAITING
+            self.view.line(f"lost   {run.name}, with its machine; it goes on elsewhere")
+        else:
+            self.state[run] = FAILED
+            self.view.line(f"failed {run.name}")
+
+    # -------------------------------------------------------------------------------------------- places
+
+    def _in(self, *states):
+        return [run for run in self.runs if self.state[run] in states]
+
+    def _record(self, run):
+        return self.results / f"{run.name}.json"
+
+    def _model_folder(self, run):
+        return self.out / "checkpoint" / run.name
+
+    def _newest(self, run):
+        return self._model_folder(run) / checkpoint.NEWEST
+
+    def output(self, run):
+        """The file of what the run prints."""
+        return self.out / "output" / f"{run.name}.txt"
+
+    def epochs_done(self, run):
+        """Epochs in the run's log, those before its fork included."""
+        try:
+            with open(self.out / "log" / run.name / "log_test.csv", "rb") as file:
+                return max(sum(1 for _ in file) - 1, 0)
+        except OSError:
+            return 0
+
+
+class View:
+    """What runs, what is left, and for how long: a line that is rewritten on a terminal, a line a minute elsewhere."""
+
+    def __init__(self, driver, stream):
+        self.driver, self.stream, self.is_terminal = driver, stream, stream.isatty()
+        self.started = self.shown = time.monotonic()
+        self.at_start = None
+
+    def line(self, text):
+        clear = "\r\033[K" if self.is_terminal else ""
+        print(f"{clear}{text}", file=self.stream, flush=True)
+
+    def update(self):
+        now = time.monotonic()
+        if self.at_start is None:
+            self.at_start = self._left()
+        if not self.is_terminal and now - self.shown < SECONDS_BETWEEN_LINES:
+            return
+        self.shown = now
+        if self.is_terminal:
+            width = os.get_terminal_size(self.stream.fileno()).columns
+            print(f"\r\033[K{self.status()[: width - 1]}", end="", file=self.stream, flush=True)
+        else:
+            self.line(self.status())
+
+    def status(self):
+        """'3 of 24 done, 0 failed, 20 left, 1:02:03 to go; running: NAME (epoch 7 of 40)'."""
+        driver = self.driver
+        count = collections.Counter(driver.state.values())
+        text = f"{count[DONE]} of {len(driver.runs)} done, {count[FAILED]} failed, {count[WAITING]} waiting"
+        text += f", {self._time_left()} to go"
+        running = [
+            f"{run.name} (epoch {driver.epochs_done(run)} of {run.settings['epochs']})"
+            for run, state in driver.state.items()
+            if state == RUNNING
+        ]
+        return f"{text}; running: {', '.join(running) or 'none'}"
+
+    def _time_left(self):
+        """From the epochs that this driver has seen trained, whatever ran beside each other."""
+        left = self._left()
+        trained = (self.at_start or left) - left
+        return duration((time.monotonic() - self.started) / trained * left) if trained > 0 else "unknown time"
+
+    def _left(self):
+        return sum(self._epochs_left(run) for run in self.driver.runs)
+
+    def _epochs_left(self, run):
+        driver = self.driver
+        if driver.state[run] in (DONE, FAILED):
+            return 0
+        done, epochs = driver.epochs_done(run), run.settings["epochs"]
+        if not done and max(driver.families[run.family], key=lambda other: other.fork_epoch) is not run:
+            done = run.fork_epoch  # another run trains them
+        return epochs - done
+
+
+@contextlib.contextmanager
+def only_driver(out):
+    """Hold `out` for this driver. Raises DataError where another one is at work; a dead one holds nothing."""
+    os.makedirs(out, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"another reproduce.py run works in {out}: wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,170 @@
+"""Reproduce the paper's tables: list the runs behind them, run them, set what came out beside the published figures.
+
+    python reproduce.py list --table 4
+    python reproduce.py run --dataset digits --ratio 100 --method CE IB --protocol short --threads 1
+    python reproduce.py report reproduced/results
+
+The first prints the 116 commands of the main table; the second trains two short runs on the digits, which need no
+download, in some minutes, their first half once; the third writes report.md and figures. The selection is the same
+for list and run; flags after `--` go to the training scripts.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+
+from paper import runs
+from utils import DataError, UsageError, command
+
+CIFAR_RATIOS = (200, 100, 50, 20, 10)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="reproduce.py"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="print the runs as commands, one a line")
+    _add_selection(listing)
+    listing.add_argument("--json", action="store_true", help="as JSON, with what each run is and shares")
+    running = commands.add_parser("run", help="train them; finished ones are skipped, broken ones go on")
+    _add_selection(running)
+    _add_execution(running)
+    report = commands.add_parser("report", help="Markdown and figures from what has run")
+    report.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with records of runs")
+    report.add_argument("--to", metavar="DIR", help="where report.md and figures go (default: the first folder)")
+    report.add_argument(
+        "--influence", nargs=2, metavar=("BALANCED", "LONG_TAILED"),
+        help="Fig. 2 from two checkpoints: the same net trained on balanced and on long-tailed data",
+    )  # fmt: skip
+    report.add_argument("--data_dir", default="./data", help="data of the two checkpoints (default: %(default)s)")
+    return parser
+
+
+def _add_selection(parser):
+    group = parser.add_argument_group("selection (without a table, figure or control: every combination)")
+    number = group.add_argument
+    number("--table", nargs="+", type=int, choices=range(1, 7), default=[], metavar="1..6", help="cells of the paper")
+    number("--figure", nargs="+", type=int, choices=(2, 3), default=[], metavar="2|3", help="runs behind a figure")
+    number(
+        "--control", nargs="+", choices=list(runs.CONTROLS), default=[],
+        help="what the paper lacks: CE with the lr of the IB phase, class weights without the factor, no gradient "
+        "through it; for the data sets and ratios given",
+    )  # fmt: skip
+    number("--dataset", nargs="+", choices=list(runs.SETUPS))
+    number("--imb_type", nargs="+", choices=("exp", "step", "none"))
+    number("--ratio", nargs="+", type=int, metavar="R", help="largest class over smallest")
+    number("--method", nargs="+", choices=list(runs.METHODS))
+    number("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+    number("--subsets", nargs="+", type=int, default=[0], metavar="N", help="--rand_number of the scripts (default: 0)")
+    number("--protocol", choices=list(runs.SHORTENING), default="full", help="short: every length divided by five")
+    number("--out", default="reproduced", metavar="DIR", help="folder of logs and checkpoints (default: %(default)s)")
+    parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="flags for every training script")
+
+
+def _add_execution(parser):
+    group = parser.add_argument_group("execution")
+    number = group.add_argument
+    number("--results", metavar="DIR", help="a small record of each finished run (default: OUT/results)")
+    number("--jobs", type=int, metavar="N", help="runs at a time (default: 1; with Ray, as many as fit)")
+    number("--threads", type=int, default=1, metavar="T", help="CPU threads of a run (default: %(default)s)")
+    number("--executor", choices=("local", "ray"), default="local", help="default: %(default)s")
+    number("--address", metavar="HOST:PORT", help="of the Ray cluster (default: a new one on this machine)")
+    number("--gpus_per_run", type=float, default=0, metavar="F", help="with Ray: share of a GPU (default: 0)")
+
+
+def select(options):
+    """The Runs that the options ask for, each once, in the paper's order."""
+    cells = [run for table in options.table for run in runs.cells_of_table(table)]
+    wanted = {name: getattr(options, name) for name in ("dataset", "imb_type", "ratio", "method")}
+    cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
+    datasets, imb_types = options.dataset or ["cifar10"], options.imb_type or ["exp"]
+    for figure in options.figure:
+        cells += runs.cells_of_figure(figure, datasets, options.ratio or ())
+    if options.control:
+        cells += runs.controls(options.control, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
+    if not (options.table or options.figure or options.control):
+        cells = runs.grid(datasets, imb_types, options.ratio or CIFAR_RATIOS, options.method or list(runs.METHODS))
+    if not cells:
+        raise UsageError("no run of the paper is all of that: leave out one of the restrictions")
+    return runs.spread_over(dict.fromkeys(cells), options.seeds, options.subsets, options.protocol)
+
+
+def list_runs(options):
+    """Print the commands; each is complete in itself and goes on where it was stopped."""
+    chosen, out = select(options), options.out
+    lines = [["python", *run.argv(out), "--resume", "auto", *options.extra] for run in chosen]
+    if not options.json:
+        with contextlib.suppress(BrokenPipeError):  # `| head`
+            print("\n".join(shlex.join(line) for line in lines), flush=True)
+        return
+    content = [
+        {
+            "name": run.name, "dataset": run.dataset, "imb_type": run.imb_type, "ratio": run.ratio,
+            "method": run.method, "variant": run.variant, "seed": run.seed, "subset": run.subset,
+            "protocol": run.protocol, "command": line, "shared_epochs_with": run.trunk.name,
+            "shared_epochs": run.fork_epoch,
+        }
+        for run, line in zip(chosen, lines, strict=True)
+    ]  # fmt: skip
+    print(json.dumps(content, indent=1))
+
+
+def run_runs(options):
+    """Train what is chosen; DataError at the end if runs failed."""
+    from paper import driver
+
+    chosen = select(options)
+    for name in ("jobs", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be at least 1")
+    with driver.only_driver(options.out):
+        work = driver.Driver(
+            chosen, options.out, options.results or os.path.join(options.out, "results"), _executor(options),
+            options.extra, options.threads,
+        )  # fmt: skip
+        failed = work.run()
+    print(work.view.status())
+    for run in failed:
+        print(f"failed: {run.name}: {_last_line(work.output(run))} ({work.output(run)})")
+    if failed:
+        raise DataError(f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again")
+
+
+def _executor(options):
+    from paper import executors
+
+    if options.executor == "ray":
+        return executors.Ray(options.address, options.threads, options.gpus_per_run, options.jobs)
+    return executors.Local(options.jobs or 1, options.threads)
+
+
+def _last_line(path):
+    with open(path, errors="replace") as file:
+        lines = file.read().split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "no output")
+
+
+def write_report(options):
+    """report.md and figures; prints where they are."""
+    from paper import report
+
+    to = options.to or options.folders[0]
+    written = report.write(options.folders, to)
+    if options.influence:
+        from paper import influence
+
+        written += influence.draw(*options.influence, options.data_dir, to)
+    print("written: " + " ".join(written))
+
+
+@command
+def main(argv=None):
+    options = build_parser().parse_args(argv)
+    {"list": list_runs, "run": run_runs, "report": write_report}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()

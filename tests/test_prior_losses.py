@@ -1,0 +1,127 @@
+"""Balanced Softmax and logit adjustment: against a slow formula, against each other, in the script."""
+
+import math
+
+import pytest
+import torch
+from script_runner import TINY, TWO_EPOCHS, log_folder, read_csv, run_main, run_ok
+
+from losses import (
+    BalancedSoftmaxLoss,
+    CrossEntropyLoss,
+    LogitAdjustedLoss,
+    balanced_softmax,
+    logit_adjusted_cross_entropy,
+)
+
+COUNTS = [100, 40, 12, 5, 2]
+WEIGHT = torch.tensor([0.25, 0.5, 0.875, 1.25, 2.125])
+
+
+def batch(dtype=torch.float64, spread=3.0):
+    generator = torch.Generator().manual_seed(1)
+    logits = spread * torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    return logits.to(dtype).requires_grad_(), torch.randint(5, (12,), generator=generator)
+
+
+def slow(rows, target, tau, weight):
+    """Value, and gradient in the logits, one number at a time."""
+    share = [n / sum(COUNTS) for n in COUNTS]
+    total = sum(weight[y] for y in target)
+    value, gradient = 0.0, []
+    for row, y in zip(rows, target, strict=True):
+        scores = [math.exp(z) * p**tau for z, p in zip(row, share, strict=True)]
+        value -= weight[y] / total * math.log(scores[y] / sum(scores))
+        gradient.append([weight[y] / total * (s / sum(scores) - (k == y)) for k, s in enumerate(scores)])
+    return value, gradient
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+def test_logit_adjustment_is_the_slow_formula(tau, weight):
+    logits, target = batch()
+    value, gradient = slow(logits.tolist(), target.tolist(), tau, [1.0] * 5 if weight is None else weight.tolist())
+    loss = logit_adjusted_cross_entropy(logits, target, COUNTS, tau, weight)
+    loss.backward()
+    assert loss.item() == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(logits.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["unweighted", "weighted"])
+def test_balanced_softmax_weighs_the_exponentials_by_the_counts(weight):
+    logits, target = batch()
+    exponentials = logits.detach().exp() * torch.tensor(COUNTS)
+    rows = -(exponentials / exponentials.sum(1, keepdim=True)).log()[torch.arange(12), target]
+    weights = torch.ones(12) if weight is None else weight[target]
+    expected = (weights * rows).sum() / weights.sum()
+    assert balanced_softmax(logits, target, COUNTS, weight).item() == pytest.approx(expected.item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_modules_their_functions_and_their_limits_agree(dtype):
+    logits, target = batch(dtype)
+    one = BalancedSoftmaxLoss(COUNTS, WEIGHT)(logits, target)
+    two = LogitAdjustedLoss(COUNTS, 1.0, WEIGHT)(logits, target)
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one, balanced_softmax(logits, target, COUNTS, WEIGHT), rtol=1e-6, atol=0)
+    assert torch.equal(LogitAdjustedLoss(COUNTS, 0.0, WEIGHT)(logits, target), CrossEntropyLoss(WEIGHT)(logits, target))
+    assert one.dtype == dtype
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_extreme_logits_stay_finite_under_autocast(scale):
+    logits = torch.eye(5, dtype=torch.bfloat16).mul(scale).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = LogitAdjustedLoss(COUNTS, 2.0)(logits, torch.tensor([0, 1, 2, 3, 0]))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="tau must be 0 or more"):
+        LogitAdjustedLoss(COUNTS, -1.0)
+    with pytest.raises(ValueError, match="every class needs a training image"):
+        BalancedSoftmaxLoss([3, 0])
+
+
+def test_the_script_trains_them_and_la_at_tau_1_is_bs(tmp_path, capsys):
+    weights = {}
+    for exp, flags in {
+        "bs": ["--loss_type", "BS"],
+        "la": ["--loss_type", "LA"],
+        "la0": ["--loss_type", "LA", "--la_tau", "0"],
+        "ce": ["--loss_type", "CE"],
+    }.items():
+        run_ok([*TINY, *TWO_EPOCHS, *flags, "--exp_str", exp], tmp_path, capsys)
+        rows = read_csv(log_folder(tmp_path, flags[1], exp=exp) / "log_train.csv")
+        weights[exp] = [row["loss"] for row in rows]
+        assert {row["criterion"] for row in rows} == {flags[1]}
+    assert weights["bs"] == weights["la"] != weights["ce"] == weights["la0"]
+
+
+def test_another_tau_is_another_run(tmp_path, capsys):
+    flags = [*TINY, *TWO_EPOCHS, "--loss_type", "LA"]
+    run_ok(flags, tmp_path, capsys)
+    status, _, err = run_main([*flags, "--la_tau", "2"], tmp_path, capsys)
+    assert status == 2
+    assert "la_tau is 1.0 there and 2.0 here" in err
+
+
+def test_norm_none_leaves_class_weights_over_epsilon(tmp_path, capsys):
+    """Table 2 (d), and with --alpha auto class weights alone at the size of CE."""
+    from losses import IBLoss, ib_factor
+
+    logits, target = batch()
+    features = torch.rand(12, 1, dtype=torch.float64) * 40
+    assert torch.equal(ib_factor(logits, target, features, 1000.0, 1e-2, "none"), torch.full((12,), 1e5).double())
+    loss = IBLoss(WEIGHT, 1000.0, 1e-2, "none")(logits, target, features)
+    rows = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    assert loss.item() == pytest.approx((1e5 * WEIGHT[target] * rows).mean().item(), rel=1e-7)
+    auto = IBLoss(WEIGHT, "auto", norm="none")
+    assert auto(logits, target, features).item() == pytest.approx(rows.mean().item(), rel=1e-6)
+    flags = ["--loss_type", "IB", "--train_rule", "IBReweight", "--ib_norm", "none", "--alpha", "auto"]
+    run_ok([*TINY, *TWO_EPOCHS, *flags], tmp_path, capsys)
+    losses = [float(row["loss"]) for row in read_csv(log_folder(tmp_path, "IB", "IBReweight") / "log_train.csv")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.5)

@@ -1,0 +1,223 @@
+"""reproduce.py run: what is shared is trained once, with the same bits; killed, failed and lost runs."""
+
+import contextlib
+import io
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import script_runner
+
+import reproduce
+from paper import driver, executors, runs
+from paper.runs import Run
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+#: Runs of three epochs, the IB phase in the last one, on the tiny net: given after the runs' own flags.
+LENGTH = ["--epochs", "3", "--start_ib_epoch", "2", "--milestones", "2", "--lr_factors", "0.1"]
+
+
+@pytest.fixture
+def three_epochs(monkeypatch):
+    """The digits' runs in three epochs, with the tiny net."""
+    setup = runs.Setup("cifar_train.py", "tiny", 3, 2, (2,), 2, batch_size=64, lr_factors=(0.1,))
+    monkeypatch.setitem(runs.SETUPS, "digits", setup)
+    monkeypatch.setitem(runs.VARIANTS, "ib-lr", {"milestones": (1, 2), "lr_factors": (0.01, 0.1)})
+
+
+class InProcess:
+    """An executor that trains in this process at once; `broken` are parts of names that fail."""
+
+    def __init__(self, capsys, broken=()):
+        self.capsys, self.broken, self.ended, self.commands = capsys, broken, [], []
+
+    def room(self):
+        return not self.ended
+
+    def start(self, run, command, log):
+        self.commands.append((run.name, command))
+        if any(part in run.name for part in self.broken):
+            self.ended.append((run, 1))
+            return
+        status, out, err = script_runner.run_main(command[1:], ".", self.capsys)
+        pathlib.Path(log).write_text(out + err)
+        self.ended.append((run, status))
+
+    def wait(self, seconds):
+        ended, self.ended = self.ended, []
+        return ended
+
+    def stop(self):
+        pass
+
+
+def drive(chosen, out, executor):
+    """(driver, failed runs, what it printed)."""
+    text = io.StringIO()
+    work = driver.Driver(chosen, out, out / "results", executor, threads=1, stream=text)
+    return work, work.run(), text.getvalue()
+
+
+def cell(methods, variants=("",)):
+    return [Run("digits", "exp", 100, method, variant) for method in methods for variant in variants]
+
+
+FOUR = ("CE", "IB", "IB+CB", "IB+Focal")
+
+
+def newest(out, run):
+    return out / "checkpoint" / run.name / "ckpt.pth.tar"
+
+
+@pytest.fixture
+def separate(three_epochs, tmp_path, capsys):
+    """Every run of the cell and its controls trained alone, from its own listed command."""
+    out = tmp_path / "separate"
+    for run in [*cell(FOUR), *cell(["CE"], ["ib-lr"]), *cell(["LDAM", "LDAM-DRW"])]:
+        script_runner.run_ok([*run.argv(out)[1:], "--threads", "1"], tmp_path, capsys)
+    return out
+
+
+@pytest.mark.parametrize("with_ce", [True, False], ids=["from CE", "from an IB run"])
+def test_shared_epochs_are_trained_once_with_the_same_bits(with_ce, separate, tmp_path, capsys, three_epochs):
+    chosen = cell(FOUR if with_ce else FOUR[1:])
+    chosen += [*cell(["CE"], ["ib-lr"]), *cell(["LDAM", "LDAM-DRW"])] if with_ce else []
+    executor = InProcess(capsys)
+    work, failed, text = drive(chosen, tmp_path / "shared", executor)
+    assert failed == []
+    forks = [name for name, command in executor.commands if command[command.index("--resume") + 1] != "auto"]
+    assert len(forks) == (5 if with_ce else 2)
+    for run in chosen:
+        script_runner.assert_same_weights(newest(tmp_path / "shared", run), newest(separate, run))
+        logs = [script_runner.read_logs(out / "log" / run.name) for out in (tmp_path / "shared", separate)]
+        assert logs[0] == logs[1]
+    epochs = sum("done in" in line for run in chosen for line in work.output(run).read_text().splitlines())
+    assert epochs == (3 + 3 * 1 + 2 + 3 + 1 if with_ce else 3 + 1 + 1)
+    assert text.count("done ") == len(chosen)
+
+
+def test_finished_runs_are_skipped_and_their_records_are_small_and_complete(three_epochs, tmp_path, capsys):
+    chosen = cell(["CE", "IB"])
+    drive(chosen, tmp_path, InProcess(capsys))
+    executor = InProcess(capsys)
+    assert drive(chosen, tmp_path, executor)[1] == []
+    assert executor.commands == []
+    summary = driver.records.read(tmp_path / "log")[0]
+    record = driver.records.read(tmp_path / "results")[0]
+    assert [r["test"]["acc1"] for r in record["history"]] == pytest.approx(
+        [r["test"]["acc1"] for r in summary["history"]], abs=1e-4
+    )
+    assert record["split"] == summary["split"]
+    assert record["last"]["per_class"] == pytest.approx(summary["last"]["per_class"], abs=1e-4)
+    assert str(tmp_path) not in (tmp_path / "results" / f"{chosen[0].name}.json").read_text()
+
+
+def test_a_failed_run_is_named_the_rest_goes_on_and_the_next_time_it_runs(three_epochs, tmp_path, capsys):
+    chosen = cell(FOUR)
+    work, failed, text = drive(chosen, tmp_path, InProcess(capsys, broken=["_CE_", "IBFocal"]))
+    assert failed == [chosen[0], chosen[3]]
+    assert text.count("failed ") == 2
+    assert [work.state[run] for run in chosen] == ["failed", "done", "done", "failed"]
+    executor = InProcess(capsys)
+    assert drive(chosen, tmp_path, executor)[1] == []
+    assert [name for name, _ in executor.commands] == [chosen[0].name, chosen[3].name]
+
+
+def test_a_run_whose_machine_goes_away_goes_on_and_is_given_up_in_the_end(three_epochs, tmp_path, capsys):
+    class Losing(InProcess):
+        def wait(self, seconds):
+            return [(run, executors.LOST) for run, _ in super().wait(seconds)]
+
+    (run,) = chosen = cell(["CE"])
+    executor = Losing(capsys)
+    _, failed, text = drive(chosen, tmp_path, executor)
+    assert failed == [run]
+    assert text.count("it goes on elsewhere") == driver.MAX_LOSSES
+    assert len(executor.commands) == driver.MAX_LOSSES + 1
+
+
+def test_starts_of_figure_3_fork_from_one_run(three_epochs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(runs.VARIANTS, "start001", {"start_ib_epoch": 1})
+    chosen = cell(["IB"], ["", "start001"])
+    work, failed, _ = drive(chosen, tmp_path, InProcess(capsys))
+    assert failed == []
+    command = work.command(chosen[1])
+    assert "--keep_warmup" in command
+    assert (tmp_path / "checkpoint" / chosen[1].name / "ckpt.epoch001.pth.tar").exists()
+    assert "goes on from" in work.output(chosen[1]).read_text()
+
+
+def test_only_one_driver_works_in_a_folder(tmp_path, capsys):
+    with driver.only_driver(tmp_path), pytest.raises(SystemExit) as stop:
+        reproduce.main(["run", "--table", "2", "--out", str(tmp_path)])
+    assert stop.value.code == 1
+    assert "another reproduce.py run works in" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ as processes
+
+
+def arguments(out, methods, *flags):
+    """reproduce.py run of short digits runs, shortened to three epochs by flags of the scripts."""
+    select = ["--dataset", "digits", "--ratio", "20", "--protocol", "short", "--method", *methods]
+    extra = ["-a", "resnet20", "--batch-size", "128", *LENGTH]
+    return [sys.executable, str(REPOSITORY / "reproduce.py"), "run", *select, "--out", str(out), *flags, "--", *extra]
+
+
+def state_of(pid):
+    """(state, parent) of a process, None where there is none."""
+    with contextlib.suppress(OSError):
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return fields[0], int(fields[1])
+    return None
+
+
+def is_alive(pid):
+    return state_of(pid) is not None and state_of(pid)[0] not in "ZX"
+
+
+def children(parent):
+    pids = [int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if (state := state_of(pid)) and state[1] == parent]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="needs Linux's /proc")
+def test_a_killed_driver_takes_its_children_along_and_goes_on_afterwards(tmp_path):
+    command = arguments(tmp_path, ["CE"])
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=script_runner.environment())
+    run = Run("digits", "exp", 20, "CE", protocol="short")
+    log = tmp_path / "log" / run.name / "log_test.csv"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2)
+    (child,) = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not is_alive(child))
+    assert 2 <= log.read_text().count("\n") < 4, "stopped in the middle"
+    subprocess.run(command, check=True, env=script_runner.environment(), capture_output=True)
+    assert "goes on from" in (tmp_path / "output" / f"{run.name}.txt").read_text()
+    whole = run.argv(tmp_path / "whole")[1:]
+    extra = command[command.index("--") + 1 :]
+    assert script_runner.run_process([*whole, "--threads", "1", *extra], tmp_path).returncode == 0
+    script_runner.assert_same_weights(newest(tmp_path, run), newest(tmp_path / "whole", run))
+
+
+def test_a_run_that_fails_gives_status_1_and_names_its_log(tmp_path):
+    command = [*arguments(tmp_path, ["CE"]), "--pretrained", "nowhere.pth"]
+    done = subprocess.run(command, capture_output=True, text=True, env=script_runner.environment())
+    assert done.returncode == 1
+    assert "no checkpoint at nowhere.pth" in done.stdout
+    assert "output/digits_resnet20_CE_None_exp_0.05_short_s0.txt" in done.stdout
+    assert done.stderr.splitlines()[-1] == (
+        "reproduce.py: error: 1 of 1 runs failed; the same command tries them again"
+    )
