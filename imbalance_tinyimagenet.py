@@ -27,7 +27,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import imbalance
-from utils import DataError, command, locked
+from utils import DataError, command, locked, open_picture
 
 FOLDER, ARCHIVE = "tiny-imagenet-200", "tiny-imagenet-200.zip"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -100,18 +100,8 @@ IMBALANCETINYIMAGENET = IMBALANETINYIMGNET
 
 
 def read_picture(path):
-    """A picture as (H, W, 3) uint8; greyscale becomes RGB.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be decoded ({str(error).replace(repr(path), 'the file')})") from None
+    """A picture as (H, W, 3) uint8; greyscale becomes RGB. Raises DataError: it cannot be decoded."""
+    return np.asarray(open_picture(path))
 
 
 # --------------------------------------------------------------------------------------- putting it in order

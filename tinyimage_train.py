@@ -49,7 +49,7 @@ def build_parser():
         "paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold",
     )  # fmt: skip
     flags.add_data_flags(parser, ["tinyimagenet"])
-    flags.add_model_flags(parser, list(models.IMAGENET_NETS), "resnet18", imagenet=True)
+    flags.add_model_flags(parser, list(models.IMAGENET_NETS), "resnet18", pretrained="imagenet")
     flags.add_picture_flags(parser, image_size=224)
     # the official code's 160 for DRW never comes in 100 epochs: it starts where the lr falls, as on CIFAR
     flags.add_method_flags(parser, drw_epoch=90)

@@ -8,6 +8,7 @@ import functools
 import os
 import platform
 import signal
+import struct
 import sys
 
 import numpy as np
@@ -92,6 +93,21 @@ def locked(folder):
         yield
     finally:
         os.close(handle)
+
+
+def open_picture(path):
+    """A picture file as an RGB PIL image; greyscale becomes RGB.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be decoded ({str(error).replace(repr(path), 'the file')})") from None
 
 
 # ---------------------------------------------------------------------------------------------- randomness

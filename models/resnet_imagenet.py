@@ -19,15 +19,19 @@ WEIGHTS = "IMAGENET1K_V1"
 def imagenet_weights(name):
     """The state dict of torchvision's net `name`, trained on ImageNet; downloaded once, its hash checked.
 
+    The oldest weights that torchvision has, which are the published ones; without those of auxiliary outputs.
+
     Raises:
         DataError: no network, or a damaged file; the message names the ways out.
     """
-    entry = torchvision.models.get_model_weights(name)[WEIGHTS]
+    entries = torchvision.models.get_model_weights(name)
+    entry = entries[WEIGHTS] if WEIGHTS in entries.__members__ else entries.DEFAULT
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub sets none, and a blocked network would hang for minutes
     try:
         with contextlib.redirect_stderr(sys.stdout):  # standard error is for errors
-            return entry.get_state_dict(progress=sys.stdout.isatty(), check_hash=True)
+            weights = entry.get_state_dict(progress=sys.stdout.isatty(), check_hash=True)
+        return {name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")}
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as error:
         raise DataError(
             f"no ImageNet weights of {name} (from {entry.url}: {error}): name such a file with --pretrained PATH, "

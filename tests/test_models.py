@@ -275,6 +275,59 @@ def test_with_feature_norm(family, layer, by_name):
     assert list(net.state_dict()) == keys
 
 
+#: family -> (net, its last layer)
+FAMILIES = {
+    "alexnet": "classifier.6", "convnext_tiny": "classifier.2", "efficientnet_b0": "classifier.1",
+    "googlenet": "fc", "inception_v3": "fc", "maxvit_t": "classifier.5", "mnasnet0_5": "classifier.1",
+    "mobilenet_v2": "classifier.1", "mobilenet_v3_small": "classifier.3", "regnet_y_400mf": "fc", "resnet18": "fc",
+    "shufflenet_v2_x0_5": "fc", "swin_t": "head", "vgg11": "classifier.6", "vit_b_32": "heads.head",
+    "densenet121": "classifier",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "layer"), FAMILIES.items())
+def test_last_layer_of_torchvisions_families_is_found(arch, layer):
+    with torch.device("meta" if arch != "regnet_y_400mf" else "cpu"):
+        net = models.torchvision_net(arch, 5)
+    assert models.last_linear(net) == layer
+    assert net.get_submodule(layer).out_features == 5
+
+
+#: Ten families, at a size that each takes.
+SIZES = {
+    "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "mnasnet0_5": 32, "mobilenet_v2": 32,
+    "mobilenet_v3_small": 32, "regnet_y_400mf": 32, "resnet18": 32, "shufflenet_v2_x0_5": 32, "swin_t": 32,
+    "vit_b_32": 224, "googlenet": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "size"), SIZES.items())
+def test_wrapped_net_gives_the_same_logits_and_the_norm_of_what_enters_the_last_layer(arch, size):
+    torch.manual_seed(0)
+    net = models.torchvision_net(arch, 5).eval()
+    plain = torchvision.models.get_model(arch, num_classes=5, **({"aux_logits": False} if arch == "googlenet" else {}))
+    plain.load_state_dict(net.state_dict())
+    plain.eval()
+    hidden, x = [], torch.randn(2, 3, size, size)
+    plain.get_submodule(FAMILIES[arch]).register_forward_pre_hook(lambda layer, args: hidden.append(args[0]))
+    with torch.no_grad():
+        expected, (logits, features) = plain(x), net(x)
+    assert torch.equal(logits, expected)
+    torch.testing.assert_close(features, hidden[0].abs().sum(1, keepdim=True))
+    assert (features > 0).all()
+
+
+def test_auxiliary_outputs_are_left_out():
+    net = torchvision.models.googlenet(num_classes=4, aux_logits=True, init_weights=False).train()
+    logits, features = models.with_feature_norm(net)(torch.randn(2, 3, 64, 64))
+    assert (logits.shape, features.shape) == ((2, 4), (2, 1))
+
+
+def test_net_without_a_linear_layer():
+    with pytest.raises(ValueError, match="SqueezeNet has no linear layer"):
+        models.with_feature_norm(torchvision.models.squeezenet1_1(num_classes=3))
+
+
 @pytest.mark.parametrize(("norm", "expected"), [("l1", 7.0), ("l2", 5.0), ("linf", 4.0)])
 def test_with_feature_norm_of_known_numbers(norm, expected):
     net = models.with_feature_norm(nn.Sequential(nn.Identity(), nn.Linear(2, 3)), "1", norm)

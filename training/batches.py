@@ -28,7 +28,7 @@ class TensorBatches:
         self.targets = torch.as_tensor(targets, dtype=torch.int64).to(device)
         self.batch_size, self.padding, self.seed = batch_size, padding, seed
         width = self.images.shape[2]
-        self.mean = torch.tensor(mean, device=device).repeat(width)  # of a row: a long inner loop, not one of three
+        self.mean = torch.tensor(mean, device=device).repeat(width)
         self.std = torch.tensor(std, device=device).repeat(width)
 
     def __len__(self):
@@ -51,18 +51,22 @@ class TensorBatches:
         for start in range(0, n, self.batch_size):
             batch = slice(start, start + self.batch_size)
             images = crop_and_flip(self.images[order[batch]], offsets[batch], flips[batch], self.padding)
-            yield self.normalise(images), self.targets[order[batch]]
+            yield normalise(images, self.mean, self.std), self.targets[order[batch]]
 
     def eval_epoch(self):
         """The batches in order, not augmented."""
         for start in range(0, len(self.targets), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            yield self.normalise(self.images[batch]), self.targets[batch]
+            yield normalise(self.images[batch], self.mean, self.std), self.targets[batch]
 
-    def normalise(self, images):
-        """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in channels-last layout, as ToTensor and Normalize do."""
-        rows = images.reshape(*images.shape[:2], -1).float()
-        return rows.div_(255).sub_(self.mean).div_(self.std).view(images.shape).permute(0, 3, 1, 2)
+
+def normalise(images, mean, std):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in channels-last layout, as ToTensor and Normalize do.
+
+    mean, std: of the channels, repeated for each pixel of a row, so that the inner loop is long.
+    """
+    rows = images.reshape(*images.shape[:2], -1).float()
+    return rows.div_(255).sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
 
 
 def crop_and_flip(images, offsets, flips, padding):

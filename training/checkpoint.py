@@ -198,10 +198,11 @@ def _check_parts(state, path):
         raise DataError(f"{path} holds no training checkpoint of ours: its {bad[0]!r} is not one")
 
 
-def load_weights(model, state_dict, path, new_head=False):
+def load_weights(model, state_dict, path, new_head=None):
     """Load a state dict into `model`, with or without the 'module.' prefix of DataParallel.
 
-    With `new_head`, a last layer `fc` of another form (1000 classes, LDAM's head) is left as the net has it.
+    `new_head` is the name of a layer that is left as the net has it where the weights have another form of it (1000
+    classes, LDAM's head).
 
     Raises:
         DataError: names or shapes that do not fit, with the first one.
@@ -209,7 +210,7 @@ def load_weights(model, state_dict, path, new_head=False):
     weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     own = model.state_dict()
     if new_head:
-        weights = _with_own_head(own, weights)
+        weights = _with_own_head(own, weights, new_head + ".")
     for name in [*own, *weights]:
         if name not in weights or name not in own:
             where = "the checkpoint lacks" if name not in weights else "the net lacks"
@@ -220,12 +221,12 @@ def load_weights(model, state_dict, path, new_head=False):
     model.load_state_dict(weights)
 
 
-def _with_own_head(own, weights):
+def _with_own_head(own, weights, prefix):
     def head(state):
-        return {name: tensor.shape for name, tensor in state.items() if name.startswith("fc.")}
+        return {name: tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
 
     if head(own) != head(weights):
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
         weights |= {name: own[name] for name in head(own)}
     # torchvision's older files lack batch norm's counters
     return {**{name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}, **weights}

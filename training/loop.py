@@ -14,7 +14,7 @@ from training.metrics import Counts, group_accuracy
 from training.precision import Precision
 from training.records import Progress, Records, best_epoch, shown
 from training.resume import adopt
-from utils import DataError, epoch_seed
+from utils import DataError, UsageError, epoch_seed
 
 
 class NonFiniteLoss(DataError):
@@ -184,6 +184,13 @@ def _epoch(run, epoch, stage, criterion, optimizer, progress, rates):
             "a smaller --alpha (or --alpha auto), or a smaller --lr" if criterion.needs_features else "a smaller --lr"
         )
         raise NonFiniteLoss(f"the loss is not finite in epoch {epoch}, batch {bad}: try {hint}") from None
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(
+            f"--batch-size {options.batch_size} leaves a last batch of one picture, which batch norm cannot take at "
+            "this size of pictures: choose another"
+        ) from None
     factor = train.pop("ib_factor")
     train["seconds"] = time.monotonic() - started
     evaluated = time.monotonic()

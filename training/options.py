@@ -37,7 +37,7 @@ INCIDENTAL = frozenset(
 SHARED = (
     "dataset", "arch", "num_classes", "use_norm", "imb_type", "imb_factor", "rand_number", "val_fraction",
     "seed", "batch_size", "momentum", "weight_decay", "amp", "pretrained",
-    "image_size", "crop",
+    "image_size", "crop", "test_fraction",
 )  # fmt: skip
 
 CROPS = ("resized", "padded")
@@ -80,9 +80,20 @@ def _alpha(text):
 _alpha.__name__ = "number"  # what argparse calls it
 
 
+def _plain_name(text):
+    """An argparse type: a part of a folder's name."""
+    if not text or os.sep in text or not text.isprintable():
+        raise argparse.ArgumentTypeError("it is part of a folder's name: printable, without a separator, not empty")
+    return text
+
+
 def add_data_flags(parser, datasets):
+    """`datasets`: their names, the first one is the default; None: any name."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default=datasets[0], choices=datasets, help="default: %(default)s")
+    if datasets is None:
+        group.add_argument("--dataset", type=_plain_name, metavar="NAME", help="default: the name of the data's folder")
+    else:
+        group.add_argument("--dataset", default=datasets[0], choices=datasets, help="default: %(default)s")
     group.add_argument("--data_dir", default="./data", help="folder of the data (default: %(default)s)")
     group.add_argument("--imb_type", default="exp", choices=IMB_TYPES, help="shape of the tail (default: %(default)s)")
     group.add_argument(
@@ -104,25 +115,33 @@ def add_data_flags(parser, datasets):
     )  # fmt: skip
 
 
-def add_model_flags(parser, archs, default, imagenet=False):
-    """`imagenet`: the nets have ImageNet weights, which are the default and what a bare --pretrained means."""
+def add_model_flags(parser, archs, default, pretrained=None):
+    """`pretrained`: of nets that have ImageNet weights, the default: 'imagenet' (as a bare --pretrained) or 'none'."""
     group = parser.add_argument_group("net")
-    group.add_argument("-a", "--arch", default=default, choices=archs, help="default: %(default)s")
-    const, metavar = ("imagenet", "imagenet|none|PATH") if imagenet else ("published", "none|PATH")
+    shown = "NAME" if len(archs) > 10 else None
     group.add_argument(
-        "--pretrained", nargs="?", const=const, default="imagenet" if imagenet else None, metavar=metavar,
-        help="start from the weights of this checkpoint" + (", or torchvision's (default: imagenet)" * imagenet),
+        "-a", "--arch", default=default, choices=archs, metavar=shown,
+        help="default: %(default)s" + ("; any of torchvision's classifiers" if shown else ""),
+    )  # fmt: skip
+    const, metavar = ("imagenet", "imagenet|none|PATH") if pretrained else ("published", "none|PATH")
+    or_imagenet = f", or torchvision's (default: {pretrained})" if pretrained else ""
+    group.add_argument(
+        "--pretrained", nargs="?", const=const, default=pretrained, metavar=metavar,
+        help="start from the weights of this checkpoint" + or_imagenet,
     )  # fmt: skip
 
 
-def add_picture_flags(parser, image_size):
+def add_picture_flags(parser, image_size, crops=CROPS):
+    """`crops`: the choices of --crop; None: no such flag."""
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--image_size", default=image_size, type=_number(int, low=8, high=1024), metavar="N",
         help="side of the square that the net sees (default: %(default)s)",
     )  # fmt: skip
+    if crops is None:
+        return
     group.add_argument(
-        "--crop", default="resized", choices=CROPS,
+        "--crop", default="resized", choices=crops,
         help="training crops: resized: RandomResizedCrop, tested on the centre of pictures resized to 256/224 of "
         "that side; padded: RandomCrop of the picture padded by an eighth, tested whole (default: %(default)s)",
     )  # fmt: skip
@@ -245,7 +264,13 @@ def add_run_flags(parser, workers_help="number of data loading processes"):
         metavar="N",
         help="also keep the checkpoints after N epochs",
     )
-    flag("--exp_str", default="0", metavar="NAME", help="last part of the run's name (default: %(default)s)")
+    flag(
+        "--exp_str",
+        default="0",
+        type=_plain_name,
+        metavar="NAME",
+        help="last part of the run's name (default: %(default)s)",
+    )
     flag("--root_log", default="log", metavar="DIR", help="default: %(default)s")
     flag("--root_model", default="checkpoint", metavar="DIR", help="default: %(default)s")
     flag("--dry_run", action="store_true", help="print the recipe, one CSV row an epoch, and stop")
@@ -282,8 +307,6 @@ def complete(options):
         raise UsageError(f"--start-epoch {options.start_epoch} is past the last epoch, {options.epochs - 1}")
     if options.evaluate and not options.resume:
         raise UsageError("--evaluate needs --resume PATH")
-    if not options.exp_str or os.sep in options.exp_str or not options.exp_str.isprintable():
-        raise UsageError("--exp_str is part of a folder's name: it must be printable, without a separator, not empty")
     options.use_norm = options.loss_type == "LDAM"
     if options.pretrained == "none":
         options.pretrained = None

@@ -249,5 +249,5 @@ def load_for_evaluation(options, model_folder):
                 f"{options.resume} is of another run: {name} is {settings[name]!r} there and "
                 f"{here!r} here (--force goes on all the same)"
             )
-    options.use_norm = checkpoint.has_normalised_head(state["state_dict"])
+    options.use_norm = settings.get("use_norm", checkpoint.has_normalised_head(state["state_dict"]))
     return state

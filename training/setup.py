@@ -228,12 +228,12 @@ def load_pretrained(options, model):
 
     The nets of ImageNet keep their own last layer where the weights have one of another form.
     """
+    new_head = None if options.arch in models.CIFAR_NETS else models.head_of(model)
     if options.pretrained == "imagenet":
         weights = models.imagenet_weights(options.arch)
-        checkpoint.load_weights(model, weights, "the file of ImageNet's weights", new_head=True)
+        checkpoint.load_weights(model, weights, "the file of ImageNet's weights", new_head)
     elif options.pretrained == "published":
         warn("there are no published weights for these nets: --pretrained without a PATH changes nothing")
     elif options.pretrained:
         weights = checkpoint.load(options.pretrained, bare=True)["state_dict"]
-        new_head = options.arch in models.IMAGENET_NETS
         checkpoint.load_weights(model, weights, options.pretrained, new_head)

@@ -1,0 +1,163 @@
+"""inat_train.py on small real pictures in iNaturalist 2018's official layout: recipe, runs, what the check finds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from script_runner import assert_same_weights, messages, read_csv, read_logs
+from test_folder_train import IB, fails, run, run_ok
+from tinyimagenet_maker import picture
+
+import imbalance_inat
+import inat_train
+from utils import DataError
+
+#: Training pictures of each class: a natural long tail. The ids of the classes have gaps, as in parts of the real data.
+TAIL, IDS = (24, 11, 5, 2), (3, 10, 4000, 8141)
+RUN = [
+    "-a", "shufflenet_v2_x0_5", "--image_size", "32", "--batch-size", "9", "--epochs", "3", "--start_ib_epoch", "1",
+    "--milestones", "2", "--seed", "0", "--threads", "1", "-j", "0",
+]  # fmt: skip
+
+
+def make_inat(root):
+    """The official layout below `root`: pictures, train2018.json, val2018.json."""
+    root = Path(root)
+    for part, counts, first in (("train", TAIL, 0), ("val", (2,) * len(TAIL), 40)):
+        images, annotations = [], []
+        for label, (number_of_class, count) in enumerate(zip(IDS, counts, strict=True)):
+            for number in range(count):
+                key = len(images) + (0 if part == "train" else 1000)
+                name = f"train_val2018/Plantae/{number_of_class}/{part}{number}.jpg"
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                picture(label, first + number).save(root / name, quality=95)
+                images.append({"id": key, "file_name": name, "width": 64, "height": 64})
+                annotations.append({"id": key, "image_id": key, "category_id": number_of_class})
+        categories = [{"id": k, "name": f"species {k}", "supercategory": "Plantae"} for k in IDS]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"{part}2018.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_inat(tmp_path_factory.mktemp("inat"))
+
+
+@pytest.fixture
+def copy(data, tmp_path):
+    return shutil.copytree(data, tmp_path / "copy")
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_papers_recipe_is_the_default(tmp_path):
+    rows = run_ok(tmp_path, "--dry_run", *IB, script=inat_train).split()
+    recipe = [row.split(",") for row in rows[1:]]
+    assert len(recipe) == 200
+    assert [(int(e), float(lr), loss, weights) for e, lr, loss, weights, _ in recipe if e in ("0", "29", "30")] == [
+        (0, 0.01, "CE", "none"), (29, 0.01, "CE", "none"), (30, 0.001, "CE", "none"),
+    ]  # fmt: skip
+    assert [row[2] for row in recipe].index("IB") == 50
+    assert [float(recipe[e][1]) for e in (50, 179, 180, 199)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
+    assert inat_train.build_parser().parse_args([]).arch == "resnet50"
+
+
+def test_load_orders_classes_by_id_and_keeps_the_natural_tail(data, capsys):
+    train, val = imbalance_inat.load(str(data))
+    assert [train.targets.count(k) for k in range(4)] == list(TAIL)
+    assert val.targets == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert train.classes == val.classes == [f"species {k}" for k in IDS]
+    for path, target in zip(train.paths, train.targets, strict=True):
+        assert Path(path).parent.name == str(IDS[target])
+        assert Path(path).exists()
+    assert "4 classes, iNaturalist 2018 has 8142" in capsys.readouterr().err
+
+
+def test_run_resume_and_evaluation(data, tmp_path):
+    args = ["--data_dir", data, *RUN, *IB]
+    out = run_ok(tmp_path, *args, "--exp_str", "whole", script=inat_train)
+    assert "class counts: 24 11 5 2, total 42" in out
+    run_ok(tmp_path, "--data_dir", data, *RUN, script=inat_train)
+    trunk = tmp_path / "checkpoint" / "inat2018_shufflenet_v2_x0_5_CE_None_none_0.01_0" / "ckpt.epoch001.pth.tar"
+    run_ok(tmp_path, *args, "--resume", trunk, script=inat_train)
+    names = [f"inat2018_shufflenet_v2_x0_5_IB_IBReweight_none_0.01_{exp}" for exp in ("0", "whole")]
+    assert_same_weights(*(tmp_path / "checkpoint" / name / "ckpt.pth.tar" for name in names))
+    assert read_logs(tmp_path / "log" / names[0]) == read_logs(tmp_path / "log" / names[1])
+    last = read_csv(tmp_path / "log" / names[0] / "log_test.csv")[-1]
+    assert (last["many"], float(last["medium"]) >= 0, float(last["few"]) >= 0) == ("n/a", True, True)
+    out = run_ok(tmp_path, *args, "-e", "--resume", "auto", script=inat_train)
+    assert f"acc1 {float(last['acc1']):.2f}" in out
+
+
+def test_missing_pictures_are_named(copy, tmp_path):
+    for name in ("train0.jpg", "val1.jpg"):
+        (copy / "train_val2018" / "Plantae" / "4000" / name).unlink()
+    line = fails(tmp_path, "--data_dir", copy, *RUN, script=inat_train)
+    assert (
+        "2 of 50 pictures are not there: train_val2018/Plantae/4000/train0.jpg, train_val2018/Plantae/4000/val1" in line
+    )
+
+
+def test_picture_in_no_class_is_named(copy, tmp_path):
+    change(copy / "train2018.json", lambda content: content["annotations"].pop(5))
+    line = fails(tmp_path, "--data_dir", copy, *RUN, script=inat_train)
+    assert "1 pictures in no class: train_val2018/Plantae/3/train5.jpg" in line
+
+
+def test_picture_that_no_annotation_names_is_left_out(copy, tmp_path):
+    picture(0, 9).save(copy / "train_val2018" / "Plantae" / "3" / "stray.jpg")
+    status, out, err = run(tmp_path, "--data_dir", copy, *RUN, "--epochs", "1", "--milestones", script=inat_train)
+    assert status == 0
+    assert "1 pictures that no annotation names are left out: train_val2018/Plantae/3/stray.jpg" in err
+    assert "total 42" in out
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/hosts.jpg", "train_val2018/../../secret.jpg", "elsewhere/a.jpg", "train_val2018\\..\\a.jpg", 7]
+)
+def test_paths_outside_the_data_are_refused(copy, tmp_path, name):
+    change(copy / "val2018.json", lambda content: content["images"][0].update(file_name=name))
+    line = fails(tmp_path, "--data_dir", copy, *RUN, script=inat_train)
+    assert "names pictures outside train_val2018" in line
+
+
+def test_class_without_training_pictures_is_named(copy, tmp_path):
+    def remove(content):
+        gone = {row["image_id"] for row in content["annotations"] if row["category_id"] == 10}
+        content["annotations"] = [row for row in content["annotations"] if row["image_id"] not in gone]
+        content["images"] = [image for image in content["images"] if image["id"] not in gone]
+
+    change(copy / "train2018.json", remove)
+    assert "classes without training pictures: species 10" in fails(
+        tmp_path, "--data_dir", copy, *RUN, script=inat_train
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no annotation file"),
+        ("[]", "is no annotation file"),
+        ('{"images": [], "annotations": [{"id": 1}]}', "is no annotation file"),
+        (
+            '{"images": [], "annotations": [{"image_id": 4, "category_id": 1}]}',
+            "annotations of pictures that it does not",
+        ),
+    ],
+)
+def test_malformed_annotations(copy, content, message):
+    (copy / "train2018.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        imbalance_inat.load(str(copy))
+
+
+def test_no_data(tmp_path):
+    line = fails(tmp_path, "--data_dir", "nowhere", *RUN, script=inat_train)
+    assert "no nowhere/train2018.json" in line
+    assert len(messages(line)) == 1
