@@ -20,7 +20,7 @@ from utils import command
 def build_parser():
     """The flags: those of folder_train.py, with the paper's recipe as defaults."""
     parser = flags.Parser(description=__doc__, formatter_class=flags.HelpFormatter, prog="inat_train.py")
-    flags.add_data_flags(parser, ["inat2018"])
+    flags.add_data_flags(parser, ["inaturalist"])
     flags.add_model_flags(parser, models.torchvision_archs(), "resnet50", pretrained="none")
     flags.add_picture_flags(parser, image_size=224, crops=None)
     flags.add_method_flags(parser, drw_epoch=180)

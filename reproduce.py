@@ -151,12 +151,16 @@ def write_report(options):
     """report.md and figures; prints where they are."""
     from paper import report
 
-    to = options.to or options.folders[0]
-    written = report.write(options.folders, to)
+    to, written = options.to or options.folders[0], []
+    missing = [folder for folder in options.folders if not os.path.isdir(folder)]
+    if missing:
+        raise DataError(f"no folder {missing[0]}")
     if options.influence:
         from paper import influence
 
+        os.makedirs(to, exist_ok=True)
         written += influence.draw(*options.influence, options.data_dir, to)
+    written += report.write(options.folders, to)
     print("written: " + " ".join(written))
 
 

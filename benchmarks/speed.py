@@ -29,7 +29,7 @@ KINDS = {
     "ReLU": ("relu", "clamp_min", "threshold"),
     "shortcuts": ("aten::add_",),
 }
-PARTS = ("steps", "profile", "pipeline", "tiny", "epoch", "side_by_side", "memory", "first")
+PARTS = ("steps", "profile", "pipeline", "tiny", "folder", "epoch", "side_by_side", "memory", "first")
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -186,6 +186,39 @@ def measure_tiny_pipeline(repeats, size):
         ratios[f"tiny_{part}_pipeline"] = ratio(times, "plain", "ours")
     torch.set_num_threads(threads)
     return rows, ratios
+
+
+def measure_folder_pipeline(repeats, size):
+    """JPEG files of 500 x 375 to normalised batches at 224, in this process: folder_train.py's against torchvision."""
+    import tempfile
+
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torchvision import datasets, transforms
+
+    from training.picture_files import IMAGENET_MEAN, IMAGENET_STD, FileBatches
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tail = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    augment = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), *tail])
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(f"{folder}/class")
+        for number in range(size):  # smooth noise: files of about the size of photographs
+            noise = np.random.RandomState(number).randint(0, 256, (94, 125, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((500, 375)).save(f"{folder}/class/{number}.jpg", quality=90)
+        plain = datasets.ImageFolder(folder, augment)
+        ours = FileBatches([path for path, _ in plain.samples], plain.targets, BATCH)
+        variants = {
+            "ours": lambda: [None for _ in ours.train_epoch(0)],
+            "plain": lambda: [None for _ in torch.utils.data.DataLoader(plain, BATCH, shuffle=True)],
+        }
+        interleave(variants, 1)  # warm-up
+        times = interleave(variants, repeats)
+    torch.set_num_threads(threads)
+    rows = {f"JPEG files/s at 224, train, {name}": of([size / t for t in values]) for name, values in times.items()}
+    return rows, {"folder_train_pipeline": ratio(times, "plain", "ours")}
 
 
 def measure_epoch(subjects, repeats):
@@ -407,6 +440,7 @@ def measure(options):
         "profile": lambda: measure_profile(subjects, steps),
         "pipeline": lambda: measure_pipeline(subjects, repeats, threads),
         "tiny": lambda: measure_tiny_pipeline(repeats, 64 if options.quick else 512),
+        "folder": lambda: measure_folder_pipeline(repeats, 32 if options.quick else 384),
         "epoch": lambda: measure_epoch(subjects, repeats),
         "side_by_side": lambda: measure_side_by_side(repeats, steps),
         "memory": lambda: measure_memory(1 if options.quick else 2, train_size),

@@ -223,13 +223,14 @@ def published():
 
 def cells_of_table(table):
     """The Runs behind a table of the paper (seed 0, full), each once, in its order."""
-    found = [_run_of(row) for row in published() if row["table"] == str(table)]
+    found = [run_of(row) for row in published() if row["table"] == str(table)]
     if table == 1:  # the other norms need `--alpha auto`: so does L1, to be compared with them
         found += [dataclasses.replace(run, variant="l1-auto") for run in found if run.variant == ""]
     return list(dict.fromkeys(found))
 
 
-def _run_of(row):
+def run_of(row):
+    """The Run (seed 0, full) behind a row of published.csv."""
     return Run(row["dataset"], row["imb_type"], row["ratio"], row["method"], row["variant"])
 
 

@@ -23,8 +23,8 @@ from training.picture_files import FileBatches
 
 COUNTS = (20, 10, 4)
 RUN = [
-    "-a", "shufflenet_v2_x0_5", "--image_size", "32", "--batch-size", "8", "--epochs", "3", "--milestones", "2", "--seed", "0",
-    "--threads", "1", "-j", "0", "--start_ib_epoch", "1",
+    "-a", "shufflenet_v2_x0_5", "--image_size", "32", "--batch-size", "8", "--epochs", "3", "--milestones", "2",
+    "--seed", "0", "--threads", "1", "-j", "0", "--start_ib_epoch", "1",
 ]  # fmt: skip
 IB = ["--loss_type", "IB", "--train_rule", "IBReweight"]
 

@@ -84,9 +84,9 @@ def test_run_resume_and_evaluation(data, tmp_path):
     out = run_ok(tmp_path, *args, "--exp_str", "whole", script=inat_train)
     assert "class counts: 24 11 5 2, total 42" in out
     run_ok(tmp_path, "--data_dir", data, *RUN, script=inat_train)
-    trunk = tmp_path / "checkpoint" / "inat2018_shufflenet_v2_x0_5_CE_None_none_0.01_0" / "ckpt.epoch001.pth.tar"
+    trunk = tmp_path / "checkpoint" / "inaturalist_shufflenet_v2_x0_5_CE_None_none_0.01_0" / "ckpt.epoch001.pth.tar"
     run_ok(tmp_path, *args, "--resume", trunk, script=inat_train)
-    names = [f"inat2018_shufflenet_v2_x0_5_IB_IBReweight_none_0.01_{exp}" for exp in ("0", "whole")]
+    names = [f"inaturalist_shufflenet_v2_x0_5_IB_IBReweight_none_0.01_{exp}" for exp in ("0", "whole")]
     assert_same_weights(*(tmp_path / "checkpoint" / name / "ckpt.pth.tar" for name in names))
     assert read_logs(tmp_path / "log" / names[0]) == read_logs(tmp_path / "log" / names[1])
     last = read_csv(tmp_path / "log" / names[0] / "log_test.csv")[-1]

@@ -8,10 +8,17 @@ import pytest
 import torch
 
 import cifar_train
+import folder_train
+import inat_train
 import tinyimage_train
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-SCRIPTS = {"cifar_train.py": cifar_train, "tinyimage_train.py": tinyimage_train}
+SCRIPTS = {
+    "cifar_train.py": cifar_train,
+    "tinyimage_train.py": tinyimage_train,
+    "folder_train.py": folder_train,
+    "inat_train.py": inat_train,
+}
 
 
 def commands():
