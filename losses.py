@@ -268,14 +268,23 @@ class _Weighted(nn.Module):
     """A loss with class weights kept as a buffer, so that `.to(device)` moves them."""
 
     needs_features = False
+    divides_by_weights = False  # or by the number of samples
 
     def __init__(self, weight=None):
         super().__init__()
         self.register_buffer("weight", None if weight is None else torch.as_tensor(weight), persistent=False)
 
+    def normaliser(self, target):
+        """What the sum over the batch was divided by, a 0-d tensor: whole batches are put together from parts by it."""
+        if self.weight is None or not self.divides_by_weights:
+            return torch.tensor(float(len(target)), device=target.device)
+        return self.weight[target].sum()
+
 
 class CrossEntropyLoss(_Weighted):
     """`cross_entropy` as a Module: criterion(logits, target)."""
+
+    divides_by_weights = True
 
     def forward(self, logits, target):
         return cross_entropy(logits, target, self.weight)
@@ -302,6 +311,8 @@ class LDAMLoss(_Weighted):
         s: scale, over 0.
     """
 
+    divides_by_weights = True
+
     def __init__(self, cls_num_list, max_m=0.5, weight=None, s=30):
         super().__init__(weight)
         if not s > 0:
@@ -320,6 +331,8 @@ class LogitAdjustedLoss(_Weighted):
         cls_num_list: K training-set counts.
         tau: weight of the prior, 0 or more.
     """
+
+    divides_by_weights = True
 
     def __init__(self, cls_num_list, tau=1.0, weight=None):
         super().__init__(weight)
@@ -359,6 +372,7 @@ class IBLoss(_Weighted):
             raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
         _nonnegative(epsilon=epsilon)
         self.auto_alpha = alpha == "auto"
+        self.of_whole_batch = None  # from means over a part of the batch to those over all of it, if it is dealt out
         if not self.auto_alpha and (isinstance(alpha, str) or not alpha > 0):
             raise ValueError(f"alpha must be over 0 or 'auto', got {alpha}")
         self.epsilon, self.norm, self.detach = epsilon, norm, detach
@@ -385,13 +399,10 @@ class IBLoss(_Weighted):
     @torch.no_grad()
     def _calibrate(self, logits, target, features):
         # written without a branch on tensor values: no synchronisation with the device
-        seen = torch.stack(
-            [
-                cross_entropy(logits, target).double(),
-                self._loss(logits, target, features, 1.0).double(),
-                torch.ones((), dtype=torch.float64, device=logits.device),
-            ]
-        )
+        means = torch.stack([cross_entropy(logits, target), self._loss(logits, target, features, 1.0)]).double()
+        if self.of_whole_batch is not None:
+            means = self.of_whole_batch(means)
+        seen = torch.cat([means, means.new_ones(1)])
         open_ = (self.calibration[2] < self.AUTO_BATCHES) & seen.isfinite().all()
         self.calibration += torch.where(open_, seen, torch.zeros_like(seen))
         ratio = self.calibration[0] / self.calibration[1].clamp_min(torch.finfo(torch.float64).tiny)

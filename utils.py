@@ -23,7 +23,9 @@ class DataError(Exception):
 
 
 def warn(message):
-    """A line on standard error that starts with 'warning:'."""
+    """A line on standard error that starts with 'warning:'; of torchrun's ranks the first one says it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 

@@ -7,11 +7,12 @@ on the CPU, so an epoch is the same whatever came before it and whatever the dev
 import torch
 from torch.nn import functional as F
 
+from training import distributed
 from utils import epoch_generator
 
 
 class TensorBatches:
-    """A data set held as one uint8 tensor on the device, dealt out in batches.
+    """A data set held as one uint8 tensor on the device, dealt out in batches; of each batch a rank gets its part.
 
     Args:
         images: (N, H, W, 3) uint8 array or tensor.
@@ -48,16 +49,20 @@ class TensorBatches:
         offsets = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=generator)
         flips = torch.rand(n, generator=generator) < 0.5
         order, offsets, flips = order.to(device), offsets.to(device), flips.to(device)
-        for start in range(0, n, self.batch_size):
-            batch = slice(start, start + self.batch_size)
+        for batch in parts(n, self.batch_size):
             images = crop_and_flip(self.images[order[batch]], offsets[batch], flips[batch], self.padding)
             yield normalise(images, self.mean, self.std), self.targets[order[batch]]
 
     def eval_epoch(self):
         """The batches in order, not augmented."""
-        for start in range(0, len(self.targets), self.batch_size):
-            batch = slice(start, start + self.batch_size)
+        for batch in parts(len(self.targets), self.batch_size):
             yield normalise(self.images[batch], self.mean, self.std), self.targets[batch]
+
+
+def parts(n, batch_size):
+    """This rank's part of each batch of [0, n), as slices."""
+    for start in range(0, n, batch_size):
+        yield slice(*distributed.part(start, min(start + batch_size, n)))
 
 
 def normalise(images, mean, std):
@@ -65,7 +70,7 @@ def normalise(images, mean, std):
 
     mean, std: of the channels, repeated for each pixel of a row, so that the inner loop is long.
     """
-    rows = images.reshape(*images.shape[:2], -1).float()
+    rows = images.flatten(2).float()
     return rows.div_(255).sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 import torch
 
-from training.batches import sample
+from training.batches import parts, sample
 from utils import DataError, epoch_generator, locked, warn
 
 #: Part of the cache's key: to be raised when `decode_once` writes something else.
@@ -298,9 +298,8 @@ class ResizedCropBatches:
         def crop(part):
             return resized_crops(self.images[self.rows[order[part]]], boxes[part], flips[part], self.image_size)
 
-        for start in range(0, n, self.batch_size):
-            stop = min(start + self.batch_size, n)
-            yield self._batch(crop, start, stop), self.targets[order[start:stop]]
+        for batch in parts(n, self.batch_size):
+            yield self._batch(crop, batch.start, batch.stop), self.targets[order[batch]]
 
     def eval_epoch(self):
         """The batches in order, resized and cropped in the middle."""
@@ -308,9 +307,8 @@ class ResizedCropBatches:
         def crop(part):
             return resize(self.images[self.rows[part]], *self.central)
 
-        for start in range(0, len(self.targets), self.batch_size):
-            stop = min(start + self.batch_size, len(self.targets))
-            yield self._batch(crop, start, stop), self.targets[start:stop]
+        for batch in parts(len(self.targets), self.batch_size):
+            yield self._batch(crop, batch.start, batch.stop), self.targets[batch]
 
     def _batch(self, crop, start, stop):
         """The pictures from `start` to `stop`, made by `crop(slice)`, normalised: (B, 3, size, size), channels last."""
@@ -318,6 +316,6 @@ class ResizedCropBatches:
         batch = torch.empty(stop - start, size, size * 3, device=device)
         for first in range(start, stop, self.at_once):
             last = min(first + self.at_once, stop)
-            pixels = crop(slice(first, last)).view(last - first, size, -1)
+            pixels = crop(slice(first, last)).flatten(2)
             torch.sub(pixels, self.mean, out=batch[first - start : last - start]).div_(self.std)
         return batch.view(-1, size, size, 3).permute(0, 3, 1, 2)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import losses
-from training import checkpoint
+from training import checkpoint, distributed
 from training.criteria import build_criterion
 from training.metrics import Counts, group_accuracy
 from training.precision import Precision
@@ -22,7 +22,7 @@ class NonFiniteLoss(DataError):
 
 
 def train_one_epoch(model, batches, criterion, optimizer, num_classes, on_batch=None, precision=None):
-    """One pass over `batches`, an iterable of (images, targets) on the model's device.
+    """One pass over `batches`, an iterable of (images, targets) on the model's device: this rank's parts of them.
 
     Nothing is read from the device in between, but what `on_batch(batch, counts, first_bad)` reads.
 
@@ -40,15 +40,19 @@ def train_one_epoch(model, batches, criterion, optimizer, num_classes, on_batch=
     factors = torch.zeros(2, num_classes, device=device, dtype=torch.float64)
     first_bad = torch.full((), -1, device=device)
     for batch, (images, target) in enumerate(batches):
+        n = len(target)
+        if n == 0:  # a last batch smaller than the number of ranks: two blank pictures take part, and count nothing
+            images, target = images.new_zeros((2, *images.shape[1:])), target.new_zeros(2)
         with precision.autocast():
             logits, features = model(images)
         inputs = (logits, target, features) if criterion.needs_features else (logits, target)
-        loss = criterion(*inputs)
-        precision.step(loss, optimizer)
+        loss, weight = _loss_of_part(criterion, inputs, n)
+        precision.step(loss * distributed.size() if distributed.size() > 1 else loss, optimizer)
         first_bad = torch.where((first_bad < 0) & ~torch.isfinite(loss.detach()), batch, first_bad)
-        counts.add(logits.detach(), target, loss)
+        logits, target, features = logits.detach()[:n], target[:n], features.detach()[:n]
+        counts.add(logits, target, loss, weight)
         if criterion.needs_features:
-            factor = criterion.factor(logits.detach(), target, features.detach()).double()
+            factor = criterion.factor(logits, target, features).double()
             factors.index_add_(1, target, torch.stack([factor, torch.ones_like(factor)]))
         if on_batch is not None:
             on_batch(batch, counts, first_bad)
@@ -56,14 +60,29 @@ def train_one_epoch(model, batches, criterion, optimizer, num_classes, on_batch=
     return {**counts.read(), "ib_factor": _mean_factors(factors) if criterion.needs_features else None}
 
 
+def _loss_of_part(criterion, inputs, n):
+    """The loss of this rank's part of a batch, n samples, so that the ranks' sum is the loss of the whole batch.
+
+    Returns:
+        (loss, how often it counts in the epoch's mean: the samples of the whole batch, or None with one rank).
+    """
+    if distributed.size() == 1:
+        return criterion(*inputs), None
+    share = criterion.normaliser(inputs[1]).double() * (n > 0)
+    whole, samples = distributed.total(torch.stack([share, torch.full_like(share, n)]))
+    criterion.of_whole_batch = lambda means: distributed.total(means * n) / samples
+    return criterion(*inputs) * (share / whole), samples
+
+
 def raise_if_bad(first_bad):
-    """Raise NonFiniteLoss if a batch was noted."""
-    if first_bad.item() >= 0:
-        raise NonFiniteLoss(str(first_bad.item()))
+    """Raise NonFiniteLoss, on every rank, if a batch was noted on any."""
+    first_bad = distributed.smallest(torch.where(first_bad < 0, torch.iinfo(torch.int64).max, first_bad)).item()
+    if first_bad < torch.iinfo(torch.int64).max:
+        raise NonFiniteLoss(str(first_bad))
 
 
 def _mean_factors(factors):
-    return [s / n if n else None for s, n in zip(*factors.tolist(), strict=True)]
+    return [s / n if n else None for s, n in zip(*distributed.total(factors).tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -78,6 +97,8 @@ def evaluate(model, batches, class_counts, precision=None):
     precision = precision or Precision()
     counts = Counts(len(class_counts), next(model.parameters()).device)
     for images, target in batches:
+        if len(target) == 0:  # another rank's
+            continue
         with precision.autocast():
             logits, _ = model(images)
         counts.add(logits, target, F.cross_entropy(logits.float(), target))
@@ -117,19 +138,21 @@ class Run:
     start: object
 
     def __post_init__(self):
-        """The net as it is trained: compiled if asked for, with the weights of `model`."""
-        self.forward = self.model
+        """The net as it is trained, with the weights of `model`: gradients over all ranks, compiled if asked for."""
+        self.forward = distributed.wrap(self.model, self.options.sync_bn)
         if self.options.compile:
             on_cuda = next(self.model.parameters()).is_cuda
-            self.forward = torch.compile(self.model, mode="reduce-overhead" if on_cuda else None, dynamic=False)
+            self.forward = torch.compile(self.forward, mode="reduce-overhead" if on_cuda else None, dynamic=False)
 
 
 def fit(run):
-    """Train from `run.start` to the last epoch, keep records and checkpoints. Returns the history."""
+    """Train from `run.start` to the last epoch; rank 0 keeps records and checkpoints. Returns the history."""
     options, recipe, optimizer = run.options, run.recipe, run.optimizer
     run.precision.load_state_dict(run.start.scaler)
-    adopt(run.start, run.model_folder)
-    records = Records(run.log_folder, run.class_names, run.info, run.start.history)
+    history, records = list(run.start.history), None
+    if distributed.is_main():
+        adopt(run.start, run.model_folder)
+        records = Records(run.log_folder, run.class_names, run.info, history)
     progress = Progress(recipe.epochs, options.print_freq)
     rates = None
     if options.train_rule == "Resample":
@@ -144,13 +167,15 @@ def fit(run):
                 criterion = _criterion(run, stage, state)
             previous = stage
             record = _epoch(run, epoch, stage, criterion, optimizer, progress, rates)
-            history = [*records.history, record]
-            _save(run, history, optimizer, criterion)
-            records.add(record)
+            history = [*history, record]
+            if records is not None:
+                _save(run, history, optimizer, criterion)
+                records.add(record)
             progress.done(record["seconds"], _line(record, history, recipe.epochs))
     finally:
-        records.close()
-    return records.history
+        if records is not None:
+            records.close()
+    return history
 
 
 def _criterion(run, stage, state):
@@ -166,7 +191,7 @@ def _epoch(run, epoch, stage, criterion, optimizer, progress, rates):
     options, started = run.options, time.monotonic()
     for group in optimizer.param_groups:
         group["lr"] = stage.lr
-    torch.manual_seed(epoch_seed(options.seed, epoch))  # for nets with dropout
+    torch.manual_seed(epoch_seed(options.seed, epoch) + distributed.rank())  # for nets with dropout
     progress.epoch(epoch, len(run.train), stage.lr)
 
     def on_batch(batch, counts, first_bad):
@@ -191,6 +216,7 @@ def _epoch(run, epoch, stage, criterion, optimizer, progress, rates):
             f"--batch-size {options.batch_size} leaves a last batch of one picture, which batch norm cannot take at "
             "this size of pictures: choose another"
         ) from None
+    distributed.share_buffers(run.model)
     factor = train.pop("ib_factor")
     train["seconds"] = time.monotonic() - started
     evaluated = time.monotonic()

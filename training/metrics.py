@@ -3,13 +3,14 @@
 import torch
 
 from imbalance import groups
+from training import distributed
 
 #: A confusion matrix is kept up to this many classes.
 MAX_CONFUSION_CLASSES = 1000
 
 
 class Counts:
-    """Hits and losses summed on the device; `read()` is the only synchronisation.
+    """Hits and losses summed on the device; `read()` is the only synchronisation, with the other ranks too.
 
     All accuracies are percentages.
     """
@@ -25,11 +26,11 @@ class Counts:
         self.confusion = confusion
 
     @torch.no_grad()
-    def add(self, logits, target, loss):
-        """Count a batch: logits (N, K), target (N,), loss the batch's mean."""
+    def add(self, logits, target, loss, loss_weight=None):
+        """Count a batch: logits (N, K), target (N,), loss the batch's mean, which counts N times (or `loss_weight`)."""
         top = logits.topk(min(5, self.num_classes), dim=1).indices
         hit = top == target[:, None]
-        self.loss += loss.detach().double() * len(target)
+        self.loss += loss.detach().double() * (len(target) if loss_weight is None else loss_weight)
         self.hits[0] += len(target)
         self.hits[1] += hit[:, 0].sum()
         self.hits[2] += hit.sum()
@@ -41,13 +42,18 @@ class Counts:
 
     def read(self):
         """dict(loss, acc1, acc5, seen)."""
-        seen, top1, top5 = self.hits.tolist()
+        seen, top1, top5 = distributed.total(self.hits).tolist()
         n = max(seen, 1)
-        return {"loss": self.loss.item() / n, "acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "seen": seen}
+        return {
+            "loss": distributed.total(self.loss).item() / n,
+            "acc1": 100 * top1 / n,
+            "acc5": 100 * top5 / n,
+            "seen": seen,
+        }
 
     def per_class(self):
         """(accuracy of each class, a list with None for a class without images; confusion matrix or None)."""
-        table = self.table.view(-1, self.num_classes).cpu()
+        table = distributed.total(self.table).view(-1, self.num_classes).cpu()
         if self.confusion:
             hits, totals = table.diagonal(), table.sum(1)
         else:

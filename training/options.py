@@ -30,6 +30,7 @@ INCIDENTAL = frozenset(
         "threads",
         "compile",
         "deterministic",
+        "processes",
     )
 )
 #: Settings that a run and the checkpoint it starts from must share. The schedule and the constants of the
@@ -37,7 +38,7 @@ INCIDENTAL = frozenset(
 SHARED = (
     "dataset", "arch", "num_classes", "use_norm", "imb_type", "imb_factor", "rand_number", "val_fraction",
     "seed", "batch_size", "momentum", "weight_decay", "amp", "pretrained",
-    "image_size", "crop", "test_fraction",
+    "image_size", "crop", "test_fraction", "sync_bn",
 )  # fmt: skip
 
 CROPS = ("resized", "padded")
@@ -243,6 +244,7 @@ def add_run_flags(parser, workers_help="number of data loading processes"):
         choices=list(AMP_TYPES),
         help="mixed precision; the losses stay float32 (default: none)",
     )
+    flag("--sync_bn", action="store_true", help="batch norm over all GPUs, as on a single one (with torchrun)")
     flag("--compile", action="store_true", help="torch.compile; with CUDA graphs on a GPU")
     flag("--deterministic", action="store_true", help="bitwise repeatable on CUDA too, and slower there")
     flag("-j", "--workers", default=4, type=_number(int, low=0), metavar="N", help=workers_help)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
 from imbalance import choose, class_counts, count_classes
-from training.batches import normalise, sample
+from training.batches import normalise, parts, sample
 from training.image_batches import RESIZE_OVER_CROP, draw_boxes
 from utils import DataError, UsageError, epoch_generator, one_line, open_picture
 
@@ -69,6 +69,11 @@ class _Crops(Dataset):
         crop = self._central(image) if seed is None else self._random(image, seed)
         return torch.from_numpy(np.array(crop))
 
+    def stack(self, items):
+        """(B, size, size, 3) uint8, or the first error."""
+        error = next((item for item in items if isinstance(item, DataError)), None)
+        return error or (torch.stack(items) if items else torch.empty((0, self.size, self.size, 3), dtype=torch.uint8))
+
     def _central(self, image):
         shorter = functional.resize(image, round(self.size * RESIZE_OVER_CROP))
         return functional.center_crop(shorter, self.size)
@@ -78,11 +83,6 @@ class _Crops(Dataset):
         top, left, height, width = draw_boxes(1, image.height, image.width, generator)[0].tolist()
         crop = functional.resized_crop(image, top, left, height, width, [self.size, self.size])
         return functional.hflip(crop) if torch.rand((), generator=generator) < 0.5 else crop
-
-
-def _stack(items):
-    """(B, size, size, 3) uint8, or the first error."""
-    return next((item for item in items if isinstance(item, DataError)), None) or torch.stack(items)
 
 
 class FileBatches:
@@ -127,13 +127,13 @@ class FileBatches:
 
     def _batches(self, order, seeds):
         device, items = self.targets.device, list(zip(order, seeds, strict=True))
-        parts = [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
+        batches = [items[batch] for batch in parts(len(items), self.batch_size)]
         loader = DataLoader(
-            self.crops, batch_sampler=parts, num_workers=self.workers, collate_fn=_stack,
+            self.crops, batch_sampler=batches, num_workers=self.workers, collate_fn=self.crops.stack,
             pin_memory=device.type == "cuda",
         )  # fmt: skip
-        for part, images in zip(parts, _reading(loader), strict=True):
-            rows = torch.tensor([index for index, _ in part], device=device)
+        for batch, images in zip(batches, _reading(loader), strict=True):
+            rows = torch.tensor([index for index, _ in batch], dtype=torch.int64, device=device)
             yield normalise(images.to(device, non_blocking=True), self.mean, self.std), self.targets[rows]
 
 

@@ -171,11 +171,11 @@ def _check_same(options, state, path):
         if not options.force:
             raise UsageError(f"{path} is of another run: {first} (--force goes on all the same)")
         warn(f"{path} is of another run: {first}; --force goes on all the same")
-    if settings.get("threads") not in (None, options.threads):
-        warn(
-            f"{path} was made with {settings['threads']} threads, this run has {options.threads}: "
-            "the same run, but not to the last bit"
-        )
+    for name in ("threads", "processes"):
+        here = getattr(options, name, 1)
+        if settings.get(name) not in (None, here):
+            made = f"{path} was made with {settings[name]} {name}, this run has {here}"
+            warn(f"{made}: the same run, but not to the last bit")
 
 
 def _first_difference_in_plan(mine, theirs, epochs):

@@ -1,5 +1,6 @@
 """From flags to a run: what every script does before the first epoch and after the last one."""
 
+import contextlib
 import copy
 import json
 import os
@@ -10,14 +11,14 @@ import torch
 
 import models
 from imbalance import GROUP_RULE, count_classes, groups, hold_out, split_sha256
-from training import checkpoint, plots
+from training import checkpoint, distributed, plots
 from training.folders import claimed
 from training.loop import Run, evaluate, fit, make_optimizer
 from training.options import dry_run, recipe_of, settings_of, store_name
 from training.precision import Precision, set_determinism
 from training.records import best_epoch, shown
 from training.resume import Finished, clear, find_start, load_for_evaluation
-from utils import DataError, UsageError, choose_device, draw_seed, duration, versions, warn
+from utils import DataError, UsageError, draw_seed, duration, versions, warn
 
 
 def train_or_evaluate(options, load_data, build_model, make_batches):
@@ -32,34 +33,53 @@ def train_or_evaluate(options, load_data, build_model, make_batches):
     if options.dry_run:
         print(dry_run(options))
         return
-    device = choose_device(options.gpu)
+    device = distributed.start(options.gpu)
+    try:
+        _train_or_evaluate(options, load_data, build_model, make_batches, device)
+    finally:
+        distributed.stop()
+
+
+def _train_or_evaluate(options, load_data, build_model, make_batches, device):
     if options.amp == "fp16" and device.type == "cpu":
         raise UsageError("--amp fp16 needs a CUDA device; --amp bf16 runs on the CPU too")
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.threads = torch.get_num_threads()
+    options.threads, options.processes = torch.get_num_threads(), distributed.size()
     set_determinism(options.deterministic)
     log_folder = os.path.join(options.root_log, store_name(options))
     model_folder = os.path.join(options.root_model, store_name(options))
     if options.evaluate:
         state = load_for_evaluation(options, model_folder)
-        _evaluate(options, state, load_data(options), build_model, make_batches, device, log_folder)
+        with distributed.main_first():
+            data = load_data(options)
+        _evaluate(options, state, data, build_model, make_batches, device, log_folder)
         return
-    with claimed(log_folder, model_folder):
+    with claimed(log_folder, model_folder) if distributed.is_main() else contextlib.nullcontext():
+        _go_on_after_restart(options, model_folder)
         try:
             start = find_start(options, log_folder, model_folder)
         except Finished:
             print(f"{log_folder} holds this run, finished: nothing to do (--overwrite runs it again)")
             return
         if options.seed is None:
-            options.seed = draw_seed()
-        data = load_data(options)
+            options.seed = distributed.agree(draw_seed())
+        with distributed.main_first():
+            data = load_data(options)
         run = _prepare(options, *data, build_model, make_batches, device, start, log_folder, model_folder)
-        if options.overwrite:
+        distributed.wait_for_all()  # until every rank has read what rank 0 is about to write
+        if options.overwrite and distributed.is_main():
             clear(log_folder, model_folder)
         if options.gpu is not None and device.type == "cpu":
             _warn_of_cpu(run)
         _train(run)
+
+
+def _go_on_after_restart(options, model_folder):
+    """torchrun --max-restarts: the second try goes on from the checkpoint that the first one left."""
+    if distributed.is_restart() and os.path.exists(os.path.join(model_folder, checkpoint.NEWEST)):
+        options.resume, options.overwrite = "auto", False
+        print("started again by torchrun: --resume auto", flush=True)
 
 
 def _load_optimizer(optimizer, start):
@@ -100,15 +120,19 @@ def _prepare(options, train_set, test_set, build_model, make_batches, device, st
         "split": {"sha256": sha256, "total": len(targets)},
     }
     print_info(info, start)
+    with distributed.main_first():
+        batches = {
+            "train": make_batches(options, train_set, kept, device),
+            "test": make_batches(options, test_set, None, device),
+            "val": make_batches(options, train_set, held, device) if held is not None else None,
+        }
     return Run(
         options=options,
         recipe=recipe_of(options),
         model=model,
         optimizer=optimizer,
         precision=Precision(options.amp, device.type),
-        train=make_batches(options, train_set, kept, device),
-        test=make_batches(options, test_set, None, device),
-        val=make_batches(options, train_set, held, device) if held is not None else None,
+        **batches,
         class_counts=class_counts,
         class_names=list(train_set.classes),
         info=info,
@@ -177,6 +201,8 @@ def _report(run, history):
         )
     print(f"({GROUP_RULE}; accuracies in percent of the test set)")
     final = evaluate(run.model, run.test.eval_epoch(), run.class_counts, run.precision)
+    if not distributed.is_main():
+        return
     written = plots.of_evaluation(final, run.class_names, run.class_counts, run.log_folder)
     written += plots.of_history(history, run.info["settings"], run.log_folder)
     print(f"logs: {run.log_folder}; checkpoints: {run.model_folder}; figures: {' '.join(written) or 'none'}")
@@ -200,7 +226,11 @@ def _evaluate(options, state, data, build_model, make_batches, device, log_folde
     class_counts = count_classes([train_set.targets[i] for i in kept], options.num_classes)
     model = build_model(options).to(device, memory_format=torch.channels_last)
     checkpoint.load_weights(model, state["state_dict"], options.resume)
-    result = evaluate(model, make_batches(options, test_set, None, device).eval_epoch(), class_counts)
+    with distributed.main_first():
+        batches = make_batches(options, test_set, None, device)
+    result = evaluate(model, batches.eval_epoch(), class_counts)
+    if not distributed.is_main():
+        return
     print_classes(train_set.classes, class_counts, result)
     line = "  ".join(
         f"{name} {shown(result[name])}" for name in ("acc1", "acc5", "class_mean", "many", "medium", "few")
