@@ -54,7 +54,8 @@ def command(main):
             status, message = 130, f"stopped by Ctrl-C{one_line(stop)}"
         finally:
             if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
+                with contextlib.suppress(Terminated):  # one that comes just now
+                    signal.signal(signal.SIGTERM, previous)
         print(f"{name}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(status)
 

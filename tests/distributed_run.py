@@ -36,7 +36,7 @@ def die_at(epoch):
 
     def mortal(*args, **kwargs):
         mortal.epoch += 1
-        if mortal.epoch == epoch and distributed.rank() == 1 and not distributed.is_restart():
+        if mortal.epoch == epoch and distributed.rank() == 1 and not distributed.restarts():
             os.kill(os.getpid(), signal.SIGKILL)
         return train(*args, **kwargs)
 

@@ -10,6 +10,7 @@ import sys
 
 import torch
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from utils import DataError, UsageError, choose_device
 
@@ -27,7 +28,11 @@ def start(gpu=None):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            store, rank_here, ranks = next(rendezvous("env://"))
+            # a key space for each life of the job: after a restart no rank may read the addresses of the dead
+            store = dist.PrefixStore(f"life{restarts()}", store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank_here, world_size=ranks)
         except (RuntimeError, ValueError) as error:
             raise DataError(f"the other processes cannot be reached: {error}") from None
     if not is_main():
@@ -39,6 +44,11 @@ def stop():
     """Leave the other ranks."""
     if size() > 1:
         dist.destroy_process_group()
+
+
+def is_lost(error):
+    """Whether a RuntimeError says that another rank cannot be reached any more."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def size():
@@ -55,9 +65,9 @@ def is_main():
     return rank() == 0
 
 
-def is_restart():
-    """Whether torchrun has started this job anew after a rank died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts():
+    """How often torchrun has started this job anew after a rank died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def part(start, stop):

@@ -36,6 +36,10 @@ def train_or_evaluate(options, load_data, build_model, make_batches):
     device = distributed.start(options.gpu)
     try:
         _train_or_evaluate(options, load_data, build_model, make_batches, device)
+    except RuntimeError as error:
+        if distributed.size() == 1 or not distributed.is_lost(error):
+            raise
+        raise DataError(f"another process of this job has ended ({str(error).splitlines()[0]})") from None
     finally:
         distributed.stop()
 
@@ -77,7 +81,7 @@ def _train_or_evaluate(options, load_data, build_model, make_batches, device):
 
 def _go_on_after_restart(options, model_folder):
     """torchrun --max-restarts: the second try goes on from the checkpoint that the first one left."""
-    if distributed.is_restart() and os.path.exists(os.path.join(model_folder, checkpoint.NEWEST)):
+    if distributed.restarts() and os.path.exists(os.path.join(model_folder, checkpoint.NEWEST)):
         options.resume, options.overwrite = "auto", False
         print("started again by torchrun: --resume auto", flush=True)
 
