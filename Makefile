@@ -1,6 +1,7 @@
 # make demo   set up, train CE and IB on long-tailed digits, print the tables (two to three minutes after the install)
 # make test   set up, run the tests
-# make lint   ruff
+# make lint   ruff, mypy
+# make soak   the long fault tests: some twenty minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -11,7 +12,7 @@ PINNED := $(shell $(PYTHON) -c "import sys, platform; print('-c constraints.txt'
 DEMO = $(BIN)/python cifar_train.py --dataset digits --arch resnet20 --imb_factor 0.02 --batch-size 32 --epochs 40 \
 	--start_ib_epoch 20 --milestones 32 36 --seed 0 --threads 1 --root_log demo/log --root_model demo/checkpoint --overwrite
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint soak setup
 setup: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
@@ -32,3 +33,8 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: setup
+	$(BIN)/python tests/faults/storm.py --kills 100
+	$(BIN)/python tests/faults/soak.py --epochs 1000

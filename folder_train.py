@@ -55,7 +55,7 @@ def read_folder(folder):
         found = ImageFolder(folder)
     except FileNotFoundError as error:  # no class, or classes without a picture, which it names
         raise DataError(str(error)) from None
-    return PictureSet.whole(*zip(*found.samples, strict=True), found.classes)
+    return PictureSet.whole(*zip(*found.samples, strict=True), found.classes)  # type: ignore[call-arg]  # starred
 
 
 def load_data(options):

@@ -3,6 +3,8 @@
 Only the training part is made long-tailed; `train=False` is the whole, balanced test set.
 """
 
+from typing import Any
+
 import numpy as np
 import torchvision
 from torch.utils.data import Dataset
@@ -120,4 +122,4 @@ def _digits(train, test_share, seed):
     return np.repeat(np.stack(large)[..., None], 3, axis=3), digits.target[indices].tolist()
 
 
-DATASETS = {"cifar10": IMBALANCECIFAR10, "cifar100": IMBALANCECIFAR100, "digits": IMBALANCEDIGITS}
+DATASETS: dict[str, Any] = {"cifar10": IMBALANCECIFAR10, "cifar100": IMBALANCECIFAR100, "digits": IMBALANCEDIGITS}

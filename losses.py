@@ -12,6 +12,8 @@ Reductions: weighted CE, LDAM, Balanced Softmax and logit adjustment divide by t
 and IB-Focal are plain batch means, as in the official code.
 """
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -78,13 +80,11 @@ def _widen(x):
 def _in_full_precision(function):
     """Run a loss with autocast off and half-precision inputs brought to float32."""
 
+    @functools.wraps(function)
     def wrapped(logits, *args, **kwargs):
         with torch.autocast(logits.device.type, enabled=False):
-            args = [_widen(a) for a in args]
-            return function(_widen(logits), *args, **{k: _widen(v) for k, v in kwargs.items()})
+            return function(_widen(logits), *map(_widen, args), **{k: _widen(v) for k, v in kwargs.items()})
 
-    wrapped.__name__, wrapped.__doc__ = function.__name__, function.__doc__
-    wrapped.__wrapped__ = function
     return wrapped
 
 
@@ -267,6 +267,7 @@ def ib_focal_loss(
 class _Weighted(nn.Module):
     """A loss with class weights kept as a buffer, so that `.to(device)` moves them."""
 
+    weight: torch.Tensor | None
     needs_features = False
     divides_by_weights = False  # or by the number of samples
 
@@ -365,6 +366,7 @@ class IBLoss(_Weighted):
 
     needs_features = True
     AUTO_BATCHES = 20
+    calibration: torch.Tensor
 
     def __init__(self, weight=None, alpha=10000.0, epsilon=1e-3, norm="l1", detach=False):
         super().__init__(weight)

@@ -159,7 +159,7 @@ def write_report(options):
         from paper import influence
 
         os.makedirs(to, exist_ok=True)
-        written += influence.draw(*options.influence, options.data_dir, to)
+        written += influence.draw(*options.influence, options.data_dir, to)  # type: ignore[call-arg]  # starred
     written += report.write(options.folders, to)
     print("written: " + " ".join(written))
 

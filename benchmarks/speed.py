@@ -370,6 +370,7 @@ def _seconds_to_first_batch(data):
         command = [sys.executable, str(ROOT / "cifar_train.py"), *data, *flags]
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
         for line in process.stdout:
             if "batch 1/" in line:
                 break

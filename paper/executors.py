@@ -7,6 +7,7 @@ outlives what started it.
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -100,7 +101,7 @@ class Ray:
         # the workers need not find this module: it is sent to them
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         try:
-            ray.init(address=address, logging_level="error", log_to_driver=False)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, ValueError) as error:
             raise UsageError(f"no Ray cluster at {address}: {error}") from None
         # no retries by Ray: a lost run starts with another command, from its newest checkpoint

@@ -27,11 +27,12 @@ METRICS = {"top1": "acc1", "top5": "acc5"}
 STANDARD_ERRORS = 2
 
 RULE = f"""Figures are mean ± sample standard deviation over the seeds. The difference is ours (best epoch, which is
-what the official code prints; the paper does not say) minus the published figure. It is called larger than the noise where
-it exceeds {STANDARD_ERRORS} standard errors, sqrt(v / n + u / m): n is the number of our runs, v the larger of their
-variance and the binomial variance p (1 - p) / N of a test set of N images (with one run there is only the latter); m is
-the number of runs behind the published figure (1 where nothing is said), u the square of its ± or, without one, v. One
-run knows nothing of the spread between seeds, so with n = 1 read "yes" as "perhaps"."""
+what the official code prints; the paper does not say) minus the published figure. It is called larger
+than the noise where it exceeds {STANDARD_ERRORS} standard errors, sqrt(v / n + u / m): n is the number
+of our runs, v the larger of their variance and the binomial variance p (1 - p) / N of a test set of N
+images (with one run there is only the latter); m is the number of runs behind the published figure (1
+where nothing is said), u the square of its ± or, without one, v. One run knows nothing of the spread
+between seeds, so with n = 1 read "yes" as "perhaps"."""
 
 
 def write(folders, to):

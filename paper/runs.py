@@ -7,6 +7,7 @@ run has recorded.
 import csv
 import dataclasses
 import pathlib
+from typing import Any
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.csv")
 
@@ -61,7 +62,7 @@ METHODS = {
 STARTS = (0, 20, 40, 60, 80, 100, 120)
 
 #: variant -> the settings in which it differs from its method; lengths as in the full protocol.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "l1-auto": {"alpha": "auto"},
     "l2-auto": {"ib_norm": "l2", "alpha": "auto"},
@@ -81,7 +82,7 @@ VARIANTS = {
 CONTROLS = {"ib-lr": "CE", "weights-only": "IB", "detached": "IB"}
 
 #: Settings that count for a loss or a rule, with the values of the method; others change nothing there.
-CONSTANTS = {
+CONSTANTS: dict[str, dict[str, Any]] = {
     "Focal": {"gamma": 1.0, "focal_scale": 10.0},
     "LDAM": {"max_m": 0.5, "s": 30.0},
     "LA": {"la_tau": 1.0},

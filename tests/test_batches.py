@@ -15,7 +15,7 @@ from torchvision.transforms import functional as tv
 
 import losses
 from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCECIFAR10, IMBALANCEDIGITS
-from training.batches import TensorBatches, crop_and_flip, sample
+from training.batches import TensorBatches, crop_and_flip, normalise, sample
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -39,7 +39,8 @@ def test_crop_and_flip_is_torchvisions_bit_for_bit_at_every_offset(flip):
     image = pictures(1)[0]
     offsets = torch.cartesian_prod(torch.arange(PLACES), torch.arange(PLACES))
     images = torch.as_tensor(image).expand(len(offsets), -1, -1, -1)
-    ours = batches_of(images).normalise(crop_and_flip(images, offsets, torch.full((len(offsets),), flip), PADDING))
+    source, flips = batches_of(images), torch.full((len(offsets),), flip)
+    ours = normalise(crop_and_flip(images, offsets, flips, PADDING), source.mean, source.std)
     padded = tv.pad(Image.fromarray(image), [PADDING] * 4)
     for (top, left), tensor in zip(offsets.tolist(), ours, strict=True):
         crop = tv.crop(padded, top, left, 32, 32)

@@ -112,7 +112,7 @@ def _open_cache(path, shape):
 def _crc(images):
     value = 0
     for start in range(0, len(images), 1024):
-        value = zlib.crc32(np.ascontiguousarray(images[start : start + 1024]), value)
+        value = zlib.crc32(np.ascontiguousarray(images[start : start + 1024]).data, value)
     return f"{value:08x}"
 
 
@@ -236,7 +236,7 @@ def central_weights(height, width, shorter, size, device="cpu"):
         length = shorter if side == min(height, width) else int(shorter * side / min(height, width))
         corner = round((length - size) / 2)
         ends = torch.tensor([[0], [side]], device=device)
-        matrices.append(resize_weights(*ends, side, length)[:, corner : corner + size])
+        matrices.append(resize_weights(*ends, side, length)[:, corner : corner + size])  # type: ignore[call-arg]  # starred
     return matrices
 
 
@@ -245,7 +245,7 @@ def resize_all(images, size, batch=256):
     if images.shape[1:3] == (size, size):
         return images
     ends = [torch.tensor([[0], [side]]) for side in images.shape[1:3]]
-    matrices = [resize_weights(*pair, side, size) for pair, side in zip(ends, images.shape[1:3], strict=True)]
+    matrices = [resize_weights(*pair, side, size) for pair, side in zip(ends, images.shape[1:3], strict=True)]  # type: ignore[call-arg]  # starred
     parts = [
         resize(torch.as_tensor(images[start : start + batch]), *matrices).byte().numpy()
         for start in range(0, len(images), batch)
@@ -282,7 +282,7 @@ class ResizedCropBatches:
         self.std = 255 * torch.tensor(std, device=device).repeat(image_size)
         self.at_once = 8 if on_cpu else batch_size  # eight pictures of 224 x 224 stay in a core's cache
         shorter = round(image_size * RESIZE_OVER_CROP)
-        self.central = central_weights(*self.images.shape[1:3], shorter, image_size, device)
+        self.central = central_weights(*self.images.shape[1:3], shorter, image_size, device)  # type: ignore[call-arg]  # starred
 
     def __len__(self):
         return -(-len(self.targets) // self.batch_size)
@@ -291,7 +291,7 @@ class ResizedCropBatches:
         """As TensorBatches.train_epoch; order, boxes and flips are drawn from (seed, epoch)."""
         generator, n, device = epoch_generator(self.seed, epoch), len(self.targets), self.images.device
         order = sample(rates, generator) if rates is not None else torch.randperm(n, generator=generator)
-        boxes = draw_boxes(n, *self.images.shape[1:3], generator)
+        boxes = draw_boxes(n, *self.images.shape[1:3], generator)  # type: ignore[call-arg]  # starred
         flips = torch.rand(n, generator=generator) < 0.5
         order, boxes, flips = order.to(device), boxes.to(device), flips.to(device)
 

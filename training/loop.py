@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from training import checkpoint, distributed
 from training.criteria import build_criterion
 from training.metrics import Counts, group_accuracy
 from training.precision import Precision
+from training.recipe import Recipe
 from training.records import Progress, Records, best_epoch, shown
 from training.resume import adopt
 from utils import DataError, UsageError, epoch_seed
@@ -70,8 +72,9 @@ def _loss_of_part(criterion, inputs, n):
         return criterion(*inputs), None
     share = criterion.normaliser(inputs[1]).double() * (n > 0)
     whole, samples = distributed.total(torch.stack([share, torch.full_like(share, n)]))
-    criterion.of_whole_batch = lambda means: distributed.total(means * n) / samples
-    return criterion(*inputs) * (share / whole), samples
+    criterion.of_whole_batch = lambda means: distributed.total(means * n if n else torch.zeros_like(means)) / samples
+    loss = criterion(*inputs)
+    return (loss * (share / whole) if n else inputs[0][:0].sum()), samples
 
 
 def raise_if_bad(first_bad):
@@ -122,8 +125,8 @@ class Run:
     class_counts: training images of each class; info: see `Records`; start: a `resume.Start`.
     """
 
-    options: object
-    recipe: object
+    options: Any
+    recipe: Recipe
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
@@ -157,7 +160,8 @@ def fit(run):
     rates = None
     if options.train_rule == "Resample":
         rates = losses.effective_number_rates(run.class_counts, options.beta)[run.train.targets.cpu()]
-    state, criterion, previous = run.start.criterion, None, None
+    criterion: Any = None
+    state, previous = run.start.criterion, None
     try:
         for epoch in range(run.start.epoch, recipe.epochs):
             stage = recipe.stage(epoch)

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 from training.checkpoint import write_atomically
 from utils import duration
@@ -52,7 +53,8 @@ class Records:
 
     def __init__(self, folder, class_names, info, history=()):
         self.folder, self.class_names, self.info = folder, class_names, info
-        self.history, self._writer = list(history), None
+        self.history = list(history)
+        self._writer: Any = None
         os.makedirs(folder, exist_ok=True)
         self._write_json("args.json", info["settings"])
         tables = self._tables()

@@ -70,7 +70,7 @@ def _train_or_evaluate(options, load_data, build_model, make_batches, device):
             options.seed = distributed.agree(draw_seed())
         with distributed.main_first():
             data = load_data(options)
-        run = _prepare(options, *data, build_model, make_batches, device, start, log_folder, model_folder)
+        run = _prepare(options, *data, build_model, make_batches, device, start, log_folder, model_folder)  # type: ignore[call-arg]  # starred
         distributed.wait_for_all()  # until every rank has read what rank 0 is about to write
         if options.overwrite and distributed.is_main():
             clear(log_folder, model_folder)

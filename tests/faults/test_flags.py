@@ -1,0 +1,67 @@
+"""Any combination of flags ends its dry run with a recipe, or with one line and status 2; never with a traceback."""
+
+import argparse
+import contextlib
+import io
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import cifar_train
+import folder_train
+import inat_train
+import tinyimage_train
+
+SCRIPTS = {"cifar": cifar_train, "tinyimage": tinyimage_train, "folder": folder_train, "inat": inat_train}
+NASTY = st.sampled_from([
+    "nan", "inf", "-inf", "-1", "0", "1e400", "-0.0", "1e-320", "99999999999999999999", "", " ", "a\nb", "\x1b[31mred",
+    "é", "None", "../..", "auto", "0x10", "1_000", "--", "%s",
+])  # fmt: skip
+NUMBERS = st.one_of(st.integers(-3, 300).map(str), st.floats(allow_nan=False).map(repr))
+
+
+def values(action):
+    """Words for one flag: good ones more often than bad ones."""
+    if isinstance(action, argparse._StoreTrueAction):
+        return st.just([])
+    good = st.sampled_from(sorted(map(str, action.choices))) if action.choices else NUMBERS
+    word = st.one_of(good, good, good, NASTY)
+    if action.nargs in ("*", "?"):
+        return st.lists(word, max_size=3 if action.nargs == "*" else 1)
+    return word.map(lambda text: [text])
+
+
+@st.composite
+def command_lines(draw, parser):
+    flags = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "dry_run")]
+    words = []
+    for action in draw(st.lists(st.sampled_from(flags), max_size=7)):
+        name, arguments = draw(st.sampled_from(action.option_strings)), draw(values(action))
+        words += (
+            [f"{name}={arguments[0]}", *arguments[1:]] if arguments and name.startswith("--") else [name, *arguments]
+        )
+    return [*words, "--dry_run"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_dry_run_or_one_line(name, data):
+    script = SCRIPTS[name]
+    words = data.draw(command_lines(script.build_parser()))
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            script.main(words)
+        except SystemExit as stop:
+            status = stop.code or 0
+    errors = [line for line in err.getvalue().split("\n") if line and not line.startswith("warning:")]
+    assert "\x1b" not in err.getvalue()
+    if status == 0:
+        assert errors == []
+        assert out.getvalue().startswith(("epoch,lr,loss,class_weights,sampler", "usage:"))
+    else:
+        assert status == 2, (words, err.getvalue())
+        assert len(errors) == 1, (words, err.getvalue())
+        assert out.getvalue() == ""
