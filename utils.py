@@ -32,7 +32,8 @@ def warn(message):
 def command(main):
     """Decorate a script's main(argv): errors become one line on standard error and an exit status.
 
-    UsageError ends with status 2, DataError and a refused write with 1, SIGTERM with 143, Ctrl-C with 130.
+    UsageError ends with status 2, DataError, a refused write and too little memory with 1, SIGTERM with 143, Ctrl-C
+    with 130.
     """
 
     @functools.wraps(main)
@@ -48,6 +49,10 @@ def command(main):
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             status, message = 1, f"error: {one_line(reason)}"
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            status, message = 1, "error: out of memory: a smaller --batch-size needs less (so does a smaller net)"
         except Terminated as stop:
             status, message = 143, f"stopped by SIGTERM{one_line(stop)}"
         except KeyboardInterrupt as stop:
@@ -60,6 +65,13 @@ def command(main):
         raise SystemExit(status)
 
     return run
+
+
+def _is_out_of_memory(error):
+    import torch
+
+    says_so = "can't allocate memory" in str(error)  # torch's allocator on the CPU
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or says_so
 
 
 class Terminated(KeyboardInterrupt):
