@@ -8,7 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from script_runner import DIGITS, environment, load_checkpoint, messages, read_csv, read_logs
+from script_runner import DIGITS, REPOSITORY, environment, load_checkpoint, messages, read_csv, read_logs
+from test_inat_train import make_inat
 
 import losses
 from training import distributed
@@ -22,10 +23,10 @@ BASE = [*DIGITS, "--batch-size", 44, "--epochs", 3, "--start_ib_epoch", 1, "--mi
 IB = ["--loss_type", "IB", "--train_rule", "IBReweight"]
 
 
-def run(cwd, *args, ranks=2, restarts=0, **variables):
-    """The driver under torchrun, or alone for ranks=1: (status, out, err)."""
+def run(cwd, *args, ranks=2, restarts=0, script=DRIVER, **variables):
+    """A script (the driver) under torchrun, or alone for ranks=1: (status, out, err)."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--max-restarts", restarts, "--standalone"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), DRIVER, *args]
+    command = [sys.executable, *(launcher if ranks > 1 else []), script, *args]
     done = subprocess.run(
         [*map(str, command)], cwd=cwd, env={**environment(), **variables}, capture_output=True, text=True, timeout=240
     )
@@ -151,6 +152,32 @@ def test_rank_that_is_killed_ends_the_job_or_with_restarts_goes_on(tmp_path):
     assert [row["epoch"] for row in read_csv(log / "log_test.csv")] == ["0", "1", "2"]
     ranks = [(tmp_path / f"rank{rank}of2").read_text() for rank in (0, 1)]
     assert ranks[0] == ranks[1]
+
+
+def test_inat_train_counts_the_same_with_one_and_two_ranks(tmp_path):
+    make_inat(tmp_path / "data")
+    flags = [
+        "--data_dir",
+        "data",
+        "-a",
+        "shufflenet_v2_x0_5",
+        "--image_size",
+        48,
+        "--batch-size",
+        9,
+        "--seed",
+        0,
+        "-j",
+        1,
+    ]
+    flags += ["--epochs", 2, "--start_ib_epoch", 1, "--milestones", *IB]
+    status, _, err = run(tmp_path, *flags, script=REPOSITORY / "inat_train.py")
+    assert status == 0, err
+    lines = []
+    for ranks in (1, 2):
+        _, out, _ = run(tmp_path, *flags, "-e", "--resume", "auto", ranks=ranks, script=REPOSITORY / "inat_train.py")
+        lines.append(next(line for line in out.splitlines() if line.startswith("acc1")))
+    assert lines[0] == lines[1]
 
 
 def test_sync_bn_needs_cuda(tmp_path):
