@@ -17,8 +17,9 @@ from paper import driver, executors, runs
 from paper.runs import Run
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-#: Runs of three epochs, the IB phase in the last one, on the tiny net: given after the runs' own flags.
-LENGTH = ["--epochs", "3", "--start_ib_epoch", "2", "--milestones", "2", "--lr_factors", "0.1"]
+#: Flags after a run's own: three epochs, the IB phase in the last one.
+EXTRA = ["-a", "resnet20", "--batch-size", "128", "--epochs", "3", "--start_ib_epoch", "2"]
+EXTRA += ["--milestones", "2", "--lr_factors", "0.1"]
 
 
 @pytest.fixture
@@ -164,8 +165,7 @@ def test_only_one_driver_works_in_a_folder(tmp_path, capsys):
 def arguments(out, methods, *flags):
     """reproduce.py run of short digits runs, shortened to three epochs by flags of the scripts."""
     select = ["--dataset", "digits", "--ratio", "20", "--protocol", "short", "--method", *methods]
-    extra = ["-a", "resnet20", "--batch-size", "128", *LENGTH]
-    return [sys.executable, str(REPOSITORY / "reproduce.py"), "run", *select, "--out", str(out), *flags, "--", *extra]
+    return [sys.executable, str(REPOSITORY / "reproduce.py"), "run", *select, "--out", str(out), *flags, "--", *EXTRA]
 
 
 def state_of(pid):
@@ -207,8 +207,7 @@ def test_a_killed_driver_takes_its_children_along_and_goes_on_afterwards(tmp_pat
     subprocess.run(command, check=True, env=script_runner.environment(), capture_output=True)
     assert "goes on from" in (tmp_path / "output" / f"{run.name}.txt").read_text()
     whole = run.argv(tmp_path / "whole")[1:]
-    extra = command[command.index("--") + 1 :]
-    assert script_runner.run_process([*whole, "--threads", "1", *extra], tmp_path).returncode == 0
+    assert script_runner.run_process([*whole, "--threads", "1", *EXTRA], tmp_path).returncode == 0
     script_runner.assert_same_weights(newest(tmp_path, run), newest(tmp_path / "whole", run))
 
 

@@ -51,6 +51,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace)
+        for action in self._actions:  # argparse of Python 3.11 makes an empty list of '--flag=--'
+            if action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings)}: '--' is no value")
+        return found
+
     def error(self, message):
         print(f"{self.prog}: error: {one_line(message)} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
