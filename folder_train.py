@@ -14,8 +14,9 @@ import os
 
 import models
 from imbalance import hold_out
+from imbalance_folder import named, read_folder
 from training import options as flags
-from training.picture_files import PictureSet, make_batches, named
+from training.picture_files import make_batches
 from training.setup import check_num_classes, train_or_evaluate
 from utils import DataError, UsageError, command
 
@@ -43,19 +44,6 @@ def parse(argv=None):
             raise UsageError(f"no val folder in {options.data_dir}: --val_fraction F tests on a part of train/")
         options.test_fraction, options.val_fraction = options.val_fraction, 0.0
     return options
-
-
-def read_folder(folder):
-    """The PictureSet of a folder with one folder for each class. Raises DataError."""
-    from torchvision.datasets import ImageFolder
-
-    if not os.path.isdir(folder):
-        raise DataError(f"no folder {folder}")
-    try:
-        found = ImageFolder(folder)
-    except FileNotFoundError as error:  # no class, or classes without a picture, which it names
-        raise DataError(str(error)) from None
-    return PictureSet.whole(*zip(*found.samples, strict=True), found.classes)  # type: ignore[call-arg]  # starred
 
 
 def load_data(options):

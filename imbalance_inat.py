@@ -10,7 +10,7 @@ import json
 import os
 import posixpath
 
-from training.picture_files import PictureSet, named
+from imbalance_folder import PictureSet, named
 from utils import DataError, warn
 
 CLASSES = 8142

@@ -278,7 +278,7 @@ class _Weighted(nn.Module):
     def normaliser(self, target):
         """What the sum over the batch was divided by, a 0-d tensor: whole batches are put together from parts by it."""
         if self.weight is None or not self.divides_by_weights:
-            return torch.tensor(float(len(target)), device=target.device)
+            return torch.full((), float(len(target)), device=target.device)
         return self.weight[target].sum()
 
 

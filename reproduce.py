@@ -115,12 +115,13 @@ def list_runs(options):
 def run_runs(options):
     """Train what is chosen; DataError at the end if runs failed."""
     from paper import driver
+    from training.folders import claimed
 
     chosen = select(options)
     for name in ("jobs", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UsageError(f"--{name} must be at least 1")
-    with driver.only_driver(options.out):
+    with claimed(options.out, patience=0):  # one driver at a time
         work = driver.Driver(
             chosen, options.out, options.results or os.path.join(options.out, "results"), _executor(options),
             options.extra, options.threads,
@@ -159,7 +160,8 @@ def write_report(options):
         from paper import influence
 
         os.makedirs(to, exist_ok=True)
-        written += influence.draw(*options.influence, options.data_dir, to)  # type: ignore[call-arg]  # starred
+        balanced, long_tailed = options.influence
+        written += influence.draw(balanced, long_tailed, options.data_dir, to)
     written += report.write(options.folders, to)
     print("written: " + " ".join(written))
 

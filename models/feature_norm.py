@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.resnet_cifar import feature_norm
+from models.resnet_cifar import NormedLinear, feature_norm
 
 
 class _FeatureNorm:
@@ -21,14 +21,14 @@ class _FeatureNorm:
 
 
 def last_linear(module):
-    """The dotted name of the last nn.Linear of a classifier, in the order in which its parts were made.
+    """The dotted name of a classifier's last nn.Linear or NormedLinear, in the order in which its parts were made.
 
     That is the layer that gives the logits in all of torchvision's classifiers but SqueezeNet, which has none.
 
     Raises:
         ValueError: no linear layer.
     """
-    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    names = [name for name, part in module.named_modules() if isinstance(part, (nn.Linear, NormedLinear))]
     if not names:
         raise ValueError(f"{type(module).__name__} has no linear layer, so it has no |h| to take the norm of")
     return names[-1]
@@ -47,8 +47,8 @@ def with_feature_norm(module, layer=None, norm="l1"):
 
     Args:
         module: a classifier that returns logits.
-        layer: its last linear layer, as a dotted name ('fc', 'classifier.1') or the layer itself; None: the last
-            nn.Linear in it.
+        layer: its last linear layer, as a dotted name ('fc', 'classifier.1') or the layer itself; None: see
+            `last_linear`.
         norm: 'l1', 'l2' or 'linf'.
 
     Returns:

@@ -7,10 +7,8 @@ import socket
 import sys
 
 import torchvision
-from torch import nn
 
-from models.feature_norm import with_feature_norm
-from models.resnet_cifar import NormedLinear
+from models.torchvision_nets import torchvision_net
 from utils import DataError
 
 WEIGHTS = "IMAGENET1K_V1"
@@ -43,14 +41,12 @@ def imagenet_weights(name):
 
 def _resnet(name):
     def build(num_classes=1000, pretrained=False, use_norm=False, feature_norm="l1"):
-        make = getattr(torchvision.models, name)
-        net = make(num_classes=1000 if pretrained else num_classes)
+        net = torchvision_net(name, num_classes, use_norm, feature_norm)
         if pretrained:
-            net.load_state_dict(imagenet_weights(name))
-            net.fc = nn.Linear(net.fc.in_features, num_classes)
-        if use_norm:
-            net.fc = NormedLinear(net.fc.in_features, num_classes)
-        return with_feature_norm(net, "fc", feature_norm)
+            own = {key: tensor for key, tensor in net.state_dict().items() if key.startswith("fc.")}
+            weights = {key: tensor for key, tensor in imagenet_weights(name).items() if not key.startswith("fc.")}
+            net.load_state_dict({**weights, **own})
+        return net
 
     build.__name__ = name
     build.__doc__ = f"torchvision's {name}; `pretrained` loads its {WEIGHTS} weights and gives it a new last layer."

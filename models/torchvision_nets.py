@@ -1,7 +1,6 @@
 """Any of torchvision's classifiers, made to return `(logits, features)`; state-dict keys unchanged."""
 
 import torchvision
-from torch import nn
 
 from models.feature_norm import last_linear, replace_layer, with_feature_norm
 from models.resnet_cifar import NormedLinear
@@ -27,13 +26,7 @@ def torchvision_net(arch, num_classes, use_norm=False, feature_norm="l1"):
     """
     extra = {"aux_logits": False, "init_weights": False} if arch in _AUXILIARY else {}
     net = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
-    head = last_linear(net)
     if use_norm:
+        head = last_linear(net)
         replace_layer(net, head, NormedLinear(net.get_submodule(head).in_features, num_classes))
-    return with_feature_norm(net, head if not use_norm else net.get_submodule(head), feature_norm)
-
-
-def head_of(net):
-    """The dotted name of the last layer of such a net, normalised or not."""
-    names = [name for name, part in net.named_modules() if isinstance(part, (nn.Linear, NormedLinear))]
-    return names[-1]
+    return with_feature_norm(net, norm=feature_norm)

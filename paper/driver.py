@@ -6,8 +6,6 @@ is written when a run has ended well.
 """
 
 import collections
-import contextlib
-import fcntl
 import os
 import pathlib
 import sys
@@ -15,7 +13,7 @@ import time
 
 from paper import executors, records
 from training import checkpoint
-from utils import DataError, duration
+from utils import duration
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -73,7 +71,7 @@ class Driver:
 
     def _must_wait(self, run):
         """Whether another run of its family is to train the epochs that they share."""
-        if self._newest(run).exists() or self._fork_point(run) or not run.fork_epoch:
+        if self._is_begun(run) or self._fork_point(run) or not run.fork_epoch:
             return False
         live = [other for other in self.families[run.family] if self.state[other] in (WAITING, RUNNING)]
         trunk = max(live, key=lambda other: other.fork_epoch)
@@ -95,7 +93,7 @@ class Driver:
         shared = {other.fork_epoch for other in self.families[run.family]}
         keep = sorted(epoch for epoch in shared if 0 < epoch <= run.fork_epoch and epoch < run.settings["epochs"])
         flags += ["--keep_epochs", *map(str, keep)] if keep else []
-        fork = None if self._newest(run).exists() else self._fork_point(run)
+        fork = None if self._is_begun(run) else self._fork_point(run)
         resume = str(fork) if fork else "auto"
         return [str(REPOSITORY / script), *flags, "--threads", str(self.threads), "--resume", resume, *self.extra]
 
@@ -130,8 +128,8 @@ class Driver:
     def _model_folder(self, run):
         return self.out / "checkpoint" / run.name
 
-    def _newest(self, run):
-        return self._model_folder(run) / checkpoint.NEWEST
+    def _is_begun(self, run):
+        return checkpoint.exists(self._model_folder(run))
 
     def output(self, run):
         """The file of what the run prints."""
@@ -201,20 +199,3 @@ class View:
         if not done and max(driver.families[run.family], key=lambda other: other.fork_epoch) is not run:
             done = run.fork_epoch  # another run trains them
         return epochs - done
-
-
-@contextlib.contextmanager
-def only_driver(out):
-    """Hold `out` for this driver. Raises DataError where another one is at work; a dead one holds nothing."""
-    os.makedirs(out, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"another reproduce.py run works in {out}: wait for it, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)

@@ -3,6 +3,8 @@
 import json
 import pathlib
 
+from training.checkpoint import write_atomically
+
 #: Settings that say where a run was, not what it was.
 PLACES = ("data_dir", "root_log", "root_model", "resume", "gpu", "workers", "print_freq", "force", "overwrite",
           "dry_run", "evaluate")  # fmt: skip
@@ -11,10 +13,8 @@ TEST_FIGURES = ("loss", "acc1", "acc5", "class_mean", "many", "medium", "few")
 
 def collect(summary, path):
     """Write the small form of a run's summary.json to `path`: figures rounded, class accuracies best and last only."""
-    content = small(json.loads(pathlib.Path(summary).read_text()))
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(content) + "\n")
-    temporary.replace(path)
+    text = json.dumps(small(json.loads(pathlib.Path(summary).read_text()))) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def small(summary):

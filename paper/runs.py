@@ -149,7 +149,8 @@ class Run:
     def argv(self, out):
         """Script and flags; everything that the paper sets is named. Logs and checkpoints go below `out`."""
         setup, settings = self.setup, self.settings
-        flags = ["--dataset", self.dataset, "-a", setup.arch, *self._imbalance(), "--seed", self.seed]
+        flags = ["--dataset", self.dataset, "-a", setup.arch, "--imb_type", self.imb_type]
+        flags += ["--imb_factor", 1 / self.ratio, "--rand_number", self.subset, "--seed", self.seed]
         flags += ["--batch-size", setup.batch_size] if setup.batch_size else []
         flags += ["--lr", setup.lr, "--ib_lr_factor", setup.ib_lr_factor]
         # what a loss alone decides is left to the script's default unless the variant changes it
@@ -161,11 +162,6 @@ class Run:
         flags += ["--keep_warmup"] if settings["keep_warmup"] else []
         roots = ["--root_log", f"{out}/log", "--root_model", f"{out}/checkpoint"]
         return [setup.script, *map(str, [*flags, "--exp_str", self.exp_str, *roots])]
-
-    def _imbalance(self):
-        if self.dataset == "inaturalist":  # long-tailed as it is
-            return []
-        return ["--imb_type", self.imb_type, "--imb_factor", 1 / self.ratio, "--rand_number", self.subset]
 
     # ------------------------------------------------------------------------------ what runs share
 

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -58,36 +59,55 @@ def tiny(num_classes=10, use_norm=False, feature_norm="l1"):
 read_digits_once = functools.lru_cache(imbalance_cifar._digits)
 
 
-def run_main(args, cwd, capsys, figures=False, cuda=False):
-    """cifar_train.main(args) in the folder `cwd`, with the net 'tiny' beside the published ones.
-
-    Returns:
-        (status, out, err): exit status (0 where main returns), and what was printed.
-    """
-    before = os.getcwd()
-    threads, generator = torch.get_num_threads(), torch.get_rng_state()
+@contextlib.contextmanager
+def quiet_folder(cwd, figures=False, cuda=False):
+    """The folder `cwd` as the working one, without CUDA and figures; threads and random state are put back."""
+    before, threads, generator = os.getcwd(), torch.get_num_threads(), torch.get_rng_state()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(models.CIFAR_NETS, tiny=tiny))
-        stack.enter_context(mock.patch.object(imbalance_cifar, "_digits", read_digits_once))
         if not cuda:
             stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
         if not figures:
             stack.enter_context(mock.patch.object(plots, "of_evaluation", return_value=[]))
             stack.enter_context(mock.patch.object(plots, "of_history", return_value=[]))
             stack.enter_context(mock.patch.object(plots, "available", return_value=False))
-        capsys.readouterr()
         os.chdir(cwd)
         try:
-            cifar_train.main([str(a) for a in args])
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
+            yield
         finally:
             os.chdir(before)
             torch.set_num_threads(threads)
             torch.set_rng_state(generator)
-    out, err = capsys.readouterr()
-    return status, out, err
+
+
+def status_of(script, args):
+    """The exit status of script.main(args): 0 where main returns."""
+    try:
+        script.main([str(a) for a in args])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def run_main(args, cwd, capsys, figures=False, cuda=False):
+    """cifar_train.main(args) in the folder `cwd`, with the net 'tiny' beside the published ones.
+
+    Returns:
+        (status, out, err): exit status, and what was printed.
+    """
+    nets = mock.patch.dict(models.CIFAR_NETS, tiny=tiny)
+    digits = mock.patch.object(imbalance_cifar, "_digits", read_digits_once)
+    capsys.readouterr()
+    with nets, digits, quiet_folder(cwd, figures, cuda):
+        status = status_of(cifar_train, args)
+    return status, *capsys.readouterr()
+
+
+def run_script(script, args, cwd):
+    """script.main(args) in the folder `cwd`: (status, out, err)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet_folder(cwd):
+        status = status_of(script, args)
+    return status, out.getvalue(), err.getvalue()
 
 
 def run_ok(args, cwd, capsys, **how):

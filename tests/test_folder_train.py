@@ -1,7 +1,5 @@
 """folder_train.py and its pictures from files, through main(argv): any folder, any of torchvision's nets, errors."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -12,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs
+from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, run_script
 from tinyimagenet_maker import SUBSET, picture, tiles
 from torchvision import transforms
 
 import folder_train
 import models
-from training import plots
 from training.picture_files import FileBatches
 
 COUNTS = (20, 10, 4)
@@ -48,26 +45,8 @@ def folder(tmp_path_factory):
 
 
 def run(cwd, *args, script=folder_train):
-    """script.main in the folder `cwd`, without figures: (status, out, err)."""
-    before, threads, generator = os.getcwd(), torch.get_num_threads(), torch.get_rng_state()
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))
-        stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
-        stack.enter_context(mock.patch.object(plots, "of_evaluation", return_value=[]))
-        stack.enter_context(mock.patch.object(plots, "of_history", return_value=[]))
-        stack.enter_context(mock.patch.object(plots, "available", return_value=False))
-        os.chdir(cwd)
-        try:
-            script.main([str(arg) for arg in args])
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            os.chdir(before)
-            torch.set_num_threads(threads)
-            torch.set_rng_state(generator)
-    return status, out.getvalue(), err.getvalue()
+    """script.main in the folder `cwd`: (status, out, err)."""
+    return run_script(script, args, cwd)
 
 
 def run_ok(cwd, *args, **how):

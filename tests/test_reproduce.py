@@ -15,6 +15,7 @@ import script_runner
 import reproduce
 from paper import driver, executors, runs
 from paper.runs import Run
+from training.folders import claimed
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 #: Flags after a run's own: three epochs, the IB phase in the last one.
@@ -153,10 +154,10 @@ def test_starts_of_figure_3_fork_from_one_run(three_epochs, tmp_path, capsys, mo
 
 
 def test_only_one_driver_works_in_a_folder(tmp_path, capsys):
-    with driver.only_driver(tmp_path), pytest.raises(SystemExit) as stop:
+    with claimed(tmp_path), pytest.raises(SystemExit) as stop:
         reproduce.main(["run", "--table", "2", "--out", str(tmp_path)])
     assert stop.value.code == 1
-    assert "another reproduce.py run works in" in capsys.readouterr().err
+    assert "is in use by process" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ as processes

@@ -1,6 +1,5 @@
 """tinyimage_train.py through main(argv): recipes, runs, resume, fork, weights to start from, errors."""
 
-import contextlib
 import csv
 import io
 import json
@@ -12,7 +11,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs
+from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, run_script
 from tinyimagenet_maker import FOLDER, SUBSET, make_layout, pack
 from torch import nn
 from torchvision.models import WeightsEnum
@@ -21,7 +20,6 @@ import imbalance_tinyimagenet as tiny
 import models
 import tinyimage_train
 from models.resnet_cifar import NormedLinear
-from training import plots
 
 #: A run on 200 classes of 1 to 3 training pictures, 290 in all, and one validation picture each.
 RUN = ["--imb_factor", "0.4", "--image_size", "16", "--epochs", "3", "--threads", "1", "--seed", "0", "-j", "1"]
@@ -52,27 +50,9 @@ def small(num_classes=1000, use_norm=False, feature_norm="l1"):
 
 def run(cwd, *args, net=small):
     """tinyimage_train.main in the folder `cwd`: (status, out, err). net=None: the real resnet18."""
-    before, threads, generator = os.getcwd(), torch.get_num_threads(), torch.get_rng_state()
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))
-        stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
-        stack.enter_context(mock.patch.object(plots, "of_evaluation", return_value=[]))
-        stack.enter_context(mock.patch.object(plots, "of_history", return_value=[]))
-        stack.enter_context(mock.patch.object(plots, "available", return_value=False))
-        if net is not None:
-            stack.enter_context(mock.patch.dict(models.IMAGENET_NETS, resnet18=net))
-        os.chdir(cwd)
-        try:
-            tinyimage_train.main([str(arg) for arg in args])
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            os.chdir(before)
-            torch.set_num_threads(threads)
-            torch.set_rng_state(generator)
-    return status, out.getvalue(), err.getvalue()
+    nets = mock.patch.dict(models.IMAGENET_NETS, {} if net is None else {"resnet18": net})
+    with nets:
+        return run_script(tinyimage_train, args, cwd)
 
 
 def run_ok(cwd, *args, **how):

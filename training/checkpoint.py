@@ -133,6 +133,11 @@ def save(folder, names, state):
         _write_sealed(os.path.join(folder, name), content)
 
 
+def exists(folder):
+    """Whether a run's folder holds a checkpoint to go on from; between two writes it is the one before."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in (NEWEST, PREVIOUS))
+
+
 def load_newest(folder):
     """The newest good checkpoint of a run's folder as (path, dict), or (None, None) where there is none.
 

@@ -235,8 +235,8 @@ def central_weights(height, width, shorter, size, device="cpu"):
         # torchvision cuts the longer side down to a whole number and rounds the corner
         length = shorter if side == min(height, width) else int(shorter * side / min(height, width))
         corner = round((length - size) / 2)
-        ends = torch.tensor([[0], [side]], device=device)
-        matrices.append(resize_weights(*ends, side, length)[:, corner : corner + size])  # type: ignore[call-arg]  # starred
+        start, whole = torch.tensor([[0], [side]], device=device)
+        matrices.append(resize_weights(start, whole, side, length)[:, corner : corner + size])
     return matrices
 
 
@@ -244,8 +244,7 @@ def resize_all(images, size, batch=256):
     """Every picture resized to size x size: (N, size, size, 3) uint8 array; the same array if nothing changes."""
     if images.shape[1:3] == (size, size):
         return images
-    ends = [torch.tensor([[0], [side]]) for side in images.shape[1:3]]
-    matrices = [resize_weights(*pair, side, size) for pair, side in zip(ends, images.shape[1:3], strict=True)]  # type: ignore[call-arg]  # starred
+    matrices = [resize_weights(torch.tensor([0]), torch.tensor([side]), side, size) for side in images.shape[1:3]]
     parts = [
         resize(torch.as_tensor(images[start : start + batch]), *matrices).byte().numpy()
         for start in range(0, len(images), batch)
@@ -282,7 +281,8 @@ class ResizedCropBatches:
         self.std = 255 * torch.tensor(std, device=device).repeat(image_size)
         self.at_once = 8 if on_cpu else batch_size  # eight pictures of 224 x 224 stay in a core's cache
         shorter = round(image_size * RESIZE_OVER_CROP)
-        self.central = central_weights(*self.images.shape[1:3], shorter, image_size, device)  # type: ignore[call-arg]  # starred
+        self.height, self.width = self.images.shape[1:3]
+        self.central = central_weights(self.height, self.width, shorter, image_size, device)
 
     def __len__(self):
         return -(-len(self.targets) // self.batch_size)
@@ -291,7 +291,7 @@ class ResizedCropBatches:
         """As TensorBatches.train_epoch; order, boxes and flips are drawn from (seed, epoch)."""
         generator, n, device = epoch_generator(self.seed, epoch), len(self.targets), self.images.device
         order = sample(rates, generator) if rates is not None else torch.randperm(n, generator=generator)
-        boxes = draw_boxes(n, *self.images.shape[1:3], generator)  # type: ignore[call-arg]  # starred
+        boxes = draw_boxes(n, self.height, self.width, generator)
         flips = torch.rand(n, generator=generator) < 0.5
         order, boxes, flips = order.to(device), boxes.to(device), flips.to(device)
 

@@ -49,7 +49,7 @@ def train_one_epoch(model, batches, criterion, optimizer, num_classes, on_batch=
             logits, features = model(images)
         inputs = (logits, target, features) if criterion.needs_features else (logits, target)
         loss, weight = _loss_of_part(criterion, inputs, n)
-        precision.step(loss * distributed.size() if distributed.size() > 1 else loss, optimizer)
+        precision.step(loss * distributed.size(), optimizer)
         first_bad = torch.where((first_bad < 0) & ~torch.isfinite(loss.detach()), batch, first_bad)
         logits, target, features = logits.detach()[:n], target[:n], features.detach()[:n]
         counts.add(logits, target, loss, weight)

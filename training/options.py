@@ -310,6 +310,8 @@ def complete(options):
             f"--start_ib_epoch {options.start_ib_epoch} never comes in {options.epochs} epochs: "
             f"--loss_type {options.loss_type} will be plain CE throughout"
         )
+    if options.loss_type in IB_LOSSES and options.ib_norm == "none" and options.epsilon == 0:
+        raise UsageError("--ib_norm none needs an --epsilon over 0: the factor is alpha / epsilon")
     if options.train_rule == "DRW" and options.drw_epoch >= options.epochs:
         warn(f"--drw_epoch {options.drw_epoch} never comes in {options.epochs} epochs: no class weights at all")
     if options.start_epoch >= options.epochs:

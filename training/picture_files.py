@@ -1,57 +1,16 @@
 """Pictures read from files, of any size, for data that do not fit into memory: a DataLoader's worker processes
 decode, crop and flip; batches are normalised on the device."""
 
-import dataclasses
-
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
-from imbalance import choose, class_counts, count_classes
 from training.batches import normalise, parts, sample
 from training.image_batches import RESIZE_OVER_CROP, draw_boxes
-from utils import DataError, UsageError, epoch_generator, one_line, open_picture
+from utils import DataError, epoch_generator, open_picture
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclasses.dataclass
-class PictureSet:
-    """Picture files and their classes; `chosen` are indices into all that the data set has."""
-
-    paths: list
-    targets: list
-    classes: list
-    chosen: np.ndarray
-
-    @classmethod
-    def whole(cls, paths, targets, classes):
-        return cls(list(paths), list(targets), list(classes), np.arange(len(paths)))
-
-    def subset(self, positions):
-        """The pictures at these positions."""
-        return PictureSet(
-            [self.paths[i] for i in positions],
-            [self.targets[i] for i in positions],
-            self.classes,
-            self.chosen[positions],
-        )
-
-    def long_tailed(self, imb_type, imb_factor, rand_number):
-        """The imbalance of `imbalance.class_counts`; 'none' leaves the one that the data have.
-
-        Raises:
-            UsageError: see `imbalance.class_counts`.
-        """
-        if imb_type == "none":
-            return self
-        available = count_classes(self.targets, len(self.classes))
-        try:
-            counts = class_counts(available, imb_type, imb_factor)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        return self.subset(choose(self.targets, counts, rand_number))
 
 
 class _Crops(Dataset):
@@ -157,9 +116,3 @@ def make_batches(options, dataset, positions, device):
         part.paths, part.targets, options.batch_size, device=device, seed=options.seed or 0,
         image_size=options.image_size, workers=options.workers,
     )  # fmt: skip
-
-
-def named(names, limit=5):
-    """The first few names, safe to print, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(one_line(name) for name in names[:limit]) + more

@@ -56,7 +56,7 @@ class Records:
         self.history = list(history)
         self._writer: Any = None
         os.makedirs(folder, exist_ok=True)
-        self._write_json("args.json", info["settings"])
+        self._write_json("args.json", info["settings"], indent=1)
         tables = self._tables()
         for name, (header, rows) in tables.items():
             lines = [header, *(row for record in self.history for row in rows(record, self.history))]
@@ -92,8 +92,8 @@ class Records:
             ),
         }
 
-    def _write_json(self, name, content):
-        text = json.dumps(content, indent=1) + "\n"
+    def _write_json(self, name, content, indent=None):
+        text = json.dumps(content, indent=indent) + "\n"
         write_atomically(self._path(name), lambda file: file.write(text.encode()))
 
     def _summary(self):
@@ -101,8 +101,7 @@ class Records:
         content = {**self.info, "epochs_done": len(self.history), "history": self.history}
         content["best"] = {"epoch": best["epoch"], **_without_matrix(best["test"])}
         content["last"] = {"epoch": last["epoch"], **_without_matrix(last["test"])}
-        text = json.dumps(content) + "\n"
-        write_atomically(self._path("summary.json"), lambda file: file.write(text.encode()))
+        self._write_json("summary.json", content)
 
     def _tensorboard(self):
         if self._writer is not None:

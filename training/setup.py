@@ -70,18 +70,18 @@ def _train_or_evaluate(options, load_data, build_model, make_batches, device):
             options.seed = distributed.agree(draw_seed())
         with distributed.main_first():
             data = load_data(options)
-        run = _prepare(options, *data, build_model, make_batches, device, start, log_folder, model_folder)  # type: ignore[call-arg]  # starred
+        run = _prepare(options, data, build_model, make_batches, device, start, log_folder, model_folder)
         distributed.wait_for_all()  # until every rank has read what rank 0 is about to write
         if options.overwrite and distributed.is_main():
             clear(log_folder, model_folder)
-        if options.gpu is not None and device.type == "cpu":
+        if options.gpu is not None and device.type == "cpu" and distributed.is_main():
             _warn_of_cpu(run)
         _train(run)
 
 
 def _go_on_after_restart(options, model_folder):
     """torchrun --max-restarts: the second try goes on from the checkpoint that the first one left."""
-    if distributed.restarts() and os.path.exists(os.path.join(model_folder, checkpoint.NEWEST)):
+    if distributed.restarts() and checkpoint.exists(model_folder):
         options.resume, options.overwrite = "auto", False
         print("started again by torchrun: --resume auto", flush=True)
 
@@ -93,8 +93,9 @@ def _load_optimizer(optimizer, start):
         raise DataError(f"{start.path} does not fit this net's optimizer: {error}") from None
 
 
-def _prepare(options, train_set, test_set, build_model, make_batches, device, start, log_folder, model_folder):
+def _prepare(options, data, build_model, make_batches, device, start, log_folder, model_folder):
     """Build the Run, and print what it is."""
+    train_set, test_set = data
     kept, held = hold_out(train_set.targets, options.val_fraction) if options.val_fraction else (None, None)
     targets = train_set.targets if kept is None else [train_set.targets[i] for i in kept]
     class_counts = count_classes(targets, options.num_classes)
@@ -262,7 +263,7 @@ def load_pretrained(options, model):
 
     The nets of ImageNet keep their own last layer where the weights have one of another form.
     """
-    new_head = None if options.arch in models.CIFAR_NETS else models.head_of(model)
+    new_head = None if options.arch in models.CIFAR_NETS else models.last_linear(model)
     if options.pretrained == "imagenet":
         weights = models.imagenet_weights(options.arch)
         checkpoint.load_weights(model, weights, "the file of ImageNet's weights", new_head)
