@@ -104,10 +104,10 @@ def test_flags_of_five_cells(cell, capsys):
 
 
 @pytest.mark.parametrize("protocol", ["full", "short"])
-@pytest.mark.parametrize("table", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("table", [1, 2, 3, 4, 5, 6])
 def test_every_line_passes_its_dry_run(table, protocol, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scripts = {"cifar_train.py": cifar_train, "tinyimage_train.py": tinyimage_train}
+    scripts = {script.__name__ + ".py": script for script in (cifar_train, tinyimage_train, inat_train)}
     for line in listed("--table", table, "--protocol", protocol, capsys=capsys):
         scripts[line[1]].main([*line[2:], "--dry_run"])
         out, err = capsys.readouterr()
@@ -117,7 +117,7 @@ def test_every_line_passes_its_dry_run(table, protocol, capsys, tmp_path, monkey
 
 
 def every_run():
-    found = [run for table in range(1, 6) for run in runs.cells_of_table(table)]
+    found = [run for table in range(1, 7) for run in runs.cells_of_table(table)]
     found += [run for figure in (2, 3) for run in runs.cells_of_figure(figure)]
     found += runs.controls(runs.CONTROLS, [Run("cifar10", "exp", 100, "CE")])
     found += runs.grid(["digits"], ["exp"], [100], runs.METHODS)
