@@ -317,9 +317,9 @@ def measure_side_by_side(repeats, steps):
     return {}, {"side_by_side": of(values)}
 
 
-def measure_memory(repeats, size):
-    """(e) peak of the proportional set size of a training process and its workers, in MB, and of the bare import."""
-    peaks = {"ours": [], "plain": [], "bare import": []}
+def measure_memory(repeats, size, bare):
+    """(e) peak of the proportional set size of a training process and its workers, in MB; `bare`: of the import too."""
+    peaks = {who: [] for who in ("ours", "plain", *["bare import"] * bare)}
     for _ in range(repeats):
         for who, values in peaks.items():
             process, peak = child("memory", who, size), 0
@@ -390,7 +390,7 @@ def run_child(task, *arguments):
         torch.set_num_threads(threads)
         subjects = Subjects(BATCH * 4, BATCH, torch.device("cpu"))
         batches = few_batches(subjects, 4)
-        subjects.our_train(subjects.ce, batches[:2])
+        subjects.our_train(subjects.ce, batches[:1])
         started = time.perf_counter()
         for step in range(steps):
             subjects.our_train(subjects.ce, [batches[step % 4]])
@@ -429,7 +429,7 @@ def measure(options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    repeats, steps = (1, 2) if options.quick else (options.repeats, 8)
+    repeats, steps = (1, 1) if options.quick else (options.repeats, 8)
     train_size, test_size = (256, 256) if options.quick else (3072, 2480)
     wanted = options.only or (QUICK if options.quick else PARTS)
     figures, spread = {}, {}
@@ -445,7 +445,9 @@ def measure(options):
         "folder": lambda: measure_folder_pipeline(repeats, 32 if options.quick else 384),
         "epoch": lambda: measure_epoch(subjects, repeats),
         "side_by_side": lambda: measure_side_by_side(repeats, steps),
-        "memory": lambda: measure_memory(1 if options.quick else 2, train_size),
+        "memory": lambda: measure_memory(
+            1 if options.quick else 2, train_size // 2 if options.quick else train_size, not options.quick
+        ),
         "first": lambda: measure_first_batch(repeats, options.data_dir),
     }
     for part in wanted:
