@@ -30,6 +30,7 @@ class Setup:
     lr: float = 0.1
     lr_factors: tuple = (0.01, 0.01)
     ib_lr_factor: float = 0.01
+    max_m: float = 0.5
 
 
 CIFAR = Setup("cifar_train.py", "resnet32", 200, 100, (160, 180), 160)
@@ -39,7 +40,7 @@ SETUPS = {
     "digits": dataclasses.replace(CIFAR, arch="resnet20", batch_size=32),
     "tinyimagenet": Setup("tinyimage_train.py", "resnet18", 100, 50, (90,), 90, lr_factors=(0.1,)),
     "inaturalist": Setup(
-        "inat_train.py", "resnet50", 200, 50, (30, 180), 180, 0, 0.01, (0.1, 0.1), 1.0
+        "inat_train.py", "resnet50", 200, 50, (30, 180), 180, 0, 0.01, (0.1, 0.1), 1.0, 0.3
     ),  # batch 0: the script's own
 }
 
@@ -84,7 +85,7 @@ CONTROLS = {"ib-lr": "CE", "weights-only": "IB", "detached": "IB"}
 #: Settings that count for a loss or a rule, with the values of the method; others change nothing there.
 CONSTANTS: dict[str, dict[str, Any]] = {
     "Focal": {"gamma": 1.0, "focal_scale": 10.0},
-    "LDAM": {"max_m": 0.5, "s": 30.0},
+    "LDAM": {"s": 30.0},
     "LA": {"la_tau": 1.0},
     "IB": {"alpha": 1000.0, "epsilon": 1e-3, "ib_norm": "l1", "detach_ib": False},
     "IBFocal": {"alpha": 1000.0, "epsilon": 1e-3, "ib_norm": "l1", "detach_ib": False, "gamma": 1.0},
@@ -120,6 +121,8 @@ class Run:
             "lr_factors": setup.lr_factors, "start_ib_epoch": setup.start_ib_epoch, "drw_epoch": setup.drw_epoch,
             **CONSTANTS.get(loss, {}), **CONSTANTS.get(rule, {}), **changes,
         }  # fmt: skip
+        if loss == "LDAM":
+            found["max_m"] = setup.max_m
         by = SHORTENING[self.protocol]
         for name in ("epochs", "start_ib_epoch", "drw_epoch"):
             found[name] //= by
