@@ -132,6 +132,22 @@ def test_unreadable_picture_in_a_worker_is_one_line(folder, tmp_path):
     assert "bad\\x1b[31m.jpg cannot be decoded" in line
 
 
+def test_names_of_classes_reach_neither_the_terminal_nor_the_figures_raw(tmp_path, capsys, monkeypatch):
+    names = ["a\x1b[31mred", 'b\nline, "q"', "c$\\frac$"]
+    folder = make_folder(tmp_path / "hostile", names=names)
+    monkeypatch.chdir(tmp_path)
+    folder_train.main(["--data_dir", str(folder), *RUN])
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    shown = [line.split("  ")[0].strip() for line in out.splitlines()]
+    assert [name for name in shown if name[:2] in ("a\\", "b\\", "c$")] == [
+        "a\\x1b[31mred", 'b\\nline, "q"', "c$\\frac$",
+    ]  # fmt: skip
+    logs = next((tmp_path / "log").iterdir())
+    assert list(read_csv(logs / "class_accuracy.csv")[0]) == ["epoch", *names]
+    assert {"confusion.png", "class_accuracy.png", "curves.png"} <= {path.name for path in logs.iterdir()}
+
+
 def test_dead_worker_is_one_line(folder, tmp_path):
     with mock.patch("training.picture_files.open_picture", side_effect=lambda path: os._exit(3)):
         status, _, err = run(tmp_path, "--data_dir", folder, *RUN, "-j", "1")

@@ -1,8 +1,10 @@
 """What each epoch does, against the published settings."""
 
+import dataclasses
+
 import pytest
 
-from training.recipe import Recipe
+from training.recipe import LOSS_TYPES, TRAIN_RULES, Recipe, Stage
 
 
 def lrs(**fields):
@@ -46,3 +48,28 @@ def test_drw_weights_begin_at_drw_epoch_in_a_run_of_any_length():
 
 def test_resample_is_a_sampler_and_no_weight():
     assert {(s.sampler, s.class_weights) for s in Recipe(train_rule="Resample").stages()} == {("Resample", "none")}
+
+
+def test_the_defaults_are_the_published_settings():
+    assert dataclasses.asdict(Recipe()) == {
+        "loss_type": "CE", "train_rule": "None", "epochs": 200, "lr": 0.1, "start_ib_epoch": 100, "warmup_epochs": 5,
+        "milestones": (160, 180), "lr_factors": (0.01, 0.01), "ib_lr_factor": 0.01, "keep_warmup": False,
+        "drw_epoch": 160,
+    }  # fmt: skip
+    assert LOSS_TYPES == ("CE", "Focal", "LDAM", "BS", "LA", "IB", "IBFocal")
+    assert TRAIN_RULES == ("None", "Resample", "CBReweight", "IBReweight", "DRW")
+
+
+def test_an_epoch_of_plain_ce_has_neither_weights_nor_sampler():
+    assert Recipe().stage(7) == Stage(lr=0.1, loss="CE", class_weights="none", sampler="none")
+
+
+def test_recipes_and_stages_are_values_that_do_not_change():
+    for value, name in ((Recipe(), "lr"), (Recipe().stage(0), "lr")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, 1.0)
+
+
+def test_every_milestone_needs_its_factor():
+    with pytest.raises(ValueError, match="zip"):
+        Recipe(milestones=(1, 2), lr_factors=(0.1,)).stage(0)

@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 from training.checkpoint import write_atomically
-from utils import warn
+from utils import one_line, warn
 
 FIGURES = ("class_accuracy.png", "curves.png")  # of every run; confusion.png where there are not too many classes
 
@@ -52,6 +52,11 @@ def save_figure(pyplot, figure, folder, name):
     return path
 
 
+def _label(name):
+    """A class's name as matplotlib shows it: on one line, and a $ is a $, no formula."""
+    return one_line(name).replace("$", r"\$")
+
+
 def _confusion(pyplot, confusion, names, folder):
     """Rows are true classes, in percent of the class."""
     size = min(max(4.5, 0.45 * len(names)), 14)
@@ -61,8 +66,9 @@ def _confusion(pyplot, confusion, names, folder):
     figure.colorbar(image, label="percent of the true class")
     axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
     if len(names) <= 30:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+        labels = [_label(name) for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=90)
+        axes.set_yticks(range(len(names)), labels)
     if len(names) <= 12:
         for i, row in enumerate(percent):
             for j, value in enumerate(row):
@@ -77,7 +83,7 @@ def _class_accuracy(pyplot, per_class, names, class_counts, folder):
     axes.scatter([n for n, _, _ in seen], [a for _, a, _ in seen], s=24)
     if len(names) <= 12:
         for n, accuracy, name in seen:
-            axes.annotate(name, (n, accuracy), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(_label(name), (n, accuracy), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", ylim=(-2, 105), xlabel="training images of the class", ylabel="test accuracy [%]")
     axes.set_title("Accuracy of each class over its training images")
     axes.grid(alpha=0.3)

@@ -18,7 +18,7 @@ from training.options import dry_run, recipe_of, settings_of, store_name
 from training.precision import Precision, set_determinism
 from training.records import best_epoch, shown
 from training.resume import Finished, clear, find_start, load_for_evaluation
-from utils import DataError, UsageError, draw_seed, duration, versions, warn
+from utils import DataError, UsageError, draw_seed, duration, one_line, versions, warn
 
 
 def train_or_evaluate(options, load_data, build_model, make_batches):
@@ -157,7 +157,7 @@ def print_info(info, start):
     print(f"parameters: {info['parameters']:,}; sha256 of the chosen indices: {info['split']['sha256']}")
     print("versions: " + ", ".join(f"{name} {value}" for name, value in info["versions"].items()))
     if start.path is not None:
-        print(f"goes on from {start.path} after {start.epoch} epochs")
+        print(f"goes on from {one_line(start.path)} after {start.epoch} epochs")
     sys.stdout.flush()
 
 
@@ -215,6 +215,7 @@ def _report(run, history):
 
 def print_classes(names, counts, *results):
     """The per-class table: training images, and accuracy in the best and the last epoch."""
+    names = [one_line(name) for name in names]
     width = max(len(name) for name in [*names, "class"])
     heads = ("best", "last")[: len(results)] if len(results) > 1 else ("acc",)
     print(f"{'class':<{width}}  {'train':>6}" + "".join(f"  {head:>6}" for head in heads))
