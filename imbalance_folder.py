@@ -1,6 +1,7 @@
 """Any pictures on disk: a folder for each class, with the imbalance that they have, or made long-tailed."""
 
 import dataclasses
+import hashlib
 import os
 
 import numpy as np
@@ -21,6 +22,11 @@ class PictureSet:
     @classmethod
     def whole(cls, paths, targets, classes):
         return cls(list(paths), list(targets), list(classes), np.arange(len(paths)))
+
+    @property
+    def samples(self):
+        """(path, class) of each picture, as ImageFolder has them."""
+        return list(zip(self.paths, self.targets, strict=True))
 
     def subset(self, positions):
         """The pictures at these positions."""
@@ -59,6 +65,18 @@ def read_folder(folder):
         raise DataError(str(error)) from None
     paths, targets = zip(*found.samples, strict=True)
     return PictureSet.whole(paths, targets, found.classes)
+
+
+def files_sha256(samples):
+    """Hex sha256 of a line for each picture file: folder and name, class, size in bytes.
+
+    A picture that was renamed, replaced, added or cut short shows, in a folder that was moved too.
+    """
+    digest = hashlib.sha256()
+    for path, label in samples:
+        name = "/".join(os.path.normpath(path).split(os.sep)[-2:])
+        digest.update(f"{name}\0{label}\0{os.path.getsize(path)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def named(names, limit=5):

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-#: name -> order; 'none' counts every norm as 0, for the control without influence (Table 2 d)
-NORMS = {"l1": 1, "l2": 2, "linf": float("inf"), "none": None}
+#: 'none' counts every norm as 0, for the control without influence (Table 2 d)
+NORMS = ("l1", "l2", "linf", "none")
 
 
 # ---------------------------------------------------------------------------------------- class weights
@@ -113,7 +113,7 @@ def row_norm(rows, norm="l1"):
         return rows.new_zeros(len(rows))
     if norm == "l1":
         return rows.abs().sum(1)  # more exact in float32 than vector_norm
-    return torch.linalg.vector_norm(rows, NORMS[norm], dim=1)
+    return torch.linalg.vector_norm(rows, 2 if norm == "l2" else float("inf"), dim=1)
 
 
 def _nonnegative(**values):
@@ -398,7 +398,6 @@ class IBLoss(_Weighted):
     def _loss(self, logits, target, features, alpha):
         return ib_loss(logits, target, features, self.weight, alpha, self.epsilon, self.norm, self.detach)
 
-    @torch.no_grad()
     def _calibrate(self, logits, target, features):
         # written without a branch on tensor values: no synchronisation with the device
         means = torch.stack([cross_entropy(logits, target), self._loss(logits, target, features, 1.0)]).double()

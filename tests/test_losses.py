@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import inspect
 import itertools
 import math
 
@@ -60,6 +61,7 @@ def assert_rows_close(actual, expected, rtol, floor=1e-7):
 def test_doctests():
     failed, tried = doctest.testmod(losses)
     assert failed == 0 < tried
+    assert losses.ib_loss.__name__ == "ib_loss", "else its doctest is not found"
 
 
 # -------------------------------------------------------------------------------- against the official code
@@ -431,6 +433,40 @@ def test_defaults_are_the_published_ones():
     assert (FocalLoss().gamma, IB_FocalLoss().gamma, LDAMLoss(COUNTS).s) == (0.0, 0.0, 30)
     assert LDAMLoss(COUNTS).margins.max() == 0.5
     assert IBLoss()(logits, target, features) == losses.ib_loss(logits, target, features, alpha=10000.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [
+        ("effective_number_weights", {"beta": 0.9999}),
+        ("effective_number_rates", {"beta": 0.9999}),
+        ("row_norm", {"norm": "l1"}),
+        ("cross_entropy", {"weight": None}),
+        ("focal_loss", {"weight": None, "gamma": 0.0, "scale": 10.0}),
+        ("ldam_loss", {"weight": None, "s": 30.0}),
+        ("ldam_margins", {"max_m": 0.5}),
+        ("logit_adjusted_cross_entropy", {"tau": 1.0, "weight": None}),
+        ("influence", {"norm": "l1"}),
+        ("ib_factor", {"alpha": 1000.0, "epsilon": 1e-3, "norm": "l1", "detach": False}),
+        ("ib_loss", {"weight": None, "alpha": 1000.0, "epsilon": 1e-3, "norm": "l1", "detach": False}),
+        (
+            "ib_focal_loss",
+            {"weight": None, "alpha": 1000.0, "gamma": 0.0, "epsilon": 1e-3, "norm": "l1", "detach": False},
+        ),
+    ],
+)
+def test_defaults_of_the_functions(function, defaults):
+    parameters = inspect.signature(getattr(losses, function)).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", [losses.influence, losses.ib_factor])
+def test_influence_of_half_precision_inputs_is_computed_in_float32(function, dtype):
+    logits, target, features = batch(dtype=dtype)
+    actual = function(logits, target, features)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, function(logits.float(), target, features.float()))
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ def test_the_modules_their_functions_and_their_limits_agree(dtype):
     torch.testing.assert_close(one, balanced_softmax(logits, target, COUNTS, WEIGHT), rtol=1e-6, atol=0)
     assert torch.equal(LogitAdjustedLoss(COUNTS, 0.0, WEIGHT)(logits, target), CrossEntropyLoss(WEIGHT)(logits, target))
     assert one.dtype == dtype
+    assert LogitAdjustedLoss(COUNTS).tau == 1.0
+    assert LogitAdjustedLoss(COUNTS, weight=WEIGHT).state_dict() == {}
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
@@ -77,6 +79,13 @@ def test_extreme_logits_stay_finite_under_autocast(scale):
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss)
     assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_widened_before_the_prior_is_added(dtype):
+    logits, target = batch(dtype)
+    criterion = LogitAdjustedLoss(COUNTS, 0.7, WEIGHT)
+    assert torch.equal(criterion(logits, target), criterion(logits.float(), target))
 
 
 def test_wrong_arguments_are_refused():

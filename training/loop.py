@@ -259,6 +259,7 @@ def _save(run, history, optimizer, criterion):
         "scaler": run.precision.state_dict(),
         "settings": run.info["settings"],
         "split_sha256": run.info["split"]["sha256"],
+        "files_sha256": run.info["split"]["files_sha256"],
         "history": history,
     }
     names = [checkpoint.NEWEST]

@@ -170,7 +170,7 @@ def add_method_flags(parser, drw_epoch=160):
     )  # fmt: skip
     number("--epsilon", default=1e-3, type=_number(float, low=0), help="added to the influence (default: %(default)s)")
     number(
-        "--ib_norm", default="l1", choices=list(NORMS),
+        "--ib_norm", default="l1", choices=NORMS,
         help="norm of the influence; none: it counts as 0, the factor is alpha / epsilon (default: %(default)s)",
     )  # fmt: skip
     number("--detach_ib", action="store_true", help="no gradient through the IB factor")

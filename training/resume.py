@@ -30,6 +30,7 @@ class Start:
     path: str | None = None
     is_fork: bool = False
     split_sha256: str | None = None
+    files_sha256: str | None = None
     best_acc1: float = -1.0  # of a published checkpoint, which brings no history
 
 
@@ -73,6 +74,7 @@ def find_start(options, log_folder, model_folder):
         path=path,
         is_fork=not is_own,
         split_sha256=state.get("split_sha256"),
+        files_sha256=state.get("files_sha256"),
         best_acc1=-1.0 if state.get("history") else float(state.get("best_acc1", -1.0)),
     )
 

@@ -11,6 +11,7 @@ import torch
 
 import models
 from imbalance import GROUP_RULE, count_classes, groups, hold_out, split_sha256
+from imbalance_folder import files_sha256
 from training import checkpoint, distributed, plots
 from training.folders import claimed
 from training.loop import Run, evaluate, fit, make_optimizer
@@ -108,11 +109,8 @@ def _prepare(options, data, build_model, make_batches, device, start, log_folder
     optimizer = make_optimizer(model, options)
     if start.optimizer is not None:
         _load_optimizer(optimizer, start)
-    sha256 = split_sha256(train_set.chosen)
-    if start.split_sha256 not in (None, sha256) and not options.force:
-        raise DataError(
-            f"{start.path} was trained on other images of {options.data_dir} (--force goes on all the same)"
-        )
+    split = {"sha256": split_sha256(train_set.chosen), "total": len(targets), "files_sha256": _files_sha256(data)}
+    _check_images(start, split, options)
     info = {
         "name": store_name(options),
         "settings": settings_of(options),
@@ -122,7 +120,7 @@ def _prepare(options, data, build_model, make_batches, device, start, log_folder
         "classes": list(train_set.classes),
         "class_counts": class_counts,
         "group_rule": GROUP_RULE,
-        "split": {"sha256": sha256, "total": len(targets)},
+        "split": split,
     }
     print_info(info, start)
     with distributed.main_first():
@@ -145,6 +143,27 @@ def _prepare(options, data, build_model, make_batches, device, start, log_folder
         model_folder=model_folder,
         start=start,
     )
+
+
+def _files_sha256(data):
+    """Of the picture files of training and test; None for data in memory, of which torchvision checks the md5."""
+    samples = [sample for part in data for sample in getattr(part, "samples", [])]
+    return files_sha256(samples) if samples else None
+
+
+def _check_images(start, split, options):
+    """Refuse to go on with other images than those that the checkpoint was trained on, or with changed files."""
+    if options.force:
+        return
+    if start.split_sha256 not in (None, split["sha256"]):
+        raise DataError(
+            f"{start.path} was trained on other images of {options.data_dir} (--force goes on all the same)"
+        )
+    if start.files_sha256 not in (None, split["files_sha256"]):
+        raise DataError(
+            f"the picture files in {options.data_dir} have changed since {start.path} was written: names, classes or "
+            "sizes (--force goes on all the same)"
+        )
 
 
 def print_info(info, start):

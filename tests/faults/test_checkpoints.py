@@ -134,6 +134,18 @@ def test_what_cannot_be_read_back_replaces_nothing(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "names", [[checkpoint.NEWEST], [checkpoint.PREVIOUS], [checkpoint.NEWEST, checkpoint.PREVIOUS]]
+)
+def test_a_folder_with_the_newest_or_the_one_before_can_be_gone_on_from(names, tmp_path):
+    assert not checkpoint.exists(tmp_path)
+    (tmp_path / checkpoint.BEST).touch()
+    assert not checkpoint.exists(tmp_path)
+    for name in names:
+        (tmp_path / name).touch()
+    assert checkpoint.exists(tmp_path)
+
+
 def test_the_one_before_is_kept_and_no_more(tmp_path):
     for epoch in range(1, 5):
         sealed(tmp_path, {**STATE, "epoch": epoch})

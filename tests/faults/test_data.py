@@ -1,0 +1,104 @@
+"""Data that change between the runs of one training: noticed and refused at resume, nothing is lost."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from script_runner import (
+    TINY,
+    TWO_EPOCHS,
+    load_checkpoint,
+    messages,
+    model_folder,
+    run_main,
+    run_ok,
+    run_script,
+    snapshot,
+)
+from test_folder_train import RUN, make_folder
+
+import folder_train
+
+TRAIN = ["--data_dir", "pictures", *RUN, "--epochs", "2", "--milestones", "1"]
+
+
+def rename(train):
+    (train / "class1" / "3.jpg").rename(train / "class1" / "33.jpg")
+
+
+def swap(train):
+    one, two = train / "class0" / "0.jpg", train / "class2" / "0.jpg"
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+
+
+def grow(train):
+    with open(train / "class0" / "5.jpg", "ab") as file:
+        file.write(b"\0")
+
+
+def exchange_for_a_new_one(train):
+    (train / "class0" / "5.jpg").rename(train / "class0" / "50.jpg")
+
+
+def change_the_test_set(train):
+    (train.parent / "val" / "class0" / "0.jpg").rename(train.parent / "val" / "class0" / "00.jpg")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with pictures and a run on them, which keeps its first epoch."""
+    home = tmp_path_factory.mktemp("trained")
+    make_folder(home / "pictures")
+    assert run_script(folder_train, TRAIN, home)[0] == 0
+    return home
+
+
+def go_on(home, *more):
+    """The second epoch again, from the first."""
+    path = next(home.glob("checkpoint/*_0/ckpt.epoch001.pth.tar"))
+    return run_script(folder_train, [*TRAIN, "--exp_str", "again", "--resume", path, *more], home)
+
+
+@pytest.mark.parametrize("change", [rename, swap, grow, exchange_for_a_new_one, change_the_test_set])
+def test_changed_picture_files_are_refused_at_resume(change, trained, tmp_path):
+    home = Path(shutil.copytree(trained, tmp_path / "home"))
+    change(home / "pictures" / "train")
+    before = snapshot(home)
+    status, _, err = go_on(home)
+    assert status == 1
+    (line,) = messages(err)
+    assert "the picture files in pictures have changed since" in line
+    assert snapshot(home) == before
+    assert go_on(home, "--force")[0] == 0
+
+
+def test_pictures_that_were_moved_or_touched_are_the_same(trained, tmp_path):
+    home = Path(shutil.copytree(trained, tmp_path / "home"))
+    shutil.move(home / "pictures", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", home / "pictures")
+    os.utime(home / "pictures" / "train" / "class0" / "0.jpg", (0, 0))
+    assert go_on(home)[0] == 0
+
+
+def test_a_missing_picture_is_named(trained, tmp_path):
+    home = Path(shutil.copytree(trained, tmp_path / "home"))
+    (home / "pictures" / "train" / "class2" / "1.jpg").unlink()
+    status, _, err = go_on(home)
+    assert status == 1
+    assert "was trained on other images of pictures" in messages(err)[0]
+
+
+def test_another_choice_of_images_is_refused_at_resume(tmp_path, capsys):
+    """The indices that a checkpoint was trained on, not only the settings that led to them."""
+    run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
+    path = model_folder(tmp_path) / "ckpt.epoch001.pth.tar"
+    torch.save({**load_checkpoint(path), "split_sha256": "0" * 64}, path)
+    more = [*TWO_EPOCHS, *TINY, "--exp_str", "again", "--resume", path]
+    status, _, err = run_main(more, tmp_path, capsys)
+    assert (status, len(messages(err))) == (1, 1)
+    assert "was trained on other images of" in err
+    run_ok([*more, "--force"], tmp_path, capsys)
