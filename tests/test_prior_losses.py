@@ -11,6 +11,7 @@ from losses import (
     CrossEntropyLoss,
     LogitAdjustedLoss,
     balanced_softmax,
+    log_prior,
     logit_adjusted_cross_entropy,
 )
 
@@ -86,6 +87,10 @@ def test_half_precision_logits_are_widened_before_the_prior_is_added(dtype):
     logits, target = batch(dtype)
     criterion = LogitAdjustedLoss(COUNTS, 0.7, WEIGHT)
     assert torch.equal(criterion(logits, target), criterion(logits.float(), target))
+
+
+def test_the_prior_is_each_classs_share():
+    assert torch.allclose(log_prior([3, 1]).exp(), torch.tensor([0.75, 0.25], dtype=torch.float64))
 
 
 def test_wrong_arguments_are_refused():

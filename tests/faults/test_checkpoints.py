@@ -1,6 +1,8 @@
 """Checkpoints: damage is noticed wherever it is, the one before is taken, nothing good is given up for a bad one."""
 
+import collections
 import contextlib
+import copy
 import errno
 import os
 import random
@@ -151,6 +153,59 @@ def test_the_one_before_is_kept_and_no_more(tmp_path):
         sealed(tmp_path, {**STATE, "epoch": epoch})
     assert sorted(os.listdir(tmp_path)) == ["ckpt.previous.pth.tar", "ckpt.pth.tar"]
     assert [load_checkpoint(tmp_path / name)["epoch"] for name in sorted(os.listdir(tmp_path))] == [3, 4]
+
+
+# -------------------------------------------------------------------------------------- weights into a net
+
+
+def net(classes):
+    layers = {"body": torch.nn.Linear(3, 4), "bn": torch.nn.BatchNorm1d(4), "fc": torch.nn.Linear(4, classes)}
+    return torch.nn.Sequential(collections.OrderedDict(layers))
+
+
+def assert_layer(layer, state, name, other):
+    """The layer `name` has the weights of the state dict `state`, and not those of `other`."""
+    assert torch.equal(layer.weight, state[f"{name}.weight"])
+    assert other is None or not torch.equal(layer.weight, other[f"{name}.weight"])
+
+
+def test_a_head_of_another_form_stays_as_the_net_has_it():
+    own, source = net(2), net(5).state_dict()
+    before = copy.deepcopy(own.state_dict())
+    checkpoint.load_weights(own, source, "PATH", new_head="fc")
+    assert_layer(own.body, source, "body", before)
+    assert_layer(own.fc, before, "fc", None)
+
+
+def test_a_head_of_the_same_form_is_taken_from_the_weights():
+    own, source = net(2), net(2).state_dict()
+    before = copy.deepcopy(own.state_dict())
+    checkpoint.load_weights(own, source, "PATH", new_head="fc")
+    assert_layer(own.body, source, "body", before)
+    assert_layer(own.fc, source, "fc", before)
+
+
+def test_weights_without_batch_norms_counter_are_taken_for_a_new_head_only():
+    own, source = net(2), net(2).state_dict()
+    own.bn.num_batches_tracked.fill_(7)
+    del source["bn.num_batches_tracked"]
+    with pytest.raises(DataError, match=r"PATH does not fit this net: the checkpoint lacks bn\.num_batches_tracked"):
+        checkpoint.load_weights(own, source, "PATH")
+    checkpoint.load_weights(own, source, "PATH", new_head="fc")
+    assert_layer(own.body, source, "body", None)
+    assert own.bn.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_that_do_not_fit_are_named(prefix):
+    source = {prefix + name: tensor for name, tensor in net(5).state_dict().items()}
+    with pytest.raises(DataError, match=re.escape("fc.weight has shape (5, 4) there, (2, 4) here")):
+        checkpoint.load_weights(net(2), source, "PATH")
+    with pytest.raises(DataError, match=re.escape("the checkpoint lacks fc.bias (one of the two has LDAM's")):
+        checkpoint.load_weights(net(5), {k: v for k, v in source.items() if k != prefix + "fc.bias"}, "PATH")
+    with pytest.raises(DataError, match=r"the net lacks more$"):
+        checkpoint.load_weights(net(5), {**source, prefix + "more": torch.zeros(1)}, "PATH")
+    checkpoint.load_weights(net(5), source, "PATH")
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
