@@ -545,6 +545,13 @@ def test_auto_alpha_learns_from_training_batches_only():
     }
 
 
+def test_auto_alpha_sums_in_float64():
+    """Sums of twenty batches, kept in checkpoints."""
+    assert {name: tensor.dtype for name, tensor in IBLoss(alpha="auto").state_dict().items()} == {
+        "alpha": torch.float32, "calibration": torch.float64,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("stop", [0, 7, 25])
 def test_auto_alpha_survives_a_state_dict_round_trip(stop):
     criterion, resumed = IBLoss(alpha="auto"), IBLoss(alpha="auto")

@@ -491,6 +491,17 @@ def test_overwriting_by_a_fork_leaves_nothing_of_the_old_run(ce_run, tmp_path, c
     assert seeds == {0}
 
 
+def test_an_overwriting_run_broken_off_at_once_leaves_no_figures_of_the_old_one(tmp_path, capsys):
+    args = [*FIVE, *TINY]
+    run_ok(args, tmp_path, capsys, figures=True)
+    log = log_folder(tmp_path)
+    assert {"summary.json", "curves.png", "confusion.png"} <= {path.name for path in log.iterdir()}
+    break_off([*args, "--lr", "0.2", "--overwrite"], tmp_path, capsys, after=0)
+    left = {path.name for path in log.iterdir()}
+    assert left == {"args.json", "class_accuracy.csv", "log_test.csv", "log_train.csv"}
+    assert all(read_csv(log / name) == [] for name in left if name.endswith(".csv"))
+
+
 def test_a_refused_overwrite_deletes_nothing(tmp_path, capsys):
     run_ok([*FIVE, *TINY], tmp_path, capsys)
     before = snapshot(tmp_path)
