@@ -1,7 +1,7 @@
 # make demo   set up, train CE and IB on long-tailed digits, print the tables (two to three minutes after the install)
 # make test   set up, run the tests
 # make lint   ruff, mypy
-# make soak   the long fault tests: some twenty minutes
+# make soak   the long fault tests, and the mutants of the code: some two hours
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -38,3 +38,5 @@ lint: setup
 soak: setup
 	$(BIN)/python tests/faults/storm.py --kills 100
 	$(BIN)/python tests/faults/soak.py --epochs 1000
+	$(BIN)/python -m pytest tests/faults/test_flags.py --hypothesis-profile soak
+	$(BIN)/python tests/faults/mutants.py

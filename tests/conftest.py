@@ -6,6 +6,13 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+#: `make test` draws the same examples every time; `make soak` (--hypothesis-profile soak) draws many, other ones.
+settings.register_profile(
+    "default", max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("soak", settings.get_profile("default"), max_examples=5000, derandomize=False, database=None)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

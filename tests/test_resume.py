@@ -26,6 +26,7 @@ from script_runner import (
 )
 
 from training import loop
+from training.precision import Precision
 from training.records import Records
 
 EPOCHS, START = 5, 2
@@ -518,6 +519,20 @@ def test_resume_auto_with_nothing_there_is_a_fresh_start_that_says_so(tmp_path, 
     out = run_ok([*FIVE, *TINY, "--resume", "auto"], tmp_path, capsys)
     assert "no checkpoint in checkpoint/digits_tiny_CE_None_exp_0.01_0, a fresh start" in out
     assert [row["epoch"] for row in read_csv(log_folder(tmp_path) / "log_train.csv")] == list("01234")
+
+
+def test_the_loss_scaler_of_fp16_gets_its_state_back(tmp_path, capsys):
+    break_off([*FIVE, *TINY], tmp_path, capsys, after=2)
+    path = model_folder(tmp_path) / "ckpt.pth.tar"
+    torch.save({**load_checkpoint(path), "scaler": {"scale": 512.0}}, path)
+    with mock.patch.object(Precision, "load_state_dict") as restored:
+        run_ok([*FIVE, *TINY, "--resume", "auto"], tmp_path, capsys)
+    restored.assert_called_once_with({"scale": 512.0})
+    scaler = Precision("fp16").scaler
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 512.0})
+    again = Precision("fp16")
+    again.load_state_dict(scaler.state_dict())
+    assert again.state_dict()["scale"] == 512.0
 
 
 def test_start_epoch_numbers_the_first_epoch(tmp_path, capsys):

@@ -21,7 +21,7 @@ from utils import DataError, UsageError, one_line, warn
 class Start:
     """Epoch to begin with, and what a checkpoint brings: records, weights, optimizer and criterion states."""
 
-    epoch: int = 0
+    epoch: int
     history: list = dataclasses.field(default_factory=list)
     state_dict: dict | None = None
     optimizer: dict | None = None

@@ -124,6 +124,15 @@ def test_a_damaged_file_is_not_copied(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_file_is_written_beside_its_place_where_it_can_be_renamed(tmp_path):
+    """A rename between file systems is a copy, which may be cut short."""
+    seen = []
+    checkpoint.write_atomically(tmp_path / "a.json", lambda file: seen.extend(os.listdir(tmp_path)))
+    (name,) = seen
+    assert re.fullmatch(r"\.a\.json\..+\.tmp", name)
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
 def test_what_cannot_be_read_back_replaces_nothing(tmp_path):
     sealed(tmp_path)
     before = snapshot(tmp_path)
@@ -194,6 +203,12 @@ def test_weights_without_batch_norms_counter_are_taken_for_a_new_head_only():
     checkpoint.load_weights(own, source, "PATH", new_head="fc")
     assert_layer(own.body, source, "body", None)
     assert own.bn.num_batches_tracked == 7
+
+
+def test_ldams_head_is_known_by_its_missing_bias():
+    assert checkpoint.has_normalised_head({"linear.weight": 0, "conv.bias": 0}) is True
+    for name in ("linear.bias", "fc.bias", "module.linear.bias"):
+        assert checkpoint.has_normalised_head({"linear.weight": 0, name: 0}) is False
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

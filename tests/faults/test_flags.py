@@ -5,7 +5,7 @@ import contextlib
 import io
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import cifar_train
@@ -45,7 +45,6 @@ def command_lines(draw, parser):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_dry_run_or_one_line(name, data):
     script = SCRIPTS[name]
