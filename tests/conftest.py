@@ -29,7 +29,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+#: Files that take longest: they start first, so that the workers of `pytest -n 2` end together.
+LONGEST = ("test_reproduce_ray.py", "test_distributed.py", "test_resume.py", "test_reproduce.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

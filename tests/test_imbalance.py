@@ -1,5 +1,7 @@
 """The long tail against the official choice, by-hand counts and the limits that it promises."""
 
+import inspect
+
 import numpy as np
 import pytest
 from conftest import golden
@@ -85,6 +87,20 @@ def test_hold_out_is_a_stratified_partition_that_keeps_each_class():
     assert np.bincount(targets[validation], minlength=3).tolist() == [20, 2, 0]
     train, _ = imbalance.hold_out(targets, 0.9)
     assert np.bincount(targets[train]).min() == 1
+
+
+def test_classes_are_counted_up_to_the_last_one():
+    assert imbalance.count_classes([2, 0, 2], 4) == [1, 0, 2, 0]
+    assert [type(n) for n in imbalance.count_classes(np.array([0]), 1)] == [int]
+
+
+def test_defaults_are_the_published_ones():
+    def defaults(function):
+        return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.default is not p.empty}
+
+    assert defaults(imbalance.class_counts) == {"imb_type": "exp", "imb_factor": 0.01}
+    assert defaults(imbalance.choose) == {"rand_number": 0}
+    assert defaults(imbalance.hold_out) == {"seed": 0}
 
 
 def test_group_limits():

@@ -73,7 +73,7 @@ def test_runs_of_a_lost_node_go_on_on_the_other_and_equal_the_local_ones(cluster
                 lost = name
         time.sleep(0.05)
     cluster.remove_node(worker, allow_graceful=False)
-    assert driver.wait(240) == 0, (tmp_path / "printed").read_text()
+    assert driver.wait(600) == 0, (tmp_path / "printed").read_text()
     text = (tmp_path / "printed").read_text()
     assert f"lost   {lost}" in text
     assert "goes on from" in (out / "output" / f"{lost}.txt").read_text()

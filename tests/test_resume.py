@@ -1,5 +1,6 @@
 """Stop, resume, fork: the same weights and logs as the run never stopped, and a refusal where that cannot be."""
 
+import json
 import os
 import shutil
 import signal
@@ -25,7 +26,8 @@ from script_runner import (
     snapshot,
 )
 
-from training import loop
+from training import loop, plots, resume
+from training.plots import FIGURES
 from training.precision import Precision
 from training.records import Records
 
@@ -510,6 +512,19 @@ def test_a_refused_overwrite_deletes_nothing(tmp_path, capsys):
         status, _, _ = run_main([*FIVE, *TINY, "--lr", "0.2", "--overwrite", *wrong], tmp_path, capsys)
         assert status in (1, 2)
         assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("has_matplotlib", [True, False])
+@pytest.mark.parametrize("figures", [True, False])
+@pytest.mark.parametrize("epochs", [None, 1, 2])
+def test_a_finished_run_is_one_with_logs_and_figures_of_every_epoch(epochs, figures, has_matplotlib, tmp_path):
+    if epochs is not None:
+        (tmp_path / "summary.json").write_text(json.dumps({"epochs_done": epochs}))
+    for name in FIGURES if figures else ():
+        (tmp_path / name).touch()
+    with mock.patch.object(plots, "available", return_value=has_matplotlib):
+        complete = resume._is_complete(tmp_path, {"history": [{}, {}]})
+    assert complete == (epochs == 2 and (figures or not has_matplotlib))
 
 
 # ------------------------------------------------------------------------------------------ smaller things

@@ -75,8 +75,8 @@ def _seal(content):
     return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
-def _is_sealed(content, path):
-    """Whether the bytes of a file carry their checksum.
+def _check_seal(content, path):
+    """Compare the bytes of a file with their checksum, if they carry one.
 
     Raises:
         DataError: they carry a wrong one, or what is left of one.
@@ -85,11 +85,10 @@ def _is_sealed(content, path):
     if seal.startswith(SEAL):
         if seal[len(SEAL) :] != hashlib.sha256(body).hexdigest().encode():
             raise DataError(f"{path} is damaged: its checksum does not agree")
-        return True
+        return
     end = content.rfind(ZIP_END, -(2**16)) if content.startswith(ZIP_START) else -1
     if end >= 0 and content[end + ZIP_END_SIZE - 2 :] != b"\0\0":
         raise DataError(f"{path} is damaged: it does not end where it should")
-    return False
 
 
 def _read(path):
@@ -120,7 +119,7 @@ def copy(source, path):
         DataError: the source is damaged.
     """
     content = _read(source)
-    _is_sealed(content, source)
+    _check_seal(content, source)
     _write_sealed(path, content)
 
 
@@ -170,7 +169,7 @@ def load(path, bare=False):
     if not os.path.isfile(path):
         raise DataError(f"no checkpoint at {path}")
     content = _read(path)
-    _is_sealed(content, path)
+    _check_seal(content, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -172,26 +172,14 @@ def net(classes):
     return torch.nn.Sequential(collections.OrderedDict(layers))
 
 
-def assert_layer(layer, state, name, other):
-    """The layer `name` has the weights of the state dict `state`, and not those of `other`."""
-    assert torch.equal(layer.weight, state[f"{name}.weight"])
-    assert other is None or not torch.equal(layer.weight, other[f"{name}.weight"])
-
-
-def test_a_head_of_another_form_stays_as_the_net_has_it():
-    own, source = net(2), net(5).state_dict()
+@pytest.mark.parametrize(("classes", "taken"), [(2, ["body", "fc"]), (5, ["body"])])
+def test_a_head_of_another_form_stays_as_the_net_has_it(classes, taken):
+    own, source = net(2), net(classes).state_dict()
     before = copy.deepcopy(own.state_dict())
     checkpoint.load_weights(own, source, "PATH", new_head="fc")
-    assert_layer(own.body, source, "body", before)
-    assert_layer(own.fc, before, "fc", None)
-
-
-def test_a_head_of_the_same_form_is_taken_from_the_weights():
-    own, source = net(2), net(2).state_dict()
-    before = copy.deepcopy(own.state_dict())
-    checkpoint.load_weights(own, source, "PATH", new_head="fc")
-    assert_layer(own.body, source, "body", before)
-    assert_layer(own.fc, source, "fc", before)
+    for name in ("body", "fc"):
+        expected = (source if name in taken else before)[f"{name}.weight"]
+        assert torch.equal(own.state_dict()[f"{name}.weight"], expected)
 
 
 def test_weights_without_batch_norms_counter_are_taken_for_a_new_head_only():
@@ -201,8 +189,15 @@ def test_weights_without_batch_norms_counter_are_taken_for_a_new_head_only():
     with pytest.raises(DataError, match=r"PATH does not fit this net: the checkpoint lacks bn\.num_batches_tracked"):
         checkpoint.load_weights(own, source, "PATH")
     checkpoint.load_weights(own, source, "PATH", new_head="fc")
-    assert_layer(own.body, source, "body", None)
+    assert torch.equal(own.body.weight, source["body.weight"])
     assert own.bn.num_batches_tracked == 7
+
+
+def test_bare_weights_are_taken_only_where_they_are_asked_for(tmp_path):
+    torch.save(net(2).state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(DataError, match="it has no 'state_dict'"):
+        checkpoint.load(tmp_path / "bare.pth")
+    assert list(checkpoint.load(tmp_path / "bare.pth", bare=True)) == ["state_dict"]
 
 
 def test_ldams_head_is_known_by_its_missing_bias():
