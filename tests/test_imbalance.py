@@ -85,8 +85,9 @@ def test_hold_out_is_a_stratified_partition_that_keeps_each_class():
     train, validation = imbalance.hold_out(targets, 0.2)
     assert sorted([*train, *validation]) == list(range(111))
     assert np.bincount(targets[validation], minlength=3).tolist() == [20, 2, 0]
+    assert imbalance.hold_out(targets, 0.0)[0].tolist() == list(range(111))
     train, _ = imbalance.hold_out(targets, 0.9)
-    assert np.bincount(targets[train]).min() == 1
+    assert np.bincount(targets[train], minlength=3).tolist() == [10, 1, 1]
 
 
 def test_classes_are_counted_up_to_the_last_one():

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import stat
 import subprocess
 import sys
 import zipfile
@@ -131,6 +132,7 @@ def test_a_file_is_written_beside_its_place_where_it_can_be_renamed(tmp_path):
     (name,) = seen
     assert re.fullmatch(r"\.a\.json\..+\.tmp", name)
     assert os.listdir(tmp_path) == ["a.json"]
+    assert stat.S_IMODE(os.stat(tmp_path / "a.json").st_mode) == 0o644  # others may read it; mkstemp's may not
 
 
 def test_what_cannot_be_read_back_replaces_nothing(tmp_path):
