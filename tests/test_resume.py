@@ -220,6 +220,8 @@ def test_a_run_stopped_between_its_last_checkpoint_and_its_logs_is_completed(aga
     run_ok([*args, *again], tmp_path, capsys, figures=True)
     assert read_logs(log_folder(tmp_path)) == read_logs(log_folder(tmp_path, exp="whole"))
     assert (log_folder(tmp_path) / "curves.png").exists()
+    names = [os.listdir(folder) for folder in (model_folder(tmp_path), model_folder(tmp_path, exp="whole"))]
+    assert sorted(names[0]) == sorted(names[1]), "it went on from a copy, as a fork does"
 
 
 # -------------------------------------------------------------------------------------------------- forks
