@@ -28,7 +28,7 @@ demo: setup
 		--resume demo/checkpoint/digits_resnet20_CE_None_exp_0.02_0/ckpt.epoch020.pth.tar
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
