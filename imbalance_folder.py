@@ -1,7 +1,6 @@
 """Any pictures on disk: a folder for each class, with the imbalance that they have, or made long-tailed."""
 
 import dataclasses
-import hashlib
 import os
 
 import numpy as np
@@ -65,18 +64,6 @@ def read_folder(folder):
         raise DataError(str(error)) from None
     paths, targets = zip(*found.samples, strict=True)
     return PictureSet.whole(paths, targets, found.classes)
-
-
-def files_sha256(samples):
-    """Hex sha256 of a line for each picture file: folder and name, class, size in bytes.
-
-    A picture that was renamed, replaced, added or cut short shows, in a folder that was moved too.
-    """
-    digest = hashlib.sha256()
-    for path, label in samples:
-        name = "/".join(os.path.normpath(path).split(os.sep)[-2:])
-        digest.update(f"{name}\0{label}\0{os.path.getsize(path)}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def named(names, limit=5):

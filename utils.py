@@ -5,6 +5,7 @@ torch is imported where it is used: `reproduce.py list` needs the errors only, a
 
 import contextlib
 import functools
+import hashlib
 import os
 import platform
 import signal
@@ -91,6 +92,18 @@ def _raise_on_sigterm():
 def one_line(text):
     """`text` with control characters escaped, so that it stays one line and moves no cursor."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def files_sha256(samples):
+    """Hex sha256 of a line for each picture file: folder and name, class, size in bytes.
+
+    A picture that was renamed, replaced, added or cut short shows, in a folder that was moved too.
+    """
+    digest = hashlib.sha256()
+    for path, label in samples:
+        name = "/".join(os.path.normpath(path).split(os.sep)[-2:])
+        digest.update(f"{name}\0{label}\0{os.path.getsize(path)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

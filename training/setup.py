@@ -11,7 +11,6 @@ import torch
 
 import models
 from imbalance import GROUP_RULE, count_classes, groups, hold_out, split_sha256
-from imbalance_folder import files_sha256
 from training import checkpoint, distributed, plots
 from training.folders import claimed
 from training.loop import Run, evaluate, fit, make_optimizer
@@ -19,7 +18,7 @@ from training.options import dry_run, recipe_of, settings_of, store_name
 from training.precision import Precision, set_determinism
 from training.records import best_epoch, shown
 from training.resume import Finished, clear, find_start, load_for_evaluation
-from utils import DataError, UsageError, draw_seed, duration, one_line, versions, warn
+from utils import DataError, UsageError, draw_seed, duration, files_sha256, one_line, versions, warn
 
 
 def train_or_evaluate(options, load_data, build_model, make_batches):
