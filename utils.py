@@ -193,6 +193,21 @@ def versions():
     }
 
 
+def code_version():
+    """Git commit of this checkout and whether its tracked files are unchanged; None without git or a checkout."""
+    import subprocess
+
+    def git(*arguments):
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "clean": not git("status", "--porcelain", "--untracked-files=no")}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def duration(seconds):
     """Seconds as '1:02:03'.
 

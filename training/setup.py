@@ -18,7 +18,7 @@ from training.options import dry_run, recipe_of, settings_of, store_name
 from training.precision import Precision, set_determinism
 from training.records import best_epoch, shown
 from training.resume import Finished, clear, find_start, load_for_evaluation
-from utils import DataError, UsageError, draw_seed, duration, files_sha256, one_line, versions, warn
+from utils import DataError, UsageError, code_version, draw_seed, duration, files_sha256, one_line, versions, warn
 
 
 def train_or_evaluate(options, load_data, build_model, make_batches):
@@ -114,6 +114,7 @@ def _prepare(options, data, build_model, make_batches, device, start, log_folder
         "name": store_name(options),
         "settings": settings_of(options),
         "versions": versions(),
+        "code": code_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "parameters": sum(p.numel() for p in model.parameters()),
         "classes": list(train_set.classes),
