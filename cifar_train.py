@@ -1,72 +1,63 @@
 """Train on long-tailed CIFAR-10, CIFAR-100 or handwritten digits, with the influence-balanced loss or without.
 
-    python cifar_train.py --dataset digits --epochs 30 --start_ib_epoch 20 --loss_type IB --train_rule IBReweight
+    python cifar_train.py --dataset digits --epochs 30 --start_ib_epoch 20 --milestones 25 --loss_type IB \\
+        --train_rule IBReweight
     python cifar_train.py --dataset cifar100 --loss_type IB --train_rule IBReweight --start_ib_epoch 100
-    python cifar_train.py --dataset cifar10 --loss_type CE -e --resume checkpoint/NAME/ckpt.best.pth.tar
+    python cifar_train.py --resume checkpoint/NAME/ckpt.best.pth.tar -e
 
-The first needs no download and takes seconds; the second is the paper's main setting (200 epochs: an hour on a
-GPU's slow day, half a day on two CPU cores); the third evaluates. Logs and figures go to log/<name>,
-checkpoints to checkpoint/<name>. `--dry_run` prints the recipe, `--help` every flag.
+The first needs no download and takes a minute; the second is the paper's main setting; the third evaluates a
+checkpoint. Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run` prints the recipe.
 """
 
-import os
+import functools
+
+import torch
 
 import imbalance_cifar
 import models
-from training import options as flags
-from training.batches import TensorBatches
-from training.setup import check_num_classes, train_or_evaluate
-from utils import DataError, UsageError, command
-
-
-def build_parser():
-    """The flags: every published one, with its published default, and every constant of the method."""
-    parser = flags.Parser(description=__doc__, formatter_class=flags.HelpFormatter, prog="cifar_train.py")
-    flags.add_data_flags(parser, list(imbalance_cifar.DATASETS))
-    flags.add_model_flags(parser, list(models.CIFAR_NETS), "resnet32")
-    flags.add_method_flags(parser)
-    flags.add_training_flags(parser)
-    flags.add_run_flags(parser, workers_help="no effect here: the data are in memory")
-    return parser
-
-
-def load_data(options):
-    """(training set, test set). Raises UsageError for an imbalance that cannot be, DataError for missing data."""
-    dataset = imbalance_cifar.DATASETS[options.dataset]
-    was_there = os.path.exists(options.data_dir)
-    try:
-        train = dataset(options.data_dir, options.imb_type, options.imb_factor, options.rand_number, download=True)
-        return train, dataset(options.data_dir, train=False)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    except (RuntimeError, OSError, EOFError) as error:
-        if not was_there and os.path.isdir(options.data_dir) and not os.listdir(options.data_dir):
-            os.rmdir(options.data_dir)  # torchvision made it
-        raise DataError(
-            f"no {options.dataset} in {options.data_dir}, and it cannot be downloaded ({error}): put "
-            f"{dataset.filename} there, name another --data_dir, or try --dataset digits, which needs no download"
-        ) from None
-
-
-def build_model(options):
-    net = models.CIFAR_NETS[options.arch]
-    return net(options.num_classes, use_norm=options.use_norm, feature_norm=options.ib_norm)
-
-
-def make_batches(options, dataset, positions, device):
-    """The whole data set, or its `positions`, as uint8 tensors on the device."""
-    data, targets = dataset.data, dataset.targets
-    if positions is not None:
-        data, targets = data[positions], [targets[i] for i in positions]
-    mean, std = imbalance_cifar.CIFAR_MEAN, imbalance_cifar.CIFAR_STD
-    return TensorBatches(data, targets, options.batch_size, mean, std, device, seed=options.seed or 0)
+from experiment.evaluation import evaluate_checkpoint
+from experiment.fit import fit
+from experiment.parser import parse
+from experiment.run import open_run
+from loaders.in_memory import InMemoryBatches
+from training.optimizer import sgd
+from training.recipe import Recipe
+from utils import command
 
 
 @command
 def main(argv=None):
-    options = flags.complete(build_parser().parse_args(argv))
-    check_num_classes(options, imbalance_cifar.DATASETS[options.dataset].cls_num)
-    train_or_evaluate(options, load_data, build_model, make_batches)
+    settings = parse("cifar_train.py", argv, __doc__)
+    recipe = Recipe.from_settings(settings)
+    if settings.dry_run:
+        return print(recipe.table())
+
+    with open_run(settings) as run:  # device, ranks, folders, lock, seed, where the run starts
+        settings = run.settings
+
+        # data
+        train_set, test_set = imbalance_cifar.load(
+            settings.dataset, settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
+        )
+        train_set, val_set = run.use_data(train_set, test_set)
+        batches = functools.partial(
+            InMemoryBatches, batch_size=settings.batch_size, device=run.device, seed=run.seed, flip=settings.flips
+        )
+        train_batches, test_batches = batches(train_set), batches(test_set)
+        val_batches = batches(val_set) if val_set else None
+
+        # model
+        torch.manual_seed(run.seed)
+        build = models.CIFAR_MODELS[settings.arch]
+        model = build(train_set.num_classes, use_norm=settings.use_norm, feature_norm=settings.feature_norm)
+        model = model.to(run.device).to(memory_format=torch.channels_last)
+        if settings.evaluate:
+            return evaluate_checkpoint(run, model, test_batches, val_batches)
+
+        # optimizer, training
+        optimizer = sgd(model, settings.lr, settings.momentum, settings.weight_decay)
+        run.restore(model, optimizer)
+        fit(run, model, optimizer, recipe, train_batches, test_batches, val_batches)
 
 
 if __name__ == "__main__":

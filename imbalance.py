@@ -1,11 +1,18 @@
-"""The long tail itself: how many images each class keeps, and which ones.
+"""The long tail: how many images each class keeps, which ones, and what every data set says of itself.
 
 Pure numpy: no torch, no files. Class 0 is the head, as published.
 """
 
+import copy
 import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 IMB_TYPES = ("exp", "step", "none")
 
@@ -14,7 +21,7 @@ MANY_OVER, FEW_UNDER = 100, 20
 GROUP_RULE = f"many: over {MANY_OVER} training images, medium: {FEW_UNDER} to {MANY_OVER}, few: under {FEW_UNDER}"
 
 
-def class_counts(available, imb_type="exp", imb_factor=0.01):
+def class_counts(available: Sequence[int], imb_type: str = "exp", imb_factor: float = 0.01) -> list[int]:
     """Number of training images that each class keeps.
 
     `exp`: int(n_max * f ** (k / (K - 1))), `step`: n_max for the first half of the classes (an odd one
@@ -60,7 +67,7 @@ def class_counts(available, imb_type="exp", imb_factor=0.01):
     return counts
 
 
-def choose(targets, counts, rand_number=0):
+def choose(targets: npt.ArrayLike, counts: Sequence[int], rand_number: int = 0) -> np.ndarray:
     """Indices of the images that are kept, class after class.
 
     One RandomState(rand_number); classes in ascending order; each class's indices are shuffled and cut.
@@ -84,7 +91,7 @@ def choose(targets, counts, rand_number=0):
     return np.concatenate(chosen)
 
 
-def hold_out(targets, fraction, seed=0):
+def hold_out(targets: npt.ArrayLike, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Split positions into a training and a stratified validation part; every class keeps a training image.
 
     Args:
@@ -94,6 +101,9 @@ def hold_out(targets, fraction, seed=0):
 
     Returns:
         (train, validation): two sorted int64 arrays that partition range(N).
+
+    Raises:
+        ValueError: a fraction outside [0, 1), or over 0 and too small to hold out a single image.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must lie in [0, 1), got {fraction}")
@@ -105,15 +115,17 @@ def hold_out(targets, fraction, seed=0):
         generator.shuffle(indices)
         held.append(indices[: min(round(len(indices) * fraction), len(indices) - 1)])
     validation = np.sort(np.concatenate(held))
+    if fraction and not len(validation):
+        raise ValueError(f"a held-out fraction of {fraction} is less than one image in each class: choose a larger one")
     return np.setdiff1d(np.arange(len(targets)), validation), validation
 
 
-def count_classes(targets, num_classes):
+def count_classes(targets: npt.ArrayLike, num_classes: int) -> list[int]:
     """Images of each class as a list of `num_classes` ints."""
     return np.bincount(np.asarray(targets, dtype=np.int64), minlength=num_classes).tolist()
 
 
-def groups(counts):
+def groups(counts: Sequence[int]) -> dict[str, list[int]]:
     """Classes of the many, medium and few groups, as a dict of lists, by training images (see GROUP_RULE).
 
     >>> groups([101, 100, 20, 19])
@@ -126,6 +138,53 @@ def groups(counts):
     return split
 
 
-def split_sha256(indices):
+def split_sha256(indices: npt.ArrayLike) -> str:
     """Hex sha256 of the chosen indices, in order, as little-endian int64."""
     return hashlib.sha256(np.asarray(indices).astype("<i8").tobytes()).hexdigest()
+
+
+class LabelledImages:
+    """What every data set here says of itself.
+
+    Attributes:
+        classes: K names. targets: N labels in [0, K). chosen: (N,) int64, indices into all images that there are.
+        mean, std: of the three channels, in [0, 1] units. image_size: side of the square that a model sees.
+        flip: whether a mirrored image still belongs to its class.
+    """
+
+    classes: list[str]
+    targets: list[int]
+    chosen: np.ndarray
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    flip: bool = True
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes for people."""
+        return self.classes
+
+    def get_cls_num_list(self) -> list[int]:
+        """Images of each class, K ints (the published name)."""
+        return count_classes(self.targets, self.num_classes)
+
+    def subset(self, positions: npt.ArrayLike) -> "Self":
+        """The same data set with the images at these positions only."""
+        part = copy.copy(self)
+        part._keep(np.asarray(positions, dtype=np.int64))
+        return part
+
+    def make_imbalanced(self, imb_type: str, imb_factor: float, rand_number: int) -> None:
+        """Keep a long-tailed choice, in place; see `class_counts` and `choose`. Raises ValueError."""
+        counts = class_counts(self.get_cls_num_list(), imb_type, imb_factor)
+        self._keep(choose(self.targets, counts, rand_number))
+
+    def _keep(self, positions):
+        self.chosen = self.chosen[positions]
+        self.targets = [self.targets[i] for i in positions]

@@ -3,38 +3,41 @@
 Only the training part is made long-tailed; `train=False` is the whole, balanced test set.
 """
 
+import contextlib
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torchvision
 from torch.utils.data import Dataset
+from torchvision.datasets.utils import check_integrity
 
-import imbalance
+from files import folder_lock
+from imbalance import LabelledImages
+from utils import DataError, UsageError
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-class _LongTailed:
-    """Keeps a long-tailed choice of `.data` and `.targets`; `.chosen` are the indices of it."""
+class _InMemory(LabelledImages):
+    """`data` are the images, (N, 32, 32, 3) uint8; `cls_num` is the number of classes (the published name)."""
 
+    mean, std, image_size = CIFAR_MEAN, CIFAR_STD, 32
     cls_num = 10
+    data: np.ndarray
 
-    def _make_imbalanced(self, imb_type, imb_factor, rand_number):
-        available = imbalance.count_classes(self.targets, self.cls_num)
-        counts = imbalance.class_counts(available, imb_type, imb_factor)
-        self._keep(imbalance.choose(self.targets, counts, rand_number))
+    def _make_split(self, train, imb_type, imb_factor, rand_number):
+        self.chosen = np.arange(len(self.targets))
+        if train:
+            self.make_imbalanced(imb_type, imb_factor, rand_number)
 
-    def _keep(self, indices):
-        self.chosen = indices
-        self.data = self.data[indices]
-        self.targets = np.asarray(self.targets)[indices].tolist()
-
-    def get_cls_num_list(self):
-        """Images of each class, K ints."""
-        return imbalance.count_classes(self.targets, self.cls_num)
+    def _keep(self, positions):
+        super()._keep(positions)
+        self.data = self.data[positions]
 
 
-class IMBALANCECIFAR10(_LongTailed, torchvision.datasets.CIFAR10):
+class IMBALANCECIFAR10(_InMemory, torchvision.datasets.CIFAR10):
     """CIFAR-10 (torchvision's, md5-checked) with a long-tailed training part.
 
     Args:
@@ -44,20 +47,16 @@ class IMBALANCECIFAR10(_LongTailed, torchvision.datasets.CIFAR10):
         transform, target_transform, download: as torchvision's.
 
     Raises:
-        ValueError: see `imbalance.class_counts`. RuntimeError: no data, or damaged.
+        ValueError: see `imbalance.class_counts`. RuntimeError: the data are missing or damaged.
     """
 
-    cls_num = 10
-
     def __init__(
-        self, root, imb_type="exp", imb_factor=0.01, rand_number=0, train=True,
-        transform=None, target_transform=None, download=False,
-    ):  # fmt: skip
+        self, root: str | os.PathLike, imb_type: str = "exp", imb_factor: float = 0.01, rand_number: int = 0,
+        train: bool = True, transform: Callable | None = None, target_transform: Callable | None = None,
+        download: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(root, train, transform, target_transform, download)
-        if train:
-            self._make_imbalanced(imb_type, imb_factor, rand_number)
-        else:
-            self.chosen = np.arange(len(self.targets))
+        self._make_split(train, imb_type, imb_factor, rand_number)
 
 
 class IMBALANCECIFAR100(IMBALANCECIFAR10):
@@ -73,32 +72,30 @@ class IMBALANCECIFAR100(IMBALANCECIFAR10):
     meta = torchvision.datasets.CIFAR100.meta
 
 
-class IMBALANCEDIGITS(_LongTailed, Dataset):
+class IMBALANCEDIGITS(_InMemory, Dataset):
     """1,797 handwritten digits of 8 x 8 pixels as 32 x 32 x 3 uint8, 30 % of them (stratified, fixed) for testing.
 
-    Arguments as IMBALANCECIFAR10; `root` and `download` are not used.
+    Arguments as IMBALANCECIFAR10; `root` and `download` are not used. CIFAR's mean and std serve these images too.
     """
 
-    cls_num = 10
+    flip = False  # a mirrored 2 is no digit
     TEST_SHARE, SPLIT_SEED = 0.3, 0
 
     def __init__(
-        self, root=None, imb_type="exp", imb_factor=0.01, rand_number=0, train=True,
-        transform=None, target_transform=None, download=False,
-    ):  # fmt: skip
+        self, root: str | os.PathLike | None = None, imb_type: str = "exp", imb_factor: float = 0.01,
+        rand_number: int = 0, train: bool = True, transform: Callable | None = None,
+        target_transform: Callable | None = None, download: bool = False,
+    ) -> None:  # fmt: skip
         self.root, self.train = root, train
         self.transform, self.target_transform = transform, target_transform
         self.classes = [str(digit) for digit in range(10)]
         self.data, self.targets = _digits(train, self.TEST_SHARE, self.SPLIT_SEED)
-        if train:
-            self._make_imbalanced(imb_type, imb_factor, rand_number)
-        else:
-            self.chosen = np.arange(len(self.targets))
+        self._make_split(train, imb_type, imb_factor, rand_number)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         from PIL import Image
 
         image, target = Image.fromarray(self.data[index]), self.targets[index]
@@ -123,3 +120,51 @@ def _digits(train, test_share, seed):
 
 
 DATASETS: dict[str, Any] = {"cifar10": IMBALANCECIFAR10, "cifar100": IMBALANCECIFAR100, "digits": IMBALANCEDIGITS}
+
+
+def load(
+    name: str, data_dir: str | os.PathLike, imb_type: str = "exp", imb_factor: float = 0.01, rand_number: int = 0
+) -> tuple[Any, Any]:
+    """(training set, test set) of a name in DATASETS; downloads CIFAR where it is missing, one process at a time.
+
+    Raises:
+        UsageError: an imbalance that cannot be, see `imbalance.class_counts`.
+        DataError: data that are missing or damaged and cannot be downloaded.
+    """
+    dataset = DATASETS[name]
+    was_there = os.path.exists(data_dir)
+    try:
+        with _download_lock(name, data_dir):
+            train = dataset(data_dir, imb_type, imb_factor, rand_number, download=True)
+        return train, dataset(data_dir, train=False)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        with contextlib.suppress(OSError):
+            if not was_there:
+                os.rmdir(data_dir)  # made for the download; stays if anything is in it
+        damaged = _first_damaged(dataset, data_dir)
+        if damaged:
+            raise DataError(
+                f"{damaged} is damaged, and {name} cannot be downloaded again ({error}): put {dataset.filename} "
+                f"into {data_dir}"
+            ) from None
+        raise DataError(
+            f"no {name} in {data_dir}, and it cannot be downloaded ({error}): put "
+            f"{dataset.filename} there, name another --data_dir, or try --dataset digits, which needs no download"
+        ) from None
+
+
+def _download_lock(name, data_dir):
+    if name == "digits":
+        return contextlib.nullcontext()
+    os.makedirs(data_dir, exist_ok=True)
+    return folder_lock(data_dir)
+
+
+def _first_damaged(dataset, root):
+    """Path of the first file of the data set that is there and has another md5 than the official one; None: none."""
+    sums = [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])]
+    official = [(os.path.join(root, dataset.base_folder, name), md5) for name, md5 in sums]
+    official.append((os.path.join(root, dataset.filename), dataset.tgz_md5))
+    return next((path for path, md5 in official if os.path.exists(path) and not check_integrity(path, md5)), None)

@@ -1,50 +1,60 @@
 """iNaturalist 2018 in its official layout: a natural long tail of 8,142 classes.
 
-    data/train_val2018/<kingdom>/<class>/<picture>.jpg
+    data/train_val2018/<kingdom>/<class>/<image>.jpg
     data/train2018.json, data/val2018.json
 
-The annotation files are checked against the pictures that are there before anything is trained.
+The annotation files are checked against the images that are there before anything is trained.
 """
 
 import json
 import os
 import posixpath
 
-from imbalance_folder import PictureSet, named
+from imbalance_folder import ImageSet, check_all, named
 from utils import DataError, warn
 
 CLASSES = 8142
-PICTURES, ANNOTATIONS = "train_val2018", {"train": "train2018.json", "val": "val2018.json"}
+IMAGES, ANNOTATIONS = "train_val2018", {"train": "train2018.json", "val": "val2018.json"}
 
 
-def load(root):
-    """(training PictureSet, validation PictureSet); classes in the order of their ids.
+def load(
+    data_dir: str, imb_type: str = "none", imb_factor: float = 0.01, rand_number: int = 0,
+    check_images: bool = False, workers: int = 0,
+) -> tuple[ImageSet, ImageSet]:  # fmt: skip
+    """(training set, validation set); classes in the order of their ids.
+
+    Args:
+        imb_type, imb_factor, rand_number: 'none' is the natural tail, see `ImageSet.long_tailed`.
+        check_images: decode every image now, with `workers` threads.
 
     Raises:
-        DataError: missing or malformed annotations, a path outside PICTURES, a picture that is not there or in no
-            class, a class without training pictures.
+        UsageError: an imbalance that cannot be.
+        DataError: missing or malformed annotations, a part without images, a path outside IMAGES, an image that is
+            missing or in no class, a class without training images; with `check_images`, a damaged image.
     """
-    annotated = {part: read_annotations(os.path.join(root, name)) for part, name in ANNOTATIONS.items()}
-    _check_pictures(root, annotated)
+    annotated = {part: read_annotations(os.path.join(data_dir, name)) for part, name in ANNOTATIONS.items()}
+    _check_images(data_dir, annotated)
     names = {}
-    for pictures, categories in annotated.values():
-        names |= {number: str(number) for _, number in pictures} | categories
+    for images, categories in annotated.values():
+        names |= {number: str(number) for _, number in images} | categories
     numbers = sorted(names)
     if len(numbers) != CLASSES:
-        warn(f"{root} has {len(numbers)} classes, iNaturalist 2018 has {CLASSES}")
+        warn(f"{data_dir} has {len(numbers)} classes, iNaturalist 2018 has {CLASSES}")
     label = {number: k for k, number in enumerate(numbers)}
-    sets = []
-    for pictures, _ in annotated.values():
-        paths = [os.path.join(root, name) for name, _ in pictures]
-        targets = [label[number] for _, number in pictures]
-        sets.append(PictureSet.whole(paths, targets, [names[number] for number in numbers]))
-    empty = sorted(set(range(len(numbers))) - set(sets[0].targets))
+    classes = [names[number] for number in numbers]
+    train, val = (
+        ImageSet([os.path.join(data_dir, name) for name, _ in images], [label[n] for _, n in images], classes)
+        for images, _ in annotated.values()
+    )
+    empty = sorted(set(range(len(numbers))) - set(train.targets))
     if empty:
-        raise DataError(f"{root}: classes without training pictures: {named([sets[0].classes[k] for k in empty])}")
-    return tuple(sets)
+        raise DataError(f"{data_dir}: classes without training images: {named([classes[k] for k in empty])}")
+    if check_images:
+        check_all(train, val, workers)
+    return train.long_tailed(imb_type, imb_factor, rand_number), val
 
 
-def read_annotations(path):
+def read_annotations(path: str) -> tuple[list[tuple[str, int]], dict[int, str]]:
     """One annotation file: a list of (path below the root, class id), and {class id: name}.
 
     Raises:
@@ -61,38 +71,40 @@ def read_annotations(path):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is no annotation file of iNaturalist ({type(error).__name__}: {error})") from None
     _check_rows(path, files, classes, categories)
+    if not files:
+        raise DataError(f"{path} lists no images")
     return [(name, classes[key]) for key, name in files.items()], categories
 
 
 def _check_rows(path, files, classes, categories):
     outside = [str(name) for name in files.values() if not _is_inside(name)]
     if outside:
-        raise DataError(f"{path} names pictures outside {PICTURES}: {named(outside)}")
+        raise DataError(f"{path} names images outside {IMAGES}: {named(outside)}")
     in_no_class = [name for key, name in files.items() if key not in classes]
     if in_no_class:
-        raise DataError(f"{path}: {len(in_no_class)} pictures in no class: {named(in_no_class)}")
+        raise DataError(f"{path}: {len(in_no_class)} images in no class: {named(in_no_class)}")
     nameless = [str(key) for key in classes if key not in files]
     if nameless:
-        raise DataError(f"{path}: {len(nameless)} annotations of pictures that it does not list: {named(nameless)}")
+        raise DataError(f"{path}: {len(nameless)} annotations of images that it does not list: {named(nameless)}")
     known = all(isinstance(number, int) and (not categories or number in categories) for number in classes.values())
     if not known:
         raise DataError(f"{path} has classes that its categories do not list")
 
 
 def _is_inside(name):
-    return isinstance(name, str) and "\\" not in name and posixpath.normpath(name).startswith(PICTURES + "/")
+    return isinstance(name, str) and "\\" not in name and posixpath.normpath(name).startswith(IMAGES + "/")
 
 
-def _check_pictures(root, annotated):
+def _check_images(root, annotated):
     """One walk over the folders instead of a look at each of half a million files."""
     found = set()
-    for folder, _, files in os.walk(os.path.join(root, PICTURES)):
+    for folder, _, files in os.walk(os.path.join(root, IMAGES)):
         below = os.path.relpath(folder, root).replace(os.sep, "/")
         found |= {f"{below}/{name}" for name in files}
-    wanted = {posixpath.normpath(name) for pictures, _ in annotated.values() for name, _ in pictures}
+    wanted = {posixpath.normpath(name) for images, _ in annotated.values() for name, _ in images}
     missing = sorted(wanted - found)
     if missing:
-        raise DataError(f"{root}: {len(missing)} of {len(wanted)} pictures are not there: {named(missing)}")
+        raise DataError(f"{root}: {len(missing)} of {len(wanted)} images are missing: {named(missing)}")
     if found - wanted:
         extra = sorted(found - wanted)
-        warn(f"{root}: {len(extra)} pictures that no annotation names are left out: {named(extra)}")
+        warn(f"{root}: {len(extra)} images that no annotation names are left out: {named(extra)}")

@@ -12,8 +12,10 @@ for list and run; flags after `--` go to the training scripts.
 import argparse
 import contextlib
 import json
+import math
 import os
 import shlex
+from collections.abc import Sequence
 
 from paper import runs
 from utils import DataError, UsageError, command
@@ -21,15 +23,21 @@ from utils import DataError, UsageError, command
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
 
 
-def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="reproduce.py"
-    )
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the three subcommands."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="reproduce.py")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="print the runs as commands, one a line")
     _add_selection(listing)
     listing.add_argument("--json", action="store_true", help="as JSON, with what each run is and shares")
-    running = commands.add_parser("run", help="train them; finished ones are skipped, broken ones go on")
+    running = commands.add_parser("run", help="train them; finished ones are skipped, broken ones continue")
     _add_selection(running)
     _add_execution(running)
     report = commands.add_parser("report", help="Markdown and figures from what has run")
@@ -37,10 +45,23 @@ def build_parser():
     report.add_argument("--to", metavar="DIR", help="where report.md and figures go (default: the first folder)")
     report.add_argument(
         "--influence", nargs=2, metavar=("BALANCED", "LONG_TAILED"),
-        help="Fig. 2 from two checkpoints: the same net trained on balanced and on long-tailed data",
+        help="Fig. 2 from two checkpoints: the same model trained on balanced and on long-tailed data",
     )  # fmt: skip
     report.add_argument("--data_dir", default="./data", help="data of the two checkpoints (default: %(default)s)")
     return parser
+
+
+def _at_least(low, kind=int):
+    """An argparse type: a finite number that is at least `low`."""
+
+    def convert(text):
+        value = kind(text)
+        if not (math.isfinite(value) and value >= low):
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least {low}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def _add_selection(parser):
@@ -50,15 +71,23 @@ def _add_selection(parser):
     number("--figure", nargs="+", type=int, choices=(2, 3), default=[], metavar="2|3", help="runs behind a figure")
     number(
         "--control", nargs="+", choices=list(runs.CONTROLS), default=[],
-        help="what the paper lacks: CE with the lr of the IB phase, class weights without the factor, no gradient "
-        "through it; for the data sets and ratios given",
+        help="what the paper lacks, for the data and ratios given. ib-lr: CE with the lr of the IB phase; l1-auto: "
+        "the IB loss at the size of CE; weights-only: class weights without the factor, at the size of CE; "
+        "weights-at-ib: the same at the size of the IB loss; detached: no gradient through the factor",
     )  # fmt: skip
     number("--dataset", nargs="+", choices=list(runs.SETUPS))
     number("--imb_type", nargs="+", choices=("exp", "step", "none"))
-    number("--ratio", nargs="+", type=int, metavar="R", help="largest class over smallest")
+    number("--ratio", nargs="+", type=_at_least(1), metavar="R", help="largest class over smallest")
     number("--method", nargs="+", choices=list(runs.METHODS))
-    number("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
-    number("--subsets", nargs="+", type=int, default=[0], metavar="N", help="--rand_number of the scripts (default: 0)")
+    number("--seeds", nargs="+", type=_at_least(0), default=[0], metavar="N", help="default: 0")
+    number(
+        "--subsets",
+        nargs="+",
+        type=_at_least(0),
+        default=[0],
+        metavar="N",
+        help="--rand_number of the scripts (default: 0)",
+    )
     number("--protocol", choices=list(runs.SHORTENING), default="full", help="short: every length divided by five")
     number("--out", default="reproduced", metavar="DIR", help="folder of logs and checkpoints (default: %(default)s)")
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="flags for every training script")
@@ -68,32 +97,41 @@ def _add_execution(parser):
     group = parser.add_argument_group("execution")
     number = group.add_argument
     number("--results", metavar="DIR", help="a small record of each finished run (default: OUT/results)")
-    number("--jobs", type=int, metavar="N", help="runs at a time (default: 1; with Ray, as many as fit)")
-    number("--threads", type=int, default=1, metavar="T", help="CPU threads of a run (default: %(default)s)")
+    number("--jobs", type=_at_least(1), metavar="N", help="runs at a time (default: 1; with Ray, as many as fit)")
+    number("--threads", type=_at_least(1), default=1, metavar="T", help="CPU threads of a run (default: %(default)s)")
     number("--executor", choices=("local", "ray"), default="local", help="default: %(default)s")
     number("--address", metavar="HOST:PORT", help="of the Ray cluster (default: a new one on this machine)")
-    number("--gpus_per_run", type=float, default=0, metavar="F", help="with Ray: share of a GPU (default: 0)")
+    number(
+        "--gpus_per_run", type=_at_least(0, float), default=0, metavar="F", help="with Ray: share of a GPU (default: 0)"
+    )
 
 
-def select(options):
-    """The Runs that the options ask for, each once, in the paper's order."""
+def select(options: argparse.Namespace) -> list[runs.Run]:
+    """The Runs that the options ask for, each once, in the paper's order.
+
+    Raises:
+        UsageError: there is none.
+    """
+    datasets, imb_types = options.dataset or ["cifar10"], options.imb_type or ["exp"]
+    if set(datasets) & set(runs.NATURAL) and options.imb_type not in (None, ["none"]):
+        raise UsageError("inaturalist is trained as it is: leave out --imb_type, or give --imb_type none")
     cells = [run for table in options.table for run in runs.cells_of_table(table)]
     wanted = {name: getattr(options, name) for name in ("dataset", "imb_type", "ratio", "method")}
     cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
-    datasets, imb_types = options.dataset or ["cifar10"], options.imb_type or ["exp"]
     for figure in options.figure:
         cells += runs.cells_of_figure(figure, datasets, options.ratio or ())
     if options.control:
-        cells += runs.controls(options.control, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
+        names = [name for name in options.control if runs.CONTROLS[name] in (options.method or runs.METHODS)]
+        cells += runs.controls(names, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
     if not (options.table or options.figure or options.control):
         cells = runs.grid(datasets, imb_types, options.ratio or CIFAR_RATIOS, options.method or list(runs.METHODS))
     if not cells:
-        raise UsageError("no run of the paper is all of that: leave out one of the restrictions")
+        raise UsageError("no run is all of that: leave out one of the restrictions")
     return runs.spread_over(dict.fromkeys(cells), options.seeds, options.subsets, options.protocol)
 
 
-def list_runs(options):
-    """Print the commands; each is complete in itself and goes on where it was stopped."""
+def list_runs(options: argparse.Namespace) -> None:
+    """Print the commands; each is complete in itself and continues where it was stopped."""
     chosen, out = select(options), options.out
     lines = [["python", *run.argv(out), "--resume", "auto", *options.extra] for run in chosen]
     if not options.json:
@@ -112,16 +150,14 @@ def list_runs(options):
     print(json.dumps(content, indent=1))
 
 
-def run_runs(options):
+def run_runs(options: argparse.Namespace) -> None:
     """Train what is chosen; DataError at the end if runs failed."""
+    from files import run_lock
     from paper import driver
-    from training.folders import claimed
 
     chosen = select(options)
-    for name in ("jobs", "threads"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UsageError(f"--{name} must be at least 1")
-    with claimed(options.out, patience=0):  # one driver at a time
+    driver.check_extra(chosen, options.extra)
+    with run_lock(options.out, patience=0):  # one driver at a time
         work = driver.Driver(
             chosen, options.out, options.results or os.path.join(options.out, "results"), _executor(options),
             options.extra, options.threads,
@@ -148,7 +184,7 @@ def _last_line(path):
     return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
-def write_report(options):
+def write_report(options: argparse.Namespace) -> None:
     """report.md and figures; prints where they are."""
     from paper import report
 
@@ -167,7 +203,7 @@ def write_report(options):
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     {"list": list_runs, "run": run_runs, "report": write_report}[options.command](options)
 

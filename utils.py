@@ -1,18 +1,21 @@
-"""Errors that a user sees, random generators, the device, meters.
+"""Errors that a user sees, random generators, the device, numbers for people.
 
 torch is imported where it is used: `reproduce.py list` needs the errors only, and torch takes seconds.
 """
 
 import contextlib
 import functools
-import hashlib
+import io
 import os
 import platform
 import signal
-import struct
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 class UsageError(Exception):
@@ -23,7 +26,11 @@ class DataError(Exception):
     """Missing, damaged or foreign data, a checkpoint or a folder that cannot be used: one line, exit status 1."""
 
 
-def warn(message):
+class NothingToDo(Exception):
+    """What was asked for is done already: a line on standard output, exit status 0."""
+
+
+def warn(message: str) -> None:
     """A line on standard error that starts with 'warning:'; of torchrun's ranks the first one says it."""
     if os.environ.get("RANK", "0") != "0":
         return
@@ -33,27 +40,35 @@ def warn(message):
 def command(main):
     """Decorate a script's main(argv): errors become one line on standard error and an exit status.
 
-    UsageError ends with status 2, DataError, a refused write and too little memory with 1, SIGTERM with 143, Ctrl-C
-    with 130.
+    UsageError ends with status 2; DataError, a refused write and too little memory with 1; SIGTERM with 143, Ctrl-C
+    with 130, a reader of the output that has gone with 141, as `git log | head` does. NothingToDo is printed; the
+    status is 0.
     """
 
     @functools.wraps(main)
     def run(argv=None):
         name = os.path.basename(sys.argv[0]) if argv is None else f"{main.__module__}.py"
         previous = _raise_on_sigterm()
+        _make_output_safe()
         try:
             return main(argv)
+        except NothingToDo as done:
+            print(one_line(done), flush=True)
+            return None
         except UsageError as error:
             status, message = 2, f"error: {one_line(error)}"
         except DataError as error:
             status, message = 1, f"error: {one_line(error)}"
+        except BrokenPipeError:
+            _discard_output()
+            raise SystemExit(141) from None
         except OSError as error:
-            reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            reason = f"{os.fspath(error.filename)}: {error.strerror}" if error.filename else str(error)
             status, message = 1, f"error: {one_line(reason)}"
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            status, message = 1, "error: out of memory: a smaller --batch-size needs less (so does a smaller net)"
+            status, message = 1, "error: out of memory: a smaller --batch-size or a smaller model needs less"
         except Terminated as stop:
             status, message = 143, f"stopped by SIGTERM{one_line(stop)}"
         except KeyboardInterrupt as stop:
@@ -66,6 +81,22 @@ def command(main):
         raise SystemExit(status)
 
     return run
+
+
+def _make_output_safe():
+    """Print what the terminal's encoding lacks as escapes, and nothing where an output was closed before the start."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_output():
+    """Point standard output to nothing, so that Python's last flush does not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_out_of_memory(error):
@@ -89,72 +120,28 @@ def _raise_on_sigterm():
         return None
 
 
-def one_line(text):
+def one_line(text: object) -> str:
     """`text` with control characters escaped, so that it stays one line and moves no cursor."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def files_sha256(samples):
-    """Hex sha256 of a line for each picture file: folder and name, class, size in bytes.
-
-    A picture that was renamed, replaced, added or cut short shows, in a folder that was moved too.
-    """
-    digest = hashlib.sha256()
-    for path, label in samples:
-        name = "/".join(os.path.normpath(path).split(os.sep)[-2:])
-        digest.update(f"{name}\0{label}\0{os.path.getsize(path)}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Hold the lock of a folder; another process waits. It ends with the process, and leaves no file.
-
-    On a file system without locks it does nothing.
-    """
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def open_picture(path):
-    """A picture file as an RGB PIL image; greyscale becomes RGB.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be decoded ({str(error).replace(repr(path), 'the file')})") from None
 
 
 # ---------------------------------------------------------------------------------------------- randomness
 
 
-def epoch_seed(seed, epoch):
+def epoch_seed(seed: int, epoch: int) -> int:
     """A 63-bit seed for epoch `epoch` of a run with `seed`; different pairs give unrelated seeds."""
     words = np.random.SeedSequence([seed, epoch]).generate_state(2)
     return (int(words[0]) << 31) ^ int(words[1])
 
 
-def epoch_generator(seed, epoch):
+def epoch_generator(seed: int, epoch: int) -> "torch.Generator":
     """The CPU generator of everything drawn in that epoch."""
     import torch
 
     return torch.Generator().manual_seed(epoch_seed(seed, epoch))
 
 
-def draw_seed():
+def draw_seed() -> int:
     """A seed from the operating system, in [0, 2 ** 31)."""
     return int.from_bytes(os.urandom(4), "little") >> 1
 
@@ -162,7 +149,7 @@ def draw_seed():
 # -------------------------------------------------------------------------------------------------- device
 
 
-def choose_device(gpu=None):
+def choose_device(gpu: int | None = None) -> "torch.device":
     """`--gpu N`: that CUDA device. None: the first CUDA device, else the CPU.
 
     Returns the CPU for an index on a machine without CUDA (the script warns).
@@ -178,7 +165,7 @@ def choose_device(gpu=None):
     return torch.device("cuda", gpu or 0) if count else torch.device("cpu")
 
 
-def versions():
+def versions() -> dict[str, str]:
     """Versions and machine facts that a run records."""
     import torch
     import torchvision
@@ -193,7 +180,7 @@ def versions():
     }
 
 
-def code_version():
+def code_version() -> dict[str, str | bool] | None:
     """Git commit of this checkout and whether its tracked files are unchanged; None without git or a checkout."""
     import subprocess
 
@@ -208,7 +195,7 @@ def code_version():
         return None
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds as '1:02:03'.
 
     >>> duration(3723.4)
@@ -216,3 +203,12 @@ def duration(seconds):
     """
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def format_metric(value: float | None, digits: int = 2) -> str:
+    """A figure for people: 'n/a' for None.
+
+    >>> format_metric(78.256), format_metric(None)
+    ('78.26', 'n/a')
+    """
+    return "n/a" if value is None else f"{value:.{digits}f}"

@@ -73,13 +73,13 @@ class Subjects:
     def __init__(self, train_size, test_size, device):
         import numpy as np
         import torch
+        from training.batches import TensorBatches
 
         import losses
         import models
         from benchmarks import plain
         from imbalance_cifar import CIFAR_MEAN, CIFAR_STD
         from training import loop
-        from training.batches import TensorBatches
 
         self.plain, self.loop, self.device = plain, loop, device
         generator = np.random.RandomState(0)
@@ -157,10 +157,10 @@ def measure_tiny_pipeline(repeats, size):
     import numpy as np
     import torch
     from torchvision import transforms
+    from training.image_batches import ResizedCropBatches
 
     from benchmarks.plain import Pictures
     from imbalance_tinyimagenet import MEAN, STD
-    from training.image_batches import ResizedCropBatches
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -197,7 +197,6 @@ def measure_folder_pipeline(repeats, size):
     import torch
     from PIL import Image
     from torchvision import datasets, transforms
-
     from training.picture_files import IMAGENET_MEAN, IMAGENET_STD, FileBatches
 
     threads = torch.get_num_threads()

@@ -1,26 +1,49 @@
 """Any classifier that ends in a linear layer, made to return `(logits, features)`."""
 
+from typing import Any
+
+import torch
 from torch import nn
 
-from models.resnet_cifar import NormedLinear, feature_norm
+from losses import row_norm
+from models.resnet_cifar import NormedLinear
 
 
 class _FeatureNorm:
-    """A pair of hooks: the last layer's input is measured on its way in, the norm goes out with the logits."""
+    """A pair of hooks: the last layer's input is measured there, its norm leaves the model with the logits.
 
-    def __init__(self, norm):
-        self.norm, self.features = norm, None
+    The first call outside torch.compile checks that the layer's output is what leaves the model.
+    """
 
-    def measure(self, layer, args):
-        self.features = feature_norm(args[0].flatten(1), self.norm)
+    def __init__(self, norm, name):
+        self.norm, self.name, self.checked = norm, name, False
+        self.features = self.output = None
+
+    def measure(self, layer, args, output):
+        self.features = row_norm(args[0].flatten(1), self.norm)[:, None]
+        # is_compiling() first: it is a constant there, so that nothing else is traced or guarded
+        if not torch.compiler.is_compiling() and not self.checked:
+            self.output = output
 
     def attach(self, module, args, output):
-        features, self.features = self.features, None
         logits = output[0] if isinstance(output, tuple) else output  # torchvision's auxiliary outputs are left out
+        features, self.features = self.features, None
+        if not torch.compiler.is_compiling() and not self.checked:
+            self._check(logits)
         return logits, features
 
+    def _check(self, logits):
+        output, self.output = self.output, None
+        same = output is logits or (output is not None and output.shape == logits.shape and torch.equal(output, logits))
+        if not same:
+            raise ValueError(
+                f"the output of the layer {self.name!r} is not what the model returns, so its input is not the h of "
+                "the logits: name the last linear layer with layer="
+            )
+        self.checked = True
 
-def last_linear(module):
+
+def last_linear(module: nn.Module) -> str:
     """The dotted name of a classifier's last nn.Linear or NormedLinear, in the order in which its parts were made.
 
     That is the layer that gives the logits in all of torchvision's classifiers but SqueezeNet, which has none.
@@ -34,16 +57,17 @@ def last_linear(module):
     return names[-1]
 
 
-def replace_layer(module, name, layer):
+def replace_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` in the place of the part with that dotted name."""
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, layer)
 
 
-def with_feature_norm(module, layer=None, norm="l1"):
+def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, norm: str = "l1") -> Any:
     """Make `module` return `(logits, features)`; features (N, 1) is the norm of the input of `layer`.
 
-    Works by hooks on the module itself: its type, parameters and state-dict keys stay as they are.
+    Works by hooks on the module itself: its type, parameters and state-dict keys stay as they are. The first call
+    raises ValueError if the output of `layer` is not what the module returns.
 
     Args:
         module: a classifier that returns logits.
@@ -61,9 +85,10 @@ def with_feature_norm(module, layer=None, norm="l1"):
         layer = last_linear(module)
     if isinstance(layer, str):
         layer = module.get_submodule(layer)
-    if all(layer is not part for part in module.modules()):
+    names = {part: name for name, part in module.named_modules()}
+    if layer not in names:
         raise ValueError("the layer is not a part of the module")
-    hooks = _FeatureNorm(norm)
-    layer.register_forward_pre_hook(hooks.measure)
+    hooks = _FeatureNorm(norm, names[layer])
+    layer.register_forward_hook(hooks.measure)
     module.register_forward_hook(hooks.attach)
     return module

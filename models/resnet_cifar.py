@@ -1,38 +1,35 @@
 """ResNets for 32 x 32 images (He et al., CVPR 2016, Section 4.2), with option-A shortcuts.
 
-Every net returns `(logits, features)`: (N, K), and (N, 1) with the norm of the last layer's input. State-dict
+Every model returns `(logits, features)`: (N, K), and (N, 1) with the norm of the last layer's input. State-dict
 keys and initial values are those of the official IB code.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses import row_norm
 
 
-def feature_norm(hidden, norm="l1"):
-    """Norm of each row of `hidden` (N, D), as (N, 1): |h| of the influence |p - y| * |h|."""
-    return row_norm(hidden, norm)[:, None]
-
-
 class NormedLinear(nn.Module):
     """Cosines of the input with each class's weight vector, (N, K): LDAM's head."""
 
-    def __init__(self, in_features, out_features):
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(in_features, out_features))
         with torch.no_grad():
             self.weight.uniform_(-1, 1).renorm_(2, 1, 1e-5).mul_(1e5)  # columns of length 1
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1) @ F.normalize(self.weight, dim=0)
 
 
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut that subsamples and pads with zero channels (option A)."""
 
-    def __init__(self, in_channels, channels, stride):
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -40,7 +37,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride, self.new_channels = stride, channels - in_channels
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         # in place: batch norm's backward needs its input, not its output
         out = F.relu_(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
@@ -64,7 +61,9 @@ class ResNet_s(nn.Module):  # noqa: N801 (the published name)
         feature_norm: 'l1', 'l2' or 'linf', the norm that `features` carries.
     """
 
-    def __init__(self, blocks, num_classes=10, use_norm=False, feature_norm="l1"):
+    def __init__(
+        self, blocks: Sequence[int], num_classes: int = 10, use_norm: bool = False, feature_norm: str = "l1"
+    ) -> None:
         super().__init__()
         self.feature_norm = feature_norm
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
@@ -80,11 +79,11 @@ class ResNet_s(nn.Module):  # noqa: N801 (the published name)
         first = BasicBlock(in_channels, channels, stride)
         return nn.Sequential(first, *[BasicBlock(channels, channels, 1) for _ in range(blocks - 1)])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         out = F.relu_(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         hidden = out.mean((2, 3))
-        return self.linear(hidden), feature_norm(hidden, self.feature_norm)
+        return self.linear(hidden), row_norm(hidden, self.feature_norm)[:, None]
 
 
 def _kaiming_init(module):
@@ -92,8 +91,8 @@ def _kaiming_init(module):
         nn.init.kaiming_normal_(module.weight)
 
 
-def _resnet(depth):
-    def build(num_classes=10, use_norm=False, feature_norm="l1"):
+def _resnet(depth: int) -> Callable[..., ResNet_s]:
+    def build(num_classes: int = 10, use_norm: bool = False, feature_norm: str = "l1") -> ResNet_s:
         return ResNet_s([(depth - 2) // 6] * 3, num_classes, use_norm, feature_norm)
 
     build.__name__ = f"resnet{depth}"

@@ -5,17 +5,19 @@ import http.client
 import pickle
 import socket
 import sys
+from collections.abc import Callable
 
 import torchvision
+from torch import Tensor, nn
 
-from models.torchvision_nets import torchvision_net
+from models.torchvision_models import torchvision_model
 from utils import DataError
 
 WEIGHTS = "IMAGENET1K_V1"
 
 
-def imagenet_weights(name):
-    """The state dict of torchvision's net `name`, trained on ImageNet; downloaded once, its hash checked.
+def imagenet_weights(name: str) -> dict[str, Tensor]:
+    """The state dict of torchvision's model `name`, trained on ImageNet; downloaded once, its hash checked.
 
     The oldest weights that torchvision has, which are the published ones; without those of auxiliary outputs.
 
@@ -39,14 +41,16 @@ def imagenet_weights(name):
         socket.setdefaulttimeout(timeout)
 
 
-def _resnet(name):
-    def build(num_classes=1000, pretrained=False, use_norm=False, feature_norm="l1"):
-        net = torchvision_net(name, num_classes, use_norm, feature_norm)
+def _resnet(name: str) -> Callable[..., nn.Module]:
+    def build(
+        num_classes: int = 1000, pretrained: bool = False, use_norm: bool = False, feature_norm: str = "l1"
+    ) -> nn.Module:
+        model = torchvision_model(name, num_classes, use_norm, feature_norm)
         if pretrained:
-            own = {key: tensor for key, tensor in net.state_dict().items() if key.startswith("fc.")}
+            own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("fc.")}
             weights = {key: tensor for key, tensor in imagenet_weights(name).items() if not key.startswith("fc.")}
-            net.load_state_dict({**weights, **own})
-        return net
+            model.load_state_dict({**weights, **own})
+        return model
 
     build.__name__ = name
     build.__doc__ = f"torchvision's {name}; `pretrained` loads its {WEIGHTS} weights and gives it a new last layer."

@@ -1,6 +1,6 @@
-"""Runs the chosen runs once each: what they share is trained once, finished ones are skipped, broken ones go on.
+"""Trains the chosen runs once each: what they share is trained once, finished ones are skipped, broken ones continue.
 
-Everything that it knows lies in files below `out`, so it can be killed at any moment and started again:
+Everything that it knows is in files below `out`, so it can be killed at any moment and started again:
 `log/` and `checkpoint/` are the scripts' own, `output/<run>.txt` is what a run printed, and `<results>/<run>.json`
 is written when a run has ended well.
 """
@@ -10,41 +10,76 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO
 
+from experiment import checkpoint
 from paper import executors, records
-from training import checkpoint
-from utils import duration
+from paper.runs import Run
+from utils import UsageError, duration
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 #: A run whose worker goes away this often is given up.
 MAX_LOSSES = 5
 SECONDS_BETWEEN_LINES = 60
+#: Settings that decide which run it is and where it goes: flags after `--` may not change them.
+OWN = (
+    "dataset", "imb_type", "imb_factor", "rand_number", "arch", "loss_type", "train_rule", "seed", "exp_str",
+    "root_log", "root_model", "resume", "keep_epochs", "threads", "start_epoch", "dry_run", "evaluate", "export_split",
+    "overwrite",
+)  # fmt: skip
+
+
+def check_extra(runs: Iterable[Run], extra: Sequence[str]) -> None:
+    """Refuse flags for the scripts that reproduce.py sets itself, and those that a script does not know.
+
+    Raises:
+        UsageError: the first such flag. SystemExit: a flag that a script does not know.
+    """
+    for run in runs if extra else ():
+        own, asked = records.command_settings(run), records.command_settings(run, tuple(extra))
+        for name in OWN:
+            if getattr(own, name) != getattr(asked, name):
+                raise UsageError(f"reproduce.py sets --{name} itself: it cannot be among the flags after --")
 
 
 class Driver:
-    """Args:
-    runs: list of runs.Run, each once.
-    out: folder below which everything is written; all machines share it.
-    results: folder of the small record of each finished run.
-    executor: see executors.py.
-    extra: flags for every script, after a run's own.
+    """Trains runs, and records those that have ended.
+
+    Args:
+        runs: each once.
+        out: folder below which everything is written; all machines share it.
+        results: folder of the small record of each finished run.
+        executor: see executors.py.
+        extra: flags for every script, after a run's own.
+        threads: CPU threads of a run.
+        stream: where lines go (None: standard output).
     """
 
-    def __init__(self, runs, out, results, executor, extra=(), threads=1, stream=None):
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        out: str | pathlib.Path,
+        results: str | pathlib.Path,
+        executor: executors.Executor,
+        extra: Sequence[str] = (),
+        threads: int = 1,
+        stream: TextIO | None = None,
+    ) -> None:
         self.runs, self.executor = runs, executor
         self.out, self.results = pathlib.Path(out).resolve(), pathlib.Path(results).resolve()
         self.extra, self.threads = list(extra), threads
         self.view = View(self, stream or sys.stdout)
-        self.families = collections.defaultdict(list)
+        self.families: dict[tuple, list[Run]] = collections.defaultdict(list)
         for run in runs:
             self.families[run.family].append(run)
-        self.losses = collections.Counter()
+        self.losses: collections.Counter[Run] = collections.Counter()
         for folder in (self.out / "output", self.results):
             folder.mkdir(parents=True, exist_ok=True)
-        self.state = {run: DONE if self._record(run).exists() else WAITING for run in runs}
+        self.state = {run: DONE if self._is_recorded(run) else WAITING for run in runs}
 
-    def run(self):
+    def run(self) -> list[Run]:
         """Train all that is not done. Returns the runs that failed."""
         try:
             while True:
@@ -61,7 +96,26 @@ class Driver:
 
     # ------------------------------------------------------------------------------------ what comes next
 
-    def _ready(self):
+    def _is_recorded(self, run):
+        """Whether there is a record of this run; a line where what is there is none."""
+        path = self._record(run)
+        if not path.exists():
+            return False
+        try:
+            record = records.load(path)
+            settings = records.settings_of(record["settings"]) if record else None
+        except ValueError as error:
+            self.view.line(f"{path} is {error}: the run is looked at again")
+            return False
+        wanted = records.command_settings(run, tuple(self.extra))
+        differs = records.differences(wanted, settings) if settings else ()
+        if settings is None or differs or settings.seed != run.seed:
+            names = ", ".join(f"{name} {value}" for name, value in differs) or "not this run"
+            self.view.line(f"{path} is of another run ({names}): this one is looked at again")
+            return False
+        return True
+
+    def _ready(self) -> Iterator[Run]:
         """Runs to start now, one by one while there is room."""
         for run in self.runs:
             if not self.executor.room():
@@ -87,7 +141,7 @@ class Driver:
                 return path
         return None
 
-    def command(self, run):
+    def command(self, run: Run) -> list[str]:
         """Script and flags of `run`, as it can be started now."""
         script, *flags = run.argv(self.out)
         shared = {other.fork_epoch for other in self.families[run.family]}
@@ -112,7 +166,7 @@ class Driver:
         elif status is executors.LOST and self.losses[run] < MAX_LOSSES:
             self.losses[run] += 1
             self.state[run] = WAITING
-            self.view.line(f"lost   {run.name}, with its machine; it goes on elsewhere")
+            self.view.line(f"lost   {run.name}, with its machine; it continues elsewhere")
         else:
             self.state[run] = FAILED
             self.view.line(f"failed {run.name}")
@@ -131,11 +185,11 @@ class Driver:
     def _is_begun(self, run):
         return checkpoint.exists(self._model_folder(run))
 
-    def output(self, run):
+    def output(self, run: Run) -> pathlib.Path:
         """The file of what the run prints."""
         return self.out / "output" / f"{run.name}.txt"
 
-    def epochs_done(self, run):
+    def epochs_done(self, run: Run) -> int:
         """Epochs in the run's log, those before its fork included."""
         try:
             with open(self.out / "log" / run.name / "log_test.csv", "rb") as file:
@@ -152,11 +206,11 @@ class View:
         self.started = self.shown = time.monotonic()
         self.at_start = None
 
-    def line(self, text):
+    def line(self, text: str) -> None:
         clear = "\r\033[K" if self.is_terminal else ""
         print(f"{clear}{text}", file=self.stream, flush=True)
 
-    def update(self):
+    def update(self) -> None:
         now = time.monotonic()
         if self.at_start is None:
             self.at_start = self._left()
@@ -169,7 +223,7 @@ class View:
         else:
             self.line(self.status())
 
-    def status(self):
+    def status(self) -> str:
         """'3 of 24 done, 0 failed, 20 left, 1:02:03 to go; running: NAME (epoch 7 of 40)'."""
         driver = self.driver
         count = collections.Counter(driver.state.values())

@@ -1,8 +1,6 @@
 """Where runs are trained: child processes of this machine, or Ray's workers.
 
-An executor has `room()`, `start(key, command, log)`, `wait(seconds)` and `stop()`. `wait` gives (key, status) of
-what has ended: the exit status, or LOST where the machine went away and the run can go on elsewhere. No child
-outlives what started it.
+No child outlives what started it.
 """
 
 import contextlib
@@ -13,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 from utils import UsageError
 
@@ -21,7 +21,23 @@ LOST = None
 PR_SET_PDEATHSIG = 1
 
 
-def start_child(command, folder, threads, log):
+class Executor(Protocol):
+    """Where runs are trained. A key names a run, whatever it is."""
+
+    def room(self) -> bool:
+        """Whether another run can start now."""
+
+    def start(self, key: Any, command: Sequence[str], log: str) -> None:
+        """Start `python command`, its output appended to the file `log`."""
+
+    def wait(self, seconds: float) -> list[tuple[Any, int | None]]:
+        """(key, exit status) of what has ended, at once where something has; LOST where the machine went away."""
+
+    def stop(self) -> None:
+        """End what runs."""
+
+
+def start_child(command: Sequence[str], folder: str, threads: int, log: str) -> subprocess.Popen:
     """Popen of `python command` in `folder`, its output appended to the file `log`; it dies with its parent.
 
     It must be called from a thread that lives as long as the child may: Linux takes the thread for the parent.
@@ -45,16 +61,17 @@ def start_child(command, folder, threads, log):
 class Local:
     """Up to `jobs` child processes at a time, each with `threads` CPU threads."""
 
-    def __init__(self, jobs, threads):
-        self.jobs, self.threads, self.running = jobs, threads, {}
+    def __init__(self, jobs: int, threads: int) -> None:
+        self.jobs, self.threads = jobs, threads
+        self.running: dict[Hashable, subprocess.Popen] = {}
 
-    def room(self):
+    def room(self) -> bool:
         return len(self.running) < self.jobs
 
-    def start(self, key, command, log):
+    def start(self, key: Any, command: Sequence[str], log: str) -> None:
         self.running[key] = start_child(command, os.getcwd(), self.threads, log)
 
-    def wait(self, seconds):
+    def wait(self, seconds: float) -> list[tuple[Any, int | None]]:
         deadline = time.monotonic() + seconds
         while True:
             ended = [(key, process.returncode) for key, process in self.running.items() if process.poll() is not None]
@@ -64,7 +81,7 @@ class Local:
                 return ended
             time.sleep(0.1)
 
-    def stop(self):
+    def stop(self) -> None:
         for process in self.running.values():
             process.terminate()
         for process in self.running.values():
@@ -92,12 +109,13 @@ class Ray:
         UsageError: Ray is not installed, or there is no cluster at the address.
     """
 
-    def __init__(self, address, threads, gpus, jobs):
+    def __init__(self, address: str | None, threads: int, gpus: float, jobs: int | None) -> None:
         try:
             import ray
         except ImportError:
             raise UsageError("--executor ray needs Ray: pip install -r requirements-ray.txt") from None
-        self.ray, self.threads, self.jobs, self.running = ray, threads, jobs, {}
+        self.ray, self.threads, self.jobs = ray, threads, jobs
+        self.running: dict[Any, Any] = {}
         # the workers need not find this module: it is sent to them
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         try:
@@ -107,13 +125,13 @@ class Ray:
         # no retries by Ray: a lost run starts with another command, from its newest checkpoint
         self.task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_ray_task)
 
-    def room(self):
+    def room(self) -> bool:
         return self.jobs is None or len(self.running) < self.jobs
 
-    def start(self, key, command, log):
+    def start(self, key: Any, command: Sequence[str], log: str) -> None:
         self.running[self.task.remote(command, os.getcwd(), self.threads, log)] = key
 
-    def wait(self, seconds):
+    def wait(self, seconds: float) -> list[tuple[Any, int | None]]:
         if not self.running:
             return []
         ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=seconds)
@@ -127,7 +145,7 @@ class Ray:
         except self.ray.exceptions.RayError:  # its worker or its node is gone
             return LOST
 
-    def stop(self):
+    def stop(self) -> None:
         for reference in self.running:
             self.ray.cancel(reference, force=True)
         self.ray.shutdown()

@@ -1,32 +1,54 @@
-"""The small record of a finished run, and reading records: settings, versions, split, per-epoch figures."""
+"""Records of runs: the small form that is kept, reading them, and which Run of the paper a record is.
 
+A run is known by what is done, not by its name: the settings of a record are compared with those of the Run's own
+command, as its script parses it.
+"""
+
+import dataclasses
+import functools
 import json
 import pathlib
+from typing import Any, NamedTuple
 
-from training.checkpoint import write_atomically
+from experiment import parser
+from experiment.settings import Settings, fields_affecting, from_record
+from files import write_text
+from paper import runs
+from training.recipe import Recipe
 
-#: Settings that say where a run was, not what it was.
-PLACES = ("data_dir", "root_log", "root_model", "resume", "gpu", "workers", "print_freq", "force", "overwrite",
-          "dry_run", "evaluate")  # fmt: skip
 TEST_FIGURES = ("loss", "acc1", "acc5", "class_mean", "many", "medium", "few")
+KEYS = {"settings", "classes", "class_counts", "group_rule", "epochs_done", "best", "last", "history"}
+#: Settings that are compared one by one; `num_classes` follows from the data set, seeds are told apart elsewhere.
+COMPARED = sorted({*fields_affecting("data", "model", "start", "optimizer", "numerics")} - {"num_classes", "seed"})
+#: Settings that are compared by what they do in each epoch.
+SCHEDULE = fields_affecting("schedule")
+#: Precision: named, but no other experiment.
+NUMERICS = fields_affecting("numerics")
 
 
-def collect(summary, path):
+class Difference(NamedTuple):
+    """A setting of a record that is not its Run's."""
+
+    setting: str
+    value: str
+
+
+# ------------------------------------------------------------------------------------------ the small record
+
+
+def collect(summary: str | pathlib.Path, path: str | pathlib.Path) -> None:
     """Write the small form of a run's summary.json to `path`: figures rounded, class accuracies best and last only."""
-    text = json.dumps(small(json.loads(pathlib.Path(summary).read_text()))) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(small(json.loads(pathlib.Path(summary).read_text()))) + "\n")
 
 
-def small(summary):
-    """The small form of a summary, a dict of the same shape."""
+def small(summary: dict[str, Any]) -> dict[str, Any]:
+    """The small form of a summary, a dict of the same shape, without settings that say where a run was."""
     kept = {name: value for name, value in summary.items() if name not in ("history", "settings")}
-    kept["settings"] = {name: value for name, value in summary["settings"].items() if name not in PLACES}
+    places = fields_affecting("nothing")
+    kept["settings"] = {name: value for name, value in summary["settings"].items() if name not in places}
     kept["history"] = [
         {
-            "epoch": record["epoch"],
-            "seconds": record["seconds"],
-            "stage": record["stage"],
-            "alpha": record["alpha"],
+            **{name: record[name] for name in ("epoch", "seconds", "stage", "alpha")},
             "train": {name: record["train"][name] for name in ("loss", "acc1")},
             "test": {name: record["test"][name] for name in TEST_FIGURES},
         }
@@ -35,7 +57,7 @@ def small(summary):
     return rounded(kept)
 
 
-def rounded(value):
+def rounded(value: Any) -> Any:
     """Floats from 0.01 on to four digits after the point; settings untouched."""
     if isinstance(value, float):
         return value if abs(value) < 1e-2 else round(value, 4)
@@ -44,15 +66,117 @@ def rounded(value):
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def read(folder):
-    """Every record below `folder`, of a run's own summary.json as well, sorted by path; unfinished runs left out."""
-    found = []
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def load(path: str | pathlib.Path) -> dict[str, Any] | None:
+    """The complete record in a file, None where the file holds no record at all.
+
+    Raises:
+        ValueError: half a record: it cannot be read, lacks something, or its run has not ended.
+    """
+    try:
+        record = json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError):
+        raise ValueError("damaged or cut short") from None
+    if not isinstance(record, dict) or not {"settings", "history"} <= record.keys():
+        return None
+    missing = sorted(KEYS - record.keys())
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    done, epochs = record["epochs_done"], record["settings"].get("epochs", 0)
+    if done < epochs:
+        raise ValueError(f"unfinished, {done} of {epochs} epochs")
+    if len(record["history"]) < done:
+        raise ValueError(f"cut short, {len(record['history'])} of {done} epochs")
+    settings_of(record["settings"])
+    return record
+
+
+def read(folder: str | pathlib.Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """The records below `folder`, of a run's own summary.json as well, sorted by path.
+
+    Returns:
+        (records, left out): pairs of path and record; a line for each file that holds half a record.
+    """
+    found, left_out = [], []
     for path in sorted(pathlib.Path(folder).rglob("*.json")):
         try:
-            record = json.loads(path.read_text())
-        except (OSError, ValueError):
+            record = load(path)
+        except ValueError as error:
+            left_out.append(f"{path.relative_to(folder)}: {error}")
             continue
-        is_record = isinstance(record, dict) and {"settings", "history", "best", "last"} <= record.keys()
-        if is_record and record["epochs_done"] >= record["settings"]["epochs"]:
-            found.append(record)
-    return found
+        if record is not None:
+            found.append((str(path.relative_to(folder)), record))
+    return found, left_out
+
+
+# ------------------------------------------------------------------------------------------ which run it is
+
+
+def describe(settings: dict[str, Any]) -> tuple[runs.Run | None, tuple[Difference, ...]]:
+    """The Run that recorded settings are, and what sets them apart from it: nothing, for the Run to the letter.
+
+    The Run is None for a data set or a method that the paper does not have.
+    """
+    found = settings_of(settings)
+    methods = {pair: name for name, pair in runs.METHODS.items()}
+    method = methods.get((found.loss_type, found.train_rule))
+    if method is None or found.dataset not in runs.SETUPS:
+        return None, ()
+    ratio = 1 if found.imb_type == "none" else round(1 / found.imb_factor)
+    base = runs.Run(found.dataset, found.imb_type, ratio, method, subset=found.rand_number)
+    candidates = [
+        dataclasses.replace(base, variant=variant, protocol=protocol)
+        for protocol in runs.SHORTENING
+        for variant in runs.variants_of(found.dataset, method)
+    ]
+    differing = [(run, differences(command_settings(run), found)) for run in candidates]
+    run, difference = min(differing, key=lambda pair: len(pair[1]))
+    return dataclasses.replace(run, seed=found.seed), difference
+
+
+def settings_of(settings: dict[str, Any]) -> Settings:
+    """Recorded settings as Settings. What older ones lack is as it was then: digits were mirrored at random too.
+
+    Raises:
+        ValueError: a value that no flag takes.
+    """
+    return from_record({"flip": "on", **settings})
+
+
+@functools.cache
+def command_settings(run: runs.Run, extra: tuple[str, ...] = ()) -> Settings:
+    """The Settings of the Run's own command, with `extra` flags."""
+    script, *argv = run.argv("out")
+    return parser.parse(script, [*argv, *extra])
+
+
+def differences(wanted: Settings, found: Settings) -> tuple[Difference, ...]:
+    """The settings of `found` that make it another run than `wanted`; the seed is not looked at."""
+    names = [name for name in COMPARED if _value(wanted, name) != _value(found, name)]
+    if _plan(wanted) != _plan(found):
+        names += [name for name in SCHEDULE if _value(wanted, name) != _value(found, name)]
+    return tuple(Difference(name, _text(_value(found, name))) for name in names)
+
+
+def _value(settings, name):
+    if name == "flip" and settings.flip == "auto":  # what the data set says
+        return "off" if settings.dataset == "digits" else "on"
+    return getattr(settings, name)
+
+
+def _text(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(settings):
+    """The stage of every epoch, and the constants in force in each kind of stage."""
+    recipe = Recipe.from_settings(settings)
+    stages, constants = recipe.stages(), {}
+    for epoch, stage in enumerate(stages):
+        kind = (stage.loss, stage.class_weights, stage.sampler)
+        if kind not in constants:
+            constants[kind] = recipe.constants_at(epoch)
+    return stages, constants

@@ -1,18 +1,22 @@
 """What has run, beside the published figures: report.md and figures.
 
 Accuracies in percent of the test set. "Best" is the run's best epoch, picked on the test set as the official code
-does, "last" its last epoch. Only full-length runs that are the paper's to the letter (`runs.describe`) stand beside a
-published figure; others have tables of their own.
+does, "last" its last epoch. Only full-length runs that are the paper's to the letter (`records.describe`) are judged
+against a published figure; another precision is shown there with its label; all others have tables of their own.
 """
 
 import collections
-import math
 import pathlib
-import statistics
+import shlex
+from collections.abc import Iterable, Sequence
+from statistics import fmean, median, stdev
+from typing import Any
 
-from paper import records, runs
-from training import plots
-from training.checkpoint import write_atomically
+from files import write_text
+from paper import figures, records, runs, statistics
+from paper.rows import DATASETS, Row, Rows, group, title, values
+from paper.statistics import Spread
+from utils import warn
 
 TABLES = {
     "1": "Table 1: norm of the influence",
@@ -20,79 +24,56 @@ TABLES = {
     "4": "Table 4: long-tailed CIFAR, ResNet-32",
     "5": "Table 5: Tiny ImageNet, ResNet-18",
     "6": "Table 6: iNaturalist 2018, ResNet-50",
+    "independent": "Independent: another code base (BagofTricks-LT, ResNet-32, 200 epochs), one run each",
     "yardstick": "Balanced Softmax, logit adjustment, CE with CB weights: published elsewhere",
 }
 METRICS = {"top1": "acc1", "top5": "acc5"}
-#: A difference beyond this many standard errors is called larger than the noise.
-STANDARD_ERRORS = 2
+#: What the paper tells of its own spread: the ± of IB in Table 2 (three seeds); 40.85 and 42.14 for one cell of IB in
+#: Tables 1 and 4. The latter is the larger of two such pairs (52.85 and 52.63 is the other): it errs on the wide side.
+HINTS = {"cifar10": [Spread(0.57, 2)], "cifar100": [Spread(stdev([40.85, 42.14]), 1)]}
 
-RULE = f"""Figures are mean ± sample standard deviation over the seeds. The difference is ours (best epoch, which is
-what the official code prints; the paper does not say) minus the published figure. It is called larger
-than the noise where it exceeds {STANDARD_ERRORS} standard errors, sqrt(v / n + u / m): n is the number
-of our runs, v the larger of their variance and the binomial variance p (1 - p) / N of a test set of N
-images (with one run there is only the latter); m is the number of runs behind the published figure (1
-where nothing is said), u the square of its ± or, without one, v. One run knows nothing of the spread
-between seeds, so with n = 1 read "yes" as "perhaps"."""
+RULE = f"""Figures are mean ± sample standard deviation over the seeds. "Differs" compares ours with a published mean
+of m runs (1 where nothing is said), at the level of {statistics.LEVEL:.0%}: the difference must exceed
+t · s · sqrt(1 / n + 1 / m), the half width of a prediction interval with Student's t (the column "limit"). s is the
+spread between seeds, pooled over all rows of the data set that have two seeds or more, and over what the paper tells
+of its own spread (CIFAR-10: ± 0.57; CIFAR-100: 40.85 and 42.14 for one cell). The paper does not say whether it prints
+the best or the last epoch, so a verdict needs both to agree; "?" means that they do not, or that the spread
+is unknown (no row of the data set has two seeds). Figures of another experiment are shown, not judged."""
 
 
-def write(folders, to):
+def write(folders: Sequence[str | pathlib.Path], to: str | pathlib.Path) -> list[str]:
     """report.md and figures in the folder `to`, from the records below `folders`. Returns the paths."""
     to = pathlib.Path(to)
     to.mkdir(parents=True, exist_ok=True)
-    found = [record for folder in folders for record in records.read(folder)]
-    by_row = group(found)
-    figures = draw(by_row, to)
-    parts = ["# What has run", "", RULE, ""]
-    parts += against_the_paper(by_row) + per_class(by_row) + others(by_row)
-    figures += [to / "figure2.png"] if (to / "figure2.png").exists() else []
-    parts += [f"![{path.stem}]({path.name})" for path in figures]
-    path = to / "report.md"
-    write_atomically(path, lambda file: file.write(("\n".join(parts).rstrip() + "\n").encode()))
-    return [str(path), *map(str, figures)]
+    found, left_out = [], []
+    for folder in folders:
+        good, bad = records.read(folder)
+        found += good
+        left_out += bad
+    rows, doubtful = group(found)
+    left_out += doubtful
+    for line in left_out:
+        warn(f"left out: {line}")
+    images = figures.draw(rows, to)
+    parts = ["# What has run", "", RULE, "", *against_the_paper(rows), *per_class(rows), *others(rows)]
+    parts += runs_and_commands(rows)
+    parts += ["## Left out", "", *(f"- {line}" for line in left_out), ""] if left_out else []
+    images += [to / "figure2.png"] if (to / "figure2.png").exists() else []
+    parts += [f"![{path.stem}]({path.name})" for path in images]
+    write_text(to / "report.md", "\n".join(parts).rstrip() + "\n")
+    return [str(to / "report.md"), *map(str, images)]
 
 
-def group(found):
-    """(Run with seed 0, difference) -> records of its seeds, in the paper's order; of a seed there is one."""
-    rows = collections.defaultdict(dict)
-    for record in found:
-        run, difference = runs.describe(record["settings"])
-        if run is not None:
-            key = runs.spread_over([run], [0], [run.subset], run.protocol)[0], difference
-            rows[key][run.seed] = record
-    order = list(runs.METHODS)
-    keys = sorted(rows, key=lambda key: (place(key[0]), order.index(key[0].method), key[0].variant, key[0].subset))
-    return {key: [rows[key][seed] for seed in sorted(rows[key])] for key in keys}
-
-
-def place(run):
-    """What tells one table of runs from another."""
-    return run.dataset, run.imb_type, run.ratio, run.protocol
-
-
-def mean_and_spread(values, digits=2):
+def mean_and_spread(values: Sequence[float | None], digits: int = 2) -> str:
     """'78.17 ± 0.57', one value alone, 'n/a' where a value is missing."""
-    if not values or None in values:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return "n/a" if values else ""
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{fmean(known):.{digits}f}{spread}"
 
 
-def noise(values, test_size, spread=None, runs_published=1):
-    """The difference, in percent points, up to which ours and the published figure may be the same; see RULE.
-
-    Args:
-        values: our accuracies in percent, one a run. test_size: images.
-        spread, runs_published: the published ± or None, and its number of runs.
-    """
-    share = statistics.mean(values) / 100
-    variance = share * (1 - share) / test_size * 100**2
-    if len(values) > 1:
-        variance = max(variance, statistics.variance(values))
-    published = variance if spread is None else spread**2
-    return STANDARD_ERRORS * math.sqrt(variance / len(values) + published / runs_published)
-
-
-def table(heads, rows):
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """Markdown lines of a table."""
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
@@ -101,163 +82,204 @@ def table(heads, rows):
 # ----------------------------------------------------------------------------------------- beside the paper
 
 
-def against_the_paper(by_row):
-    """Every cell of the tables of which something has run, blank where it has not."""
+def against_the_paper(rows: Rows) -> list[str]:
+    """Of every table the cells of the data, imbalances and ratios of which something has run at full length."""
     parts, nothing = ["## Beside the published figures", ""], []
-    for name, title in TABLES.items():
-        cells = [row for row in runs.published() if row["table"] == name]
-        compared = [_compared(cell, by_row.get((runs.run_of(cell), ""), [])) for cell in cells]
-        if not any(row[-1] for row in compared):
-            nothing.append(title)
+    for name, heading in TABLES.items():
+        cells = [(cell, run) for cell in runs.published() if cell["table"] == name for run in runs.runs_of(cell)]
+        shown = {row.place for row in rows if any(_stands_beside(row, run) for _, run in cells)}
+        cells = [(cell, run) for cell, run in cells if Row(run).place in shown]
+        if not cells:
+            nothing.append(heading)
             continue
-        heads = ["data", "type", "ratio", "method", "published", "ours, best", "ours, last", "class mean, last", "n"]
-        parts += [f"### {title}", "", *table([*heads, "difference", "over the noise"], [row[:-1] for row in compared])]
-        parts += [f"- {_where(cell)}, {cell['value']}: {cell['note']}" for cell in cells if cell["note"]] + [""]
+        lines, verdicts = [], []
+        for cell, run in cells:
+            matching = {row: found for row, found in rows.items() if _stands_beside(row, run)}
+            for row in dict.fromkeys([Row(run), *matching]):
+                line, verdict = _compared(cell, row, matching.get(row, []), rows)
+                lines.append(line)
+                verdicts += verdict
+        heads = ["data", "type", "ratio", "method", "published", "n", "best", "difference", "last", "difference"]
+        heads += ["class mean, last", "limit, best / last", "differs"]
+        parts += [f"### {heading}", "", *table(heads, lines), *_about_the_verdicts(verdicts)]
+        parts += [*_spreads(rows, {run.dataset for _, run in cells}), *_notes(cells)]
     if nothing:
-        parts += ["Of these nothing has run at full length:", "", *(f"- {title}" for title in nothing), ""]
+        parts += ["Of these nothing has run at full length:", "", *(f"- {heading}" for heading in nothing), ""]
     return parts
 
 
-def _where(cell):
-    parts = (cell["dataset"], cell["imb_type"], str(cell["ratio"]), runs.titled(cell["method"], cell["variant"]))
-    return " ".join(parts)
+def _stands_beside(row, run):
+    return row.run == run and all(name in records.NUMERICS for name, _ in row.difference)
 
 
-def _compared(cell, found):
-    """A row of the table, and whether anything has run."""
+def _compared(cell, row, found, rows):
+    """A line of the table, and a list of its verdict, empty where it is not judged."""
     metric = METRICS[cell["metric"]]
-    best, last = ([record[when][metric] for record in found] for when in ("best", "last"))
     spread = f" ± {cell['spread']}" if cell["spread"] else ""
-    row = [cell["dataset"], cell["imb_type"], cell["ratio"], runs.titled(cell["method"], cell["variant"])]
-    row += [f"{cell['value']}{spread} ({cell['whose']}{', top-5' if metric == 'acc5' else ''})"]
-    row += [mean_and_spread(best), mean_and_spread(last), mean_and_spread([r["last"]["class_mean"] for r in found])]
+    line = [cell["dataset"], cell["imb_type"], cell["ratio"], row.label]
+    line.append(f"{cell['value']}{spread} ({cell['whose']}{', top-5' if metric == 'acc5' else ''})")
     if not found:
-        return [*row, "", "", "", False]
-    difference = statistics.mean(best) - cell["value"]
-    limit = noise(best, found[0]["best"]["seen"], cell["spread"], cell["runs"])
-    verdict = f"{'yes' if abs(difference) > limit else 'no'} (over {limit:.2f})"
-    return [*row, len(found), f"{difference:+.2f}", verdict, True]
+        return [*line, *[""] * 8], []
+    differences, limits = [], []
+    for when in ("best", "last"):
+        differences.append(fmean(values(found, when, metric)) - cell["value"])
+        known = _spread(rows, cell["dataset"], when, metric)
+        limits.append(statistics.limit(known, len(found), cell["runs"]) if known else None)
+    line.append(len(found))
+    for when, difference in zip(("best", "last"), differences, strict=True):
+        line += [mean_and_spread(values(found, when, metric)), f"{difference:+.2f}"]
+    line.append(mean_and_spread(values(found, "last", "class_mean")))
+    if row.difference or not cell["same_experiment"]:
+        return [*line, "", "not judged"], []
+    verdict = statistics.verdict(differences, limits)
+    return [*line, _limits(limits), verdict], [verdict] * (None not in limits)
 
 
-def per_class(by_row):
-    """Table 3: ours under the published accuracies of each class."""
+def _limits(limits):
+    return "unknown" if None in limits else " / ".join(f"{limit:.2f}" for limit in limits)
+
+
+def _spread(rows, dataset, when, metric):
+    """The seed spread of a data set at full length, from the rows that are the paper's to the letter."""
+    of_it = [found for row, found in rows.items() if row.place[::3] == (dataset, "full") and not row.difference]
+    hints = HINTS.get(dataset, []) if metric == "acc1" else []
+    return statistics.pooled([values(found, when, metric) for found in of_it], hints)
+
+
+def _spreads(rows, datasets):
+    parts = []
+    for dataset in sorted(datasets):
+        known = {when: _spread(rows, dataset, when, "acc1") for when in ("best", "last")}
+        text = ", ".join(f"{when} {s.value:.2f} ({s.degrees} degrees of freedom)" for when, s in known.items() if s)
+        parts += [f"Seed spread of {DATASETS[dataset]}, top-1: {text or 'unknown, no row has two seeds'}.", ""]
+    return parts
+
+
+def _about_the_verdicts(verdicts):
+    if not verdicts:
+        return []
+    expected = statistics.LEVEL * len(verdicts)
+    return [f'Compared: {len(verdicts)}. If nothing differed, at most {expected:.2f} false "yes" were expected.', ""]
+
+
+def _notes(cells):
+    """A line for each note, with the cells that it is about."""
+    about = collections.defaultdict(list)
+    for cell, run in cells:
+        if cell["note"]:
+            about[cell["note"]].append(
+                f"{cell['dataset']} {cell['imb_type']} {cell['ratio']} {run.title} {cell['value']}"
+            )
+    return [*(f"- {', '.join(where)}: {note}" for note, where in about.items()), ""] if about else []
+
+
+def per_class(rows: Rows) -> list[str]:
+    """Table 3: ours, best and last epoch, under the published accuracies of each class."""
     cells = collections.defaultdict(list)
-    for row in runs.published():
-        if row["table"] == "3":
-            cells[runs.run_of(row)].append(row["value"])
-    if not any(by_row.get((run, "")) for run in cells):
+    for cell in runs.published():
+        if cell["table"] == "3":
+            cells[runs.runs_of(cell)[0]].append(cell)
+    if not any(Row(run) in rows for run in cells):
         return ["Table 3 (per class, CIFAR-10, ratio 50): nothing has run at full length.", ""]
-    rows, names = [], range(10)
-    for run, values in cells.items():
-        found = by_row.get((run, ""), [])
-        names = found[0]["classes"] if found else names
-        ours = [mean_and_spread(v, 1) for v in zip(*(r["last"]["per_class"] for r in found), strict=True)]
-        rows.append([run.imb_type, run.method, "published", *values, f"{statistics.mean(values):.2f}"])
-        mean = mean_and_spread([record["last"]["class_mean"] for record in found])
-        rows.append(["", "", f"ours, last (n = {len(found)})", *(ours or [""] * 10), mean])
-    title = "### Table 3: accuracy of each class, CIFAR-10, ratio 50"
-    return [title, "", *table(["type", "method", "", *names, "mean"], rows)]
+    lines, names = [], range(10)
+    for run, of_run in cells.items():
+        found, printed = rows.get(Row(run), []), [cell["value"] for cell in of_run]
+        lines.append([run.imb_type, run.method, "published", *printed, f"{fmean(printed):.2f}"])
+        for when in ("best", "last") if found else ():
+            names = found[0]["classes"]
+            ours = [mean_and_spread(of_class, 1) for of_class in zip(*values(found, when, "per_class"), strict=True)]
+            lines.append(["", "", f"ours, {when} (n = {len(found)})", *ours])
+            lines[-1].append(mean_and_spread(values(found, when, "class_mean")))
+    heading = "### Table 3: accuracy of each class, CIFAR-10, ratio 50"
+    notes = [(cell, run) for run, of_run in cells.items() for cell in of_run[:1]]
+    return [heading, "", *table(["type", "method", "", *names, "mean"], lines), *_notes(notes)]
 
 
 # ------------------------------------------------------------------------------- what has no published figure
 
 
-def others(by_row):
-    """A table for each data set, imbalance, ratio and protocol: short runs, digits, controls, variants."""
+def others(rows: Rows) -> list[str]:
+    """Two tables for each data set, imbalance, ratio and protocol: what was reached, and ours against ours."""
     parts = []
-    for where in dict.fromkeys(place(run) for run, _ in by_row):
-        rows = {key: found for key, found in by_row.items() if place(key[0]) == where}
-        dataset, imb_type, ratio, protocol = where
-        parts += [f"## {dataset}, {imb_type}, ratio {ratio}, {protocol} length", ""]
-        epochs = next(iter(rows.values()))[0]["settings"]["epochs"]
-        if protocol == "short":
-            parts += [f"Shortened to {epochs} epochs, a fifth: not to be set against published figures.", ""]
-        counts = next(iter(rows.values()))[0]["class_counts"]
-        if len(counts) <= 20:
-            parts += [f"Training images of each class: {' '.join(map(str, counts))}.", ""]
+    for where in dict.fromkeys(row.place for row in rows):
+        here = {row: found for row, found in rows.items() if row.place == where}
+        first = next(iter(here.values()))[0]
+        parts += [f"## {title(where)}", ""]
+        if where[-1] == "short":
+            parts += [
+                f"Shortened to {first['settings']['epochs']} epochs, a fifth: not to be set against published figures.",
+                "",
+            ]
+        if len(first["class_counts"]) <= 20:
+            parts += [f"Training images of each class: {' '.join(map(str, first['class_counts']))}.", ""]
         heads = ["method", "n", "top-1 best", "top-1 last", "top-5 last", "class mean", "many", "medium", "few"]
-        parts += table([*heads, "s per epoch"], [_row(key, found) for key, found in rows.items()])
-        parts += [f"Class mean and groups are of the last epoch; {next(iter(rows.values()))[0]['group_rule']}.", ""]
+        parts += table([*heads, "s per epoch"], [_reached(row, found) for row, found in here.items()])
+        parts += [f"Class mean and groups are of the last epoch; {first['group_rule']}.", "", *_pairs(here)]
     return parts
 
 
-def label(run, difference):
-    """A row's name: method, variant, another subset, settings that are not the paper's."""
-    name = run.title + (f", subset {run.subset}" if run.subset else "")
-    return name + (f", but {difference}" if difference else "")
+def _reached(row, found):
+    cells = [row.label, len(found), mean_and_spread(values(found, "best", "acc1"))]
+    cells += [
+        mean_and_spread(values(found, "last", name)) for name in ("acc1", "acc5", "class_mean", "many", "medium", "few")
+    ]
+    return [*cells, f"{median(epoch['seconds'] for record in found for epoch in record['history']):.1f}"]
 
 
-def _row(key, found):
-    cells = [label(*key), len(found), mean_and_spread([record["best"]["acc1"] for record in found])]
-    for name in ("acc1", "acc5", "class_mean", "many", "medium", "few"):
-        cells.append(mean_and_spread([record["last"][name] for record in found]))
-    seconds = statistics.median(epoch["seconds"] for record in found for epoch in record["history"])
-    return [*cells, f"{seconds:.1f}"]
-
-
-# --------------------------------------------------------------------------------------------------- figures
-
-
-def draw(by_row, to):
-    """methods_*.png of every place with two methods or more, figure3_*.png where the start varies. The paths."""
-    pyplot = plots.load_pyplot() if by_row else None
-    if pyplot is None:
+def _pairs(here):
+    """IB against each other row, class weights alone against the factor at the size of CE, labelled against plain."""
+    at = {row.run.variant: row for row in here if row.run.method == "IB" and not (row.difference or row.run.subset)}
+    pairs = [(at[""], row) for row in here if row != at[""]] if "" in at else []
+    pairs += [(at["l1-auto"], at["weights-only"])] if {"l1-auto", "weights-only"} <= at.keys() else []
+    plain = ((Row(row.run), row) for row in here if row.difference)
+    pairs += [pair for pair in plain if pair[0] in here and pair not in pairs]
+    lines, verdicts = [], []
+    for one, other in pairs:
+        by_seed = [{record["settings"]["seed"]: record for record in here[row]} for row in (one, other)]
+        seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+        if not seeds:
+            continue
+        gaps = [[by_seed[0][s][when]["acc1"] - by_seed[1][s][when]["acc1"] for s in seeds] for when in ("best", "last")]
+        limits = [statistics.paired_limit(gap) for gap in gaps]
+        verdict = statistics.verdict([fmean(gap) for gap in gaps], limits)
+        verdicts += [verdict] * (None not in limits)
+        means = [f"{fmean(gap):+.2f}" for gap in gaps]
+        lines.append([f"{one.label} minus {other.label}", len(seeds), *means, _limits(limits), verdict])
+    if not lines:
         return []
-    written = []
-    for where in dict.fromkeys(place(run) for run, _ in by_row):
-        rows = {key: found for key, found in by_row.items() if place(key[0]) == where}
-        plain = {label(*key): found for key, found in rows.items() if not key[0].variant.startswith("start")}
-        if len(plain) > 1:
-            written.append(_methods(pyplot, plain, where, to))
-    for dataset, protocol in dict.fromkeys((run.dataset, run.protocol) for run, _ in by_row):
-        curves = starts(by_row, dataset, protocol)
-        if curves:
-            written.append(_starts(pyplot, curves, dataset, protocol, to))
-    return [pathlib.Path(path) for path in written]
+    text = "Ours against ours: mean difference of top-1 over the seeds that both have, paired t-test."
+    heads = ["", "seeds", "best", "last", "limit, best / last", "differs"]
+    return [text, "", *table(heads, lines), *_about_the_verdicts(verdicts)]
 
 
-def starts(by_row, dataset, protocol):
-    """Fig. 3: ratio -> sorted (start of the IB phase in epochs, accuracies of the last epoch), two starts or more."""
-    curves = collections.defaultdict(list)
-    for (run, difference), found in by_row.items():
-        is_start = run.variant == "" or run.variant.startswith("start")
-        is_here = (run.dataset, run.protocol, run.imb_type, run.method) == (dataset, protocol, "exp", "IB")
-        if is_here and is_start and not difference and run.subset == 0:
-            curves[run.ratio].append((run.settings["start_ib_epoch"], [r["last"]["acc1"] for r in found]))
-    return {ratio: sorted(points) for ratio, points in curves.items() if len(points) > 1}
+# ---------------------------------------------------------------------------------------------- how it was run
 
 
-def _starts(pyplot, curves, dataset, protocol, to):
-    figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
-    for ratio, points in curves.items():
-        means = [statistics.mean(values) for _, values in points]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
-        axes.errorbar([start for start, _ in points], means, spread, marker="o", capsize=3, label=f"ratio {ratio}")
-    axes.set(xlabel="epoch at which the IB phase starts", ylabel="top-1, last epoch [%]")
-    axes.set_title(f"{dataset}, {protocol} length: start of the IB phase (Fig. 3)", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return plots.save_figure(pyplot, figure, to, f"figure3_{dataset}_{protocol}.png")
+def runs_and_commands(rows: Rows) -> list[str]:
+    """Every run with its precision, machine, hours and commit; the command behind every row that has one."""
+    if not rows:
+        return []
+    lines, commands = [], []
+    for row, found in rows.items():
+        if not row.difference:
+            commands.append(shlex.join(["python", *row.run.argv("reproduced")]))
+        for record in found:
+            amp, threads = record["settings"].get("amp", "none"), record["settings"].get("threads")
+            hours = sum(epoch["seconds"] for epoch in record["history"]) / 3600
+            machine = f"{record['device']}, {threads or 'all'} threads, {record['versions']['machine']}"
+            precision = "float32" if amp == "none" else amp
+            lines.append(
+                [record["name"], record["settings"]["seed"], precision, machine, f"{hours:.2f}", _commit(record)]
+            )
+    heads = ["run", "seed", "precision", "machine", "hours", "commit"]
+    text = "Hours are of all epochs, with those that runs share and that were trained once."
+    block = ["```", *commands, "```", ""]
+    what = "The command of each row that is a run of the paper or a control, for seed 0:"
+    return ["## The runs", "", text, "", *table(heads, lines), *([what, "", *block] if commands else [])]
 
 
-def _methods(pyplot, rows, where, to):
-    """Left: test accuracy over the epochs; right: accuracy of each class in the last epoch; means over the seeds."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    for name, found in rows.items():
-        curves = list(zip(*([e["test"]["acc1"] for e in record["history"]] for record in found), strict=False))
-        means = [statistics.mean(values) for values in curves]
-        epochs = range(1, len(means) + 1)
-        (line,) = left.plot(epochs, means, label=f"{name} (n = {len(found)})", linewidth=1.2)
-        if len(found) > 1:
-            spread = [statistics.stdev(values) for values in curves]
-            low = [m - s for m, s in zip(means, spread, strict=True)]
-            high = [m + s for m, s in zip(means, spread, strict=True)]
-            left.fill_between(epochs, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-        classes = [statistics.mean(values) for values in zip(*(r["last"]["per_class"] for r in found), strict=True)]
-        right.plot(range(len(classes)), classes, color=line.get_color(), marker=".", linewidth=1)
-    left.set(xlabel="epoch", ylabel="test top-1 [%]", title=" ".join(map(str, where)))
-    left.legend(fontsize=8)
-    right.set(xlabel="class, largest first", ylabel="test accuracy, last epoch [%]", title="Each class")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    return plots.save_figure(pyplot, figure, to, "methods_" + "_".join(map(str, where)) + ".png")
+def _commit(record):
+    code = record.get("code")
+    if not code:
+        return "not recorded"
+    return code["commit"][:10] + ("" if code["clean"] else ", with changes")

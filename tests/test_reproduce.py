@@ -11,11 +11,11 @@ import time
 
 import pytest
 import script_runner
+from training.folders import claimed
 
 import reproduce
 from paper import driver, executors, runs
 from paper.runs import Run
-from training.folders import claimed
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 #: Flags after a run's own: three epochs, the IB phase in the last one.

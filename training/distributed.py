@@ -7,141 +7,149 @@ those of the whole batch. Rank 0 writes; the others are silent.
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils import DataError, UsageError, choose_device
+from utils import DataError, choose_device
+
+_control: Any = None  # the group of broadcasts and barriers between processes, on the CPU
 
 
-def start(gpu=None):
+def start(gpu: int | None = None) -> torch.device:
     """Join the other ranks if torchrun started this process. Returns the device: LOCAL_RANK's, or `--gpu`'s.
 
     Raises:
         UsageError: see `utils.choose_device`. DataError: the other ranks cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return choose_device(gpu)
-    device = choose_device(int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else None)
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        try:
-            store, rank_here, ranks = next(rendezvous("env://"))
-            # a key space for each life of the job: after a restart no rank may read the addresses of the dead
-            store = dist.PrefixStore(f"life{restarts()}", store)
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank_here, world_size=ranks)
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"the other processes cannot be reached: {error}") from None
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    local = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else None
+    device = choose_device(gpu if is_alone else local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not is_alone and not dist.is_initialized():
+        _join(device)
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
 
-def stop():
+def _join(device):
+    global _control
+    on_cuda = device.type == "cuda"
+    try:
+        store, rank_here, ranks = next(rendezvous("env://"))
+        # a key space for each life of the job: after a restart no rank may read the addresses of the dead
+        store = dist.PrefixStore(f"life{restarts()}", store)
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo", store=store, rank=rank_here, world_size=ranks,
+            device_id=device if on_cuda else None,
+        )  # fmt: skip
+        # NCCL gives up a barrier after ten minutes, and rank 0 may read half a million files first
+        _control = dist.new_group(backend="gloo") if on_cuda else None
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"the other processes cannot be reached: {error}") from None
+
+
+def stop() -> None:
     """Leave the other ranks."""
-    if size() > 1:
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
-def is_lost(error):
-    """Whether a RuntimeError says that another rank cannot be reached any more."""
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another rank cannot be reached any more."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def size():
+def world_size() -> int:
     """Number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank():
-    return dist.get_rank() if size() > 1 else 0
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def is_main():
+def is_main() -> bool:
     """Whether this rank writes."""
     return rank() == 0
 
 
-def restarts():
+def restarts() -> int:
     """How often torchrun has started this job anew after a rank died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def part(start, stop):
-    """This rank's part of [start, stop): the ranks' parts follow one another, the first ones are larger by one.
-
-    Returns:
-        (start, stop), empty where there are fewer items than ranks.
-    """
-    share, over = divmod(stop - start, size())
-    first = start + rank() * share + min(rank(), over)
-    return first, first + share + (rank() < over)
-
-
-def total(tensor):
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over the ranks; the tensor itself with one rank."""
-    if size() == 1:
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor)
-    return tensor
+    return tensor if world_size() == 1 else _reduced(tensor, dist.ReduceOp.SUM)
 
 
-def smallest(tensor):
+def all_reduce_min(tensor: torch.Tensor) -> torch.Tensor:
     """The smallest value of a tensor over the ranks."""
-    if size() > 1:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor if world_size() == 1 else _reduced(tensor, dist.ReduceOp.MIN)
+
+
+def _reduced(tensor, operation):
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, operation)
     return tensor
 
 
-def agree(value):
+def broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, 0)
+    dist.broadcast_object_list(box, 0, group=_control)
     return box[0]
 
 
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Give every rank rank 0's buffers (batch norm's running statistics)."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier(group=_control)
+
+
 @contextlib.contextmanager
-def main_first():
+def main_first() -> Iterator[None]:
     """Rank 0 does what is inside, then the others: what it writes they find."""
-    if size() > 1 and not is_main():
-        dist.barrier()
+    if not is_main():
+        barrier()
     yield
-    if size() > 1 and is_main():
-        dist.barrier()
+    if is_main():
+        barrier()
 
 
-def wait_for_all():
-    if size() > 1:
-        dist.barrier()
-
-
-def wrap(model, sync_bn=False):
-    """The net whose gradients are means over the ranks: `model` itself with one rank.
-
-    Raises:
-        UsageError: sync_bn on a CPU.
-    """
-    on_cuda = next(model.parameters()).is_cuda
-    if sync_bn and not on_cuda:
-        raise UsageError("--sync_bn needs CUDA devices")
-    if size() == 1:
+def data_parallel(model: torch.nn.Module, sync_bn: bool = False) -> torch.nn.Module:
+    """The model whose gradients are means over the ranks: `model` itself with one rank."""
+    if world_size() == 1:
         return model
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    on_cuda = next(model.parameters()).is_cuda
+    # buffers are shared once an epoch, see `broadcast_buffers`
     return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[torch.cuda.current_device()] if on_cuda else None
+        model, device_ids=[torch.cuda.current_device()] if on_cuda else None, broadcast_buffers=False
     )
 
 
-def share_buffers(model):
-    """Give every rank rank 0's buffers (batch norm's running statistics)."""
-    if size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_control)
+    return values

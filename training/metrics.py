@@ -1,5 +1,8 @@
 """Accuracy of each class, of the many/medium/few groups, and the confusion matrix, counted on the device."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from imbalance import groups
@@ -9,13 +12,13 @@ from training import distributed
 MAX_CONFUSION_CLASSES = 1000
 
 
-class Counts:
+class MetricAccumulator:
     """Hits and losses summed on the device; `read()` is the only synchronisation, with the other ranks too.
 
     All accuracies are percentages.
     """
 
-    def __init__(self, num_classes, device, confusion=True):
+    def __init__(self, num_classes: int, device: torch.device | str, confusion: bool = True) -> None:
         self.num_classes = num_classes
         self.loss = torch.zeros((), device=device, dtype=torch.float64)
         # seen, hits at top-1, hits at top-5
@@ -26,11 +29,11 @@ class Counts:
         self.confusion = confusion
 
     @torch.no_grad()
-    def add(self, logits, target, loss, loss_weight=None):
-        """Count a batch: logits (N, K), target (N,), loss the batch's mean, which counts N times (or `loss_weight`)."""
+    def add(self, logits: torch.Tensor, target: torch.Tensor, loss: torch.Tensor) -> None:
+        """Count a batch: logits (N, K), target (N,), loss 0-d: this rank's share of N times the batch's mean."""
         top = logits.topk(min(5, self.num_classes), dim=1).indices
         hit = top == target[:, None]
-        self.loss += loss.detach().double() * (len(target) if loss_weight is None else loss_weight)
+        self.loss += loss.detach().double()
         self.hits[0] += len(target)
         self.hits[1] += hit[:, 0].sum()
         self.hits[2] += hit.sum()
@@ -40,20 +43,21 @@ class Counts:
             cell = hit[:, 0].long() * self.num_classes + target
         self.table.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would wait for the device
 
-    def read(self):
+    def read(self) -> dict[str, Any]:
         """dict(loss, acc1, acc5, seen)."""
-        seen, top1, top5 = distributed.total(self.hits).tolist()
+        sums = torch.cat([self.hits.double(), self.loss[None]])  # one read from the device
+        seen, top1, top5, loss = distributed.all_reduce_sum(sums).tolist()
         n = max(seen, 1)
         return {
-            "loss": distributed.total(self.loss).item() / n,
+            "loss": loss / n,
             "acc1": 100 * top1 / n,
             "acc5": 100 * top5 / n,
-            "seen": seen,
+            "seen": int(seen),
         }
 
-    def per_class(self):
+    def per_class(self) -> tuple[list[float | None], list[list[int]] | None]:
         """(accuracy of each class, a list with None for a class without images; confusion matrix or None)."""
-        table = distributed.total(self.table).view(-1, self.num_classes).cpu()
+        table = distributed.all_reduce_sum(self.table).view(-1, self.num_classes).cpu()
         if self.confusion:
             hits, totals = table.diagonal(), table.sum(1)
         else:
@@ -62,14 +66,14 @@ class Counts:
         return accuracy, table.tolist() if self.confusion else None
 
 
-def mean_accuracy(per_class, labels=None):
+def mean_accuracy(per_class: Sequence[float | None], labels: Sequence[int] | None = None) -> float | None:
     """Mean accuracy over the given classes (all: None); None where there is none."""
-    values = [per_class[k] for k in (range(len(per_class)) if labels is None else labels)]
-    values = [v for v in values if v is not None]
+    chosen = (per_class[k] for k in (range(len(per_class)) if labels is None else labels))
+    values = [value for value in chosen if value is not None]
     return sum(values) / len(values) if values else None
 
 
-def group_accuracy(per_class, class_counts):
+def group_accuracy(per_class: Sequence[float | None], class_counts: Sequence[int]) -> dict[str, float | None]:
     """dict(class_mean, many, medium, few): means of class accuracies; None for an empty group."""
     by_group = {name: mean_accuracy(per_class, labels) for name, labels in groups(class_counts).items()}
     return {"class_mean": mean_accuracy(per_class), **by_group}

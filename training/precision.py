@@ -9,24 +9,24 @@ AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """Autocast for the net, and a loss scaler for fp16. The losses compute in float32 whatever it is.
+    """Autocast for the model, and a loss scaler for fp16. The losses compute in float32 whatever it is.
 
     Args:
         amp: 'none', 'bf16' or 'fp16'.
         device_type: 'cuda' or 'cpu'.
     """
 
-    def __init__(self, amp="none", device_type="cpu"):
+    def __init__(self, amp: str = "none", device_type: str = "cpu") -> None:
         self.dtype, self.device_type = AMP_TYPES[amp], device_type
         self.scaler = torch.amp.GradScaler(device_type) if amp == "fp16" else None
 
-    def autocast(self):
-        """The context in which the net runs."""
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which the model runs."""
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, self.dtype)
 
-    def step(self, loss, optimizer):
+    def step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Gradient of `loss`, and a step of `optimizer`."""
         optimizer.zero_grad(set_to_none=True)
         if self.scaler is None:
@@ -37,19 +37,25 @@ class Precision:
             self.scaler.step(optimizer)
             self.scaler.update()
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """The scaler's state, for checkpoints; empty without one."""
         return self.scaler.state_dict() if self.scaler is not None else {}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict | None) -> None:
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
 
 
-def set_determinism(deterministic):
-    """--deterministic: bitwise repeatable on CUDA too; otherwise cuDNN may pick the fastest algorithm."""
+def set_determinism(deterministic: bool, tf32: bool = True) -> None:
+    """--deterministic: bitwise repeatable on CUDA too; otherwise cuDNN may pick the fastest algorithm.
+
+    TF32 is for convolutions only: the resize of images by matrix products rounds to whole grey levels.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory that nobody wrote
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,18 +1,24 @@
-"""What epoch e does: learning rate, criterion, class weights, sampler. Pure: no device, no files, no flags."""
+"""What epoch e does: learning rate, loss, class weights, sampler. Pure: no device, no files, no flags."""
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-LOSS_TYPES = ("CE", "Focal", "LDAM", "BS", "LA", "IB", "IBFocal")
-IB_LOSSES = ("IB", "IBFocal")
-TRAIN_RULES = ("None", "Resample", "CBReweight", "IBReweight", "DRW")
+from torch import Tensor
+
+from losses import Loss
+from training import registry
+
+SCHEDULES = ("step", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """What is in force in one epoch.
 
-    lr: learning rate; loss: one of LOSS_TYPES; class_weights: 'none', 'CB' or 'IB';
-    sampler: 'none' (a shuffle) or 'Resample'.
+    lr: learning rate; loss: a key of `registry.LOSSES`; class_weights: of `registry.CLASS_WEIGHTS`; sampler: of
+    `registry.SAMPLERS`.
     """
 
     lr: float
@@ -25,10 +31,12 @@ class Stage:
 class Recipe:
     """The published schedule (cifar_train.py of the official code), its constants as fields.
 
-    Warm-up: lr * (e + 1) / warmup_epochs. At each milestone the lr is multiplied by its factor, and from
-    `start_ib_epoch` on, with an IB loss, by `ib_lr_factor`. As in the official code the IB phase has no
-    warm-up of its own: where it starts before the warm-up ends, the rest of the warm-up is skipped
-    unless `keep_warmup`.
+    Warm-up: lr * (e + 1) / warmup_epochs. Then 'step' multiplies the lr by its factor from each milestone on; 'cosine'
+    by (1 + cos(pi * e / epochs)) / 2, without milestones. From `start_ib_epoch` on, with an IB loss, the lr is
+    multiplied by `ib_lr_factor` too. As in the official code the IB phase has no warm-up of its own: where it starts
+    before the warm-up ends, the rest of the warm-up is skipped unless `keep_warmup`.
+
+    constants: what losses, class weights and samplers depend on, by name (`registry.all_constants`).
     """
 
     loss_type: str = "CE"
@@ -37,45 +45,63 @@ class Recipe:
     lr: float = 0.1
     start_ib_epoch: int = 100
     warmup_epochs: int = 5
-    milestones: tuple = (160, 180)
-    lr_factors: tuple = (0.01, 0.01)
+    milestones: tuple[int, ...] = (160, 180)
+    lr_factors: tuple[float, ...] = (0.01, 0.01)
     ib_lr_factor: float = 0.01
     keep_warmup: bool = False
     drw_epoch: int = 160
+    schedule: str = "step"
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def stage(self, epoch):
+    @classmethod
+    def from_settings(cls, settings: Any) -> "Recipe":
+        """The recipe of an object with attributes of the same names, and of the constants' names."""
+        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)[:-1]}
+        return cls(**fields, constants={name: getattr(settings, name) for name in registry.all_constants()})
+
+    def stage(self, epoch: int) -> Stage:
         """The Stage of `epoch`, counted from 0."""
-        return Stage(self._lr(epoch), self._loss(epoch), self._class_weights(epoch), self._sampler())
+        rule = registry.RULES[self.train_rule]
+        started = rule.start is None or epoch >= getattr(self, rule.start)
+        loss, weights = self.loss_type, rule.class_weights if started else "none"
+        if registry.LOSSES[loss].first_phase_ce and not self._in_ib_phase(epoch):
+            loss, weights = "CE", "none"
+        return Stage(self._lr(epoch), loss, weights, rule.sampler if started else "none")
 
-    def stages(self):
-        """The stages of all epochs, a list."""
+    def stages(self) -> list[Stage]:
+        """The stages of all epochs."""
         return [self.stage(epoch) for epoch in range(self.epochs)]
 
+    def table(self) -> str:
+        """CSV, a row an epoch, counted from 0: what --dry_run prints."""
+        rows = [f"{e},{s.lr!r},{s.loss},{s.class_weights},{s.sampler}" for e, s in enumerate(self.stages())]
+        return "\n".join(["epoch,lr,loss,class_weights,sampler", *rows])
+
+    def criterion(self, stage: Stage, class_counts: Sequence[int]) -> Loss:
+        """The criterion of a stage, see losses.py."""
+        return registry.build_criterion(stage, self.constants, class_counts)
+
+    def sampling_rates(self, stage: Stage, class_counts: Sequence[int]) -> Tensor | None:
+        """The rate at which an image of each class is drawn, (K,) float64, or None for a shuffle."""
+        return registry.sampling_rates(stage, self.constants, class_counts)
+
+    def constants_at(self, epoch: int) -> dict[str, Any]:
+        """The constants in force in `epoch`, by name."""
+        return {name: self.constants[name] for name in registry.constants_of(self.stage(epoch))}
+
     def _in_ib_phase(self, epoch):
-        return self.loss_type in IB_LOSSES and epoch >= self.start_ib_epoch
+        return registry.LOSSES[self.loss_type].first_phase_ce and epoch >= self.start_ib_epoch
 
     def _lr(self, epoch):
-        lr = self.lr
-        if epoch < self.warmup_epochs and (self.keep_warmup or not self._in_ib_phase(epoch)):
+        lr, in_ib_phase = self.lr, self._in_ib_phase(epoch)
+        warms_up = epoch < self.warmup_epochs and (self.keep_warmup or not in_ib_phase)
+        if warms_up:
             lr = lr * (epoch + 1) / self.warmup_epochs
-        if self._in_ib_phase(epoch):
+        if in_ib_phase:
             lr *= self.ib_lr_factor
+        if self.schedule == "cosine":
+            return lr if warms_up else lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         for milestone, factor in zip(self.milestones, self.lr_factors, strict=True):
             if epoch >= milestone:
                 lr *= factor
         return lr
-
-    def _loss(self, epoch):
-        if self.loss_type in IB_LOSSES and not self._in_ib_phase(epoch):
-            return "CE"
-        return self.loss_type
-
-    def _class_weights(self, epoch):
-        if self.loss_type in IB_LOSSES and not self._in_ib_phase(epoch):
-            return "none"  # phase one is plain CE
-        if self.train_rule == "DRW":
-            return "CB" if epoch >= self.drw_epoch else "none"
-        return {"CBReweight": "CB", "IBReweight": "IB"}.get(self.train_rule, "none")
-
-    def _sampler(self):
-        return "Resample" if self.train_rule == "Resample" else "none"

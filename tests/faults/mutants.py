@@ -2,7 +2,7 @@
 
     python tests/faults/mutants.py --list training/recipe.py
     python tests/faults/mutants.py training/recipe.py imbalance.py losses.py
-    python tests/faults/mutants.py --sample 100 --seed 0 training/resume.py
+    python tests/faults/mutants.py --sample 100 --seed 0 experiment/resume.py
 
 The first prints the mutants, the second runs them all (half an hour), the third a drawn part. Each mutant is written
 to a copy of the repository, and the module's tests run there in a fork of this process, so that torch is imported
@@ -28,16 +28,18 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 #: module -> its tests, quick ones first; what starts processes of its own is left out.
 TESTS = {
-    "losses.py": ["losses.py", "tests/test_losses.py", "tests/test_prior_losses.py", "tests/test_distributed.py"],
-    "imbalance.py": ["imbalance.py", "tests/test_imbalance.py"],
-    "training/recipe.py": ["tests/test_recipe.py", "tests/test_runs.py", "tests/test_script_matrix.py"],
-    "training/checkpoint.py": [
-        "training/checkpoint.py", "tests/faults/test_checkpoints.py", "tests/test_bad_input.py", "tests/test_resume.py",
-        "tests/test_records.py",
+    "losses.py": [
+        "losses.py", "tests/unit/test_losses.py", "tests/unit/test_prior_losses.py", "tests/cli/test_distributed.py",
     ],
-    "training/resume.py": [
-        "tests/test_resume.py", "tests/faults/test_checkpoints.py", "tests/test_bad_input.py", "tests/test_records.py",
-        "tests/faults/test_data.py",
+    "imbalance.py": ["imbalance.py", "tests/unit/test_imbalance.py"],
+    "training/recipe.py": ["tests/unit/test_recipe.py", "tests/unit/test_runs.py", "tests/cli/test_script_matrix.py"],
+    "experiment/checkpoint.py": [
+        "experiment/checkpoint.py", "tests/faults/test_checkpoints.py", "tests/cli/test_bad_input.py",
+        "tests/cli/test_resume.py", "tests/cli/test_records.py",
+    ],
+    "experiment/resume.py": [
+        "tests/cli/test_resume.py", "tests/faults/test_checkpoints.py", "tests/cli/test_bad_input.py",
+        "tests/cli/test_records.py", "tests/faults/test_data.py",
     ],
 }  # fmt: skip
 PROCESSES = (

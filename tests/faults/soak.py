@@ -10,14 +10,14 @@ import pathlib
 import sys
 import tempfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helpers"))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import script_runner
 
 import cifar_train
 import models
-from training.records import Records
+from experiment.records import Records
 
 
 def measure():
@@ -29,7 +29,7 @@ def measure():
 
 def soak(epochs, at):
     """{epoch: (MB, files)} after each of the epochs `at`."""
-    models.CIFAR_NETS["tiny"] = script_runner.tiny
+    models.CIFAR_MODELS["tiny"] = script_runner.tiny
     figures, add = {}, Records.add
 
     def noting(records, record):

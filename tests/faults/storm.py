@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helpers"))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import script_runner
@@ -77,7 +77,7 @@ def storm(kills, seed):
     """Figures of a storm of at least `kills` kills: dict(kills, runs, while_writing, seconds_of_a_run)."""
     torch.set_num_threads(1)
     generator = random.Random(seed)
-    models.CIFAR_NETS["tiny"] = script_runner.tiny
+    models.CIFAR_MODELS["tiny"] = script_runner.tiny
     figures = {"kills": 0, "runs": 0, "while_writing": 0, "seed": seed}
     with tempfile.TemporaryDirectory() as scratch:
         reference = pathlib.Path(scratch) / "reference"

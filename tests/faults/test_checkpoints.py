@@ -32,7 +32,7 @@ from script_runner import (
     snapshot,
 )
 
-from training import checkpoint, loop
+from experiment import checkpoint, fit, run
 from utils import DataError
 
 THREE = [*DIGITS, *TINY, "--epochs", "3", "--milestones", "2", "--loss_type", "IB", "--start_ib_epoch", "1"]
@@ -250,7 +250,7 @@ def damage(path, how):
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
 @pytest.mark.parametrize("after", [2, 3])
 def test_resume_auto_takes_the_one_before_and_ends_in_the_same_bits(after, how, whole, tmp_path, capsys):
-    real = loop.train_one_epoch
+    real = fit.train_one_epoch
 
     def stop_after(model, batches, *rest):
         if len(calls) == after:
@@ -259,7 +259,7 @@ def test_resume_auto_takes_the_one_before_and_ends_in_the_same_bits(after, how, 
         return real(model, batches, *rest)
 
     calls = []
-    with mock.patch.object(loop, "train_one_epoch", stop_after):
+    with mock.patch.object(fit, "train_one_epoch", stop_after):
         run_main(THREE, tmp_path, capsys)
     newest = model_folder(tmp_path, "IB") / "ckpt.pth.tar"
     assert load_checkpoint(newest)["epoch"] == after
@@ -321,7 +321,7 @@ def test_a_write_that_fails_spares_the_last_good_checkpoint(function, number, wh
 LIMITED = """
 import resource, sys
 import torch
-from training import checkpoint
+from experiment import checkpoint
 from utils import command
 state = lambda epoch: {"epoch": epoch, "arch": "x", "state_dict": {"w": torch.zeros(100_000)}}
 @command
@@ -357,8 +357,8 @@ def test_sigterm_at_a_bad_moment_leaves_a_good_checkpoint(at, whole, tmp_path, c
     """The signal comes in the second epoch, while that function runs."""
     place = {
         "write": (torch, "save"),
-        "evaluate": (loop, "evaluate"),
-        "records": (loop.Records, "add"),
+        "evaluate": (fit, "evaluate"),
+        "records": (run.Records, "add"),
     }[at]
     real, calls = getattr(*place), []
 
@@ -372,7 +372,7 @@ def test_sigterm_at_a_bad_moment_leaves_a_good_checkpoint(at, whole, tmp_path, c
         status, _, err = run_main(THREE, tmp_path, capsys)
     assert status == 143
     (line,) = messages(err)
-    assert "--resume auto to go on" in line
+    assert "--resume auto to continue" in line
     model = model_folder(tmp_path, "IB")
     assert checkpoint.load(str(model / "ckpt.pth.tar"))["epoch"] == (2 if at == "records" else 1)
     assert not (model / ".lock").exists()

@@ -21,7 +21,7 @@ from test_folder_train import RUN, make_folder
 
 import folder_train
 
-TRAIN = ["--data_dir", "pictures", *RUN, "--epochs", "2", "--milestones", "1"]
+TRAIN = ["--data_dir", "images", *RUN, "--epochs", "2", "--milestones", "1"]
 
 
 def rename(train):
@@ -52,7 +52,7 @@ def change_the_test_set(train):
 def trained(tmp_path_factory):
     """A folder with pictures and a run on them, which keeps its first epoch."""
     home = tmp_path_factory.mktemp("trained")
-    make_folder(home / "pictures")
+    make_folder(home / "images")
     assert run_script(folder_train, TRAIN, home)[0] == 0
     return home
 
@@ -66,30 +66,30 @@ def go_on(home, *more):
 @pytest.mark.parametrize("change", [rename, swap, grow, exchange_for_a_new_one, change_the_test_set])
 def test_changed_picture_files_are_refused_at_resume(change, trained, tmp_path):
     home = Path(shutil.copytree(trained, tmp_path / "home"))
-    change(home / "pictures" / "train")
+    change(home / "images" / "train")
     before = snapshot(home)
     status, _, err = go_on(home)
     assert status == 1
     (line,) = messages(err)
-    assert "the picture files in pictures have changed since" in line
+    assert "the image files in images are not those that" in line
     assert snapshot(home) == before
     assert go_on(home, "--force")[0] == 0
 
 
 def test_pictures_that_were_moved_or_touched_are_the_same(trained, tmp_path):
     home = Path(shutil.copytree(trained, tmp_path / "home"))
-    shutil.move(home / "pictures", tmp_path / "elsewhere")
-    os.symlink(tmp_path / "elsewhere", home / "pictures")
-    os.utime(home / "pictures" / "train" / "class0" / "0.jpg", (0, 0))
+    shutil.move(home / "images", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", home / "images")
+    os.utime(home / "images" / "train" / "class0" / "0.jpg", (0, 0))
     assert go_on(home)[0] == 0
 
 
 def test_a_missing_picture_is_named(trained, tmp_path):
     home = Path(shutil.copytree(trained, tmp_path / "home"))
-    (home / "pictures" / "train" / "class2" / "1.jpg").unlink()
+    (home / "images" / "train" / "class2" / "1.jpg").unlink()
     status, _, err = go_on(home)
     assert status == 1
-    assert "was trained on other images of pictures" in messages(err)[0]
+    assert "was trained on other images of images" in messages(err)[0]
 
 
 def test_another_choice_of_images_is_refused_at_resume(tmp_path, capsys):

@@ -12,8 +12,9 @@ import cifar_train
 import folder_train
 import inat_train
 import tinyimage_train
+from experiment.parser import build_parser
 
-SCRIPTS = {"cifar": cifar_train, "tinyimage": tinyimage_train, "folder": folder_train, "inat": inat_train}
+SCRIPTS = {script.__name__: script for script in (cifar_train, tinyimage_train, folder_train, inat_train)}
 NASTY = st.sampled_from([
     "nan", "inf", "-inf", "-1", "0", "1e400", "-0.0", "1e-320", "99999999999999999999", "", " ", "a\nb", "\x1b[31mred",
     "é", "None", "../..", "auto", "0x10", "1_000", "--", "%s",
@@ -23,12 +24,12 @@ NUMBERS = st.one_of(st.integers(-3, 300).map(str), st.floats(allow_nan=False).ma
 
 def values(action):
     """Words for one flag: good ones more often than bad ones."""
-    if isinstance(action, argparse._StoreTrueAction):
+    if isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction)):
         return st.just([])
     good = st.sampled_from(sorted(map(str, action.choices))) if action.choices else NUMBERS
     word = st.one_of(good, good, good, NASTY)
-    if action.nargs in ("*", "?"):
-        return st.lists(word, max_size=3 if action.nargs == "*" else 1)
+    if action.nargs in ("*", "?", "+"):
+        return st.lists(word, min_size=action.nargs == "+", max_size=1 if action.nargs == "?" else 3)
     return word.map(lambda text: [text])
 
 
@@ -48,7 +49,7 @@ def command_lines(draw, parser):
 @given(data=st.data())
 def test_dry_run_or_one_line(name, data):
     script = SCRIPTS[name]
-    words = data.draw(command_lines(script.build_parser()))
+    words = data.draw(command_lines(build_parser(f"{name}.py")))
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 from script_runner import DIGITS, TINY, log_folder, messages, model_folder, run_main, run_ok
 
-from training import folders
-from training.folders import LOCK, claimed
+import files
+from files import LOCK, run_lock
 from utils import DataError
 
 ONE = [*DIGITS, *TINY, "--epochs", "1", "--milestones"]
@@ -19,7 +19,7 @@ ONE = [*DIGITS, *TINY, "--epochs", "1", "--milestones"]
 def hold(paths, pipe):
     """Take the folders, say so, and hold them until the other end of the pipe speaks."""
     try:
-        with claimed(*paths, patience=0):
+        with run_lock(*paths, patience=0):
             pipe.send("held")
             pipe.recv()
     except DataError:
@@ -100,7 +100,7 @@ def test_a_run_waits_for_one_that_is_about_to_end(holder, tmp_path):
             end(*first)
             ended.append(seconds)
 
-    with mock.patch.object(time, "sleep", end_it), claimed(str(tmp_path)):
+    with mock.patch.object(time, "sleep", end_it), run_lock(str(tmp_path)):
         assert ended
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
@@ -116,7 +116,7 @@ def test_of_many_started_at_once_one_gets_it(holder, tmp_path):
 
 def test_a_lock_removed_by_its_holder_while_one_waits_is_not_enough(tmp_path):
     """Of two that wait, one must not hold the file that is gone, and the other one the new file."""
-    real = folders.fcntl.flock
+    real = files.fcntl.flock
     removed = []
 
     def remove_after_lock(file, how):
@@ -125,9 +125,9 @@ def test_a_lock_removed_by_its_holder_while_one_waits_is_not_enough(tmp_path):
             (tmp_path / LOCK).unlink()
             removed.append(file)
 
-    with mock.patch.object(folders.fcntl, "flock", remove_after_lock), claimed(str(tmp_path)):
+    with mock.patch.object(files.fcntl, "flock", remove_after_lock), run_lock(str(tmp_path)):
         assert (tmp_path / LOCK).exists()
-        with pytest.raises(DataError, match="is in use by process"), claimed(str(tmp_path), patience=0):
+        with pytest.raises(DataError, match="is in use by process"), run_lock(str(tmp_path), patience=0):
             pass
 
 
@@ -138,8 +138,8 @@ def test_one_folder_for_logs_and_checkpoints(tmp_path, capsys):
 
 def test_a_file_system_without_locks_is_said(tmp_path, capsys):
     with (
-        mock.patch.object(folders.fcntl, "flock", side_effect=OSError(37, "No locks available")),
-        claimed(str(tmp_path)),
+        mock.patch.object(files.fcntl, "flock", side_effect=OSError(37, "No locks available")),
+        run_lock(str(tmp_path)),
     ):
         pass
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
@@ -147,6 +147,6 @@ def test_a_file_system_without_locks_is_said(tmp_path, capsys):
 
 def test_an_unreadable_lock_file_is_no_owner(tmp_path, capsys):
     (tmp_path / LOCK).write_text("\x1b[31m{")
-    with claimed(str(tmp_path)):
+    with run_lock(str(tmp_path)):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert capsys.readouterr().out == ""

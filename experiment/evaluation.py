@@ -1,0 +1,174 @@
+"""-e: what a checkpoint reaches on the test set; post-hoc corrections; logits and calibration."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import models
+from experiment import plots
+from experiment.fit import print_classes, summary_line
+from experiment.records import to_json
+from experiment.run import Run
+from files import write_atomically, write_text
+from imbalance import GROUP_RULE
+from losses import log_prior
+from training import distributed
+from training.loop import evaluate
+from training.metrics import group_accuracy
+from utils import UsageError, format_metric
+
+#: Equal bins of the confidence, of the expected calibration error.
+BINS = 15
+
+
+def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val_batches: Any = None) -> dict:
+    """Print the figures of the checkpoint and write them to log/<its name>/evaluate. Returns them.
+
+    --posthoc_la and --tau_norm take one value; of several the one with the best class mean on the held-out part.
+
+    Raises:
+        UsageError: several values without a held-out part. DataError: weights that do not fit.
+    """
+    settings = run.settings
+    run.restore(model)
+    correction = _correction(run, model, val_batches)
+    logits, target = collect_logits(model, test_batches, run.precision)
+    result = _evaluate_logits(logits, target, run.class_counts)
+    if not distributed.is_main():
+        return result
+    print_classes(run.class_names, run.class_counts, result)
+    ece = f"  calibration error {result['calibration_error']:.2f}"
+    print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
+    folder = os.path.join(settings.log_folder, "evaluate")
+    os.makedirs(folder, exist_ok=True)
+    where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction}
+    path = os.path.join(folder, "evaluation.json")
+    write_text(path, to_json({**where, "classes": run.class_names, **result}))
+    written = [path, *plots.of_evaluation(result, run.class_names, run.class_counts, folder, settings.name)]
+    written += plots.of_calibration(result["calibration"], folder, settings.name)
+    if settings.save_logits:
+        written.append(os.path.join(folder, "logits.npz"))
+        write_atomically(written[-1], lambda file: np.savez(file, logits=logits.float().numpy(), target=target.numpy()))
+    print(f"written: {' '.join(written)}")
+    return result
+
+
+@torch.no_grad()
+def collect_logits(model: torch.nn.Module, batches: Any, precision: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, K) and targets (N,) of every image, in order, on the CPU; with ranks, of all of them on rank 0's.
+
+    Every rank sees its slice of each batch; the slices are put together in the order of the batches.
+    """
+    model.eval()
+    parts = []
+    for images, target in batches.eval_epoch():
+        if len(target):
+            with precision.autocast():
+                logits, _ = model(images)
+            parts.append((logits.float().cpu(), target.cpu()))
+        else:
+            parts.append((None, target.cpu()))
+    if distributed.world_size() > 1:
+        ranks = distributed.gather(parts)
+        parts = [part for batch in zip(*ranks, strict=True) for part in batch]
+    parts = [part for part in parts if part[0] is not None]
+    return torch.cat([logits for logits, _ in parts]), torch.cat([target for _, target in parts])
+
+
+def _evaluate_logits(logits, target, class_counts):
+    """As `loop.evaluate`, and the calibration."""
+    result = evaluate(_Given(), [(logits, target)], class_counts)
+    calibration = reliability(logits, target)
+    return {**result, "calibration": calibration, "calibration_error": expected_calibration_error(calibration)}
+
+
+class _Given(torch.nn.Module):
+    """A model whose input is its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.on = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, logits):
+        return logits, logits
+
+
+def reliability(logits: torch.Tensor, target: torch.Tensor, bins: int = BINS) -> list[dict[str, float | int | None]]:
+    """Confidence against accuracy, in `bins` equal bins of the largest probability (Guo et al., ICML 2017).
+
+    Returns:
+        a dict(images, confidence, accuracy) a bin; the last two in percent, None in an empty bin.
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    hit = (predicted == target).double()
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    rows = []
+    for k in range(bins):
+        inside = index == k
+        n = int(inside.sum())
+        means = [100 * part[inside].mean().item() if n else None for part in (confidence, hit)]
+        rows.append({"images": n, "confidence": means[0], "accuracy": means[1]})
+    return rows
+
+
+def expected_calibration_error(rows: Sequence[dict]) -> float:
+    """Mean |accuracy - confidence| over the images, in percent points, from `reliability`."""
+    total = sum(row["images"] for row in rows)
+    return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in rows if row["images"]) / total
+
+
+# ------------------------------------------------------------------------------------- post-hoc corrections
+
+
+def _correction(run, model, val_batches):
+    """Apply --posthoc_la or --tau_norm to the head of `model`. Returns what was applied, for the record."""
+    settings = run.settings
+    name = "posthoc_la" if settings.posthoc_la else "tau_norm" if settings.tau_norm else None
+    if name is None:
+        return {}
+    values = getattr(settings, name)
+    head = model.get_submodule(models.last_linear(model))
+    apply = adjust_logits if name == "posthoc_la" else normalise_classes
+    weight, bias = head.weight.detach().clone(), None if head.bias is None else head.bias.detach().clone()
+    if bias is None:
+        raise UsageError(f"--{name} needs a linear layer with a bias: this model has LDAM's normalised head")
+
+    def correct(value):
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+            apply(head, value, run.class_counts)
+
+    if len(values) > 1:
+        if val_batches is None:
+            raise UsageError(f"--{name} with several values needs a run with --val_fraction: the test set picks none")
+        scores = {}
+        for value in values:
+            correct(value)
+            logits, target = collect_logits(model, val_batches, run.precision)
+            scores[value] = _class_mean(logits, target, run.class_counts)
+            print(f"--{name} {value:g}: class mean {format_metric(scores[value])} on the held-out part")
+        values = (max(scores, key=lambda value: scores[value]),)
+    correct(values[0])
+    print(f"--{name} {values[0]:g} applied")
+    return {name: values[0]}
+
+
+def _class_mean(logits, target, class_counts):
+    hit, classes = (logits.argmax(1) == target).double(), len(class_counts)
+    per_class = [100 * hit[target == k].mean().item() if (target == k).any() else None for k in range(classes)]
+    return group_accuracy(per_class, class_counts)["class_mean"]
+
+
+def adjust_logits(head: torch.nn.Linear, tau: float, class_counts: Sequence[int]) -> None:
+    """Post-hoc logit adjustment: logits - tau * log prior (Menon et al., ICLR 2021, eq. 9), in the bias, in place."""
+    head.bias.sub_(tau * log_prior(class_counts).to(head.bias))
+
+
+def normalise_classes(head: torch.nn.Linear, tau: float, class_counts: Sequence[int]) -> None:
+    """tau-normalisation: w_k / |w_k| ** tau, without bias (Kang et al., ICLR 2020, eq. 5 and Section 4.2), in place."""
+    head.weight.div_(head.weight.norm(dim=1, keepdim=True) ** tau)
+    head.bias.zero_()

@@ -1,0 +1,309 @@
+"""Where a run starts: from scratch, from its own newest checkpoint, or from another run's (a fork).
+
+A fork is allowed when both runs train every epoch before the checkpoint in the same way, so that the result is
+the run that was never forked. A longer run continues a shorter one under the same condition.
+"""
+
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from experiment import checkpoint, plots
+from experiment.plots import FIGURES
+from experiment.records import FILES
+from experiment.settings import IDENTITY, OF_CHECKPOINT, SHARED, Settings, from_record
+from training.recipe import Recipe
+from utils import DataError, UsageError, one_line, warn
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeState:
+    """The epoch to begin with, and what a checkpoint brings: history, weights, optimizer and criterion states."""
+
+    epoch: int = 0
+    history: Sequence[dict] = ()
+    state_dict: dict | None = None
+    optimizer: dict | None = None
+    criterion: dict | None = None
+    scaler: dict | None = None
+    path: str | None = None
+    is_fork: bool = False
+    is_finished: bool = False  # nothing is left to train; logs and figures are there
+    split_sha256: str | None = None
+    files_sha256: str | None = None
+    best_acc1: float = -1.0  # of a published checkpoint, which brings no history
+    seed: int | None = None
+
+
+def find_start(settings: Settings) -> ResumeState:
+    """Where the run starts, with the seed that a checkpoint has.
+
+    Raises:
+        UsageError: another run's folder, or a checkpoint of a run that differs. DataError: a bad checkpoint.
+    """
+    own, held = (None, None) if settings.overwrite else checkpoint.load_newest(settings.model_folder)
+    path = _own_newest(own, settings) if settings.resume == "auto" else settings.resume or None
+    state = held if path == own else checkpoint.load(path) if path else None
+    is_own = path is not None and _is_below(path, settings.model_folder)
+    theirs = _settings_of(state, path)
+    if settings.seed is None and theirs is not None:
+        settings = dataclasses.replace(settings, seed=theirs.seed)
+    is_finished = _check_folder(settings, held, own, is_own)
+    if is_finished or (held is not None and is_own and _is_trained(settings, held)):
+        path, state, is_own = own, held, True  # at most its logs or figures are missing
+        theirs = _settings_of(state, path)
+    if state is None:
+        return ResumeState(epoch=settings.start_epoch)
+    if is_own and path != own:
+        _check_no_newer(settings, state, held, path)
+    epoch = state.get("epoch", settings.start_epoch)
+    _check_same(settings, theirs, state, epoch, path)
+    if epoch >= settings.epochs and state is not held:
+        raise UsageError(f"{path} has {epoch} epochs done: --epochs {settings.epochs} leaves nothing to train")
+    if epoch > settings.epochs:
+        raise UsageError(f"{path} has {epoch} epochs done, more than --epochs {settings.epochs}")
+    return ResumeState(
+        epoch=epoch,
+        history=state.get("history", []),
+        state_dict=state["state_dict"],
+        optimizer=state.get("optimizer"),
+        criterion=_criterion_state(settings, theirs, state, epoch),
+        scaler=state.get("scaler"),
+        path=path,
+        is_fork=not is_own,
+        is_finished=is_finished,
+        split_sha256=state.get("split_sha256"),
+        files_sha256=state.get("files_sha256"),
+        best_acc1=-1.0 if state.get("history") else float(state.get("best_acc1", -1.0)),
+        seed=theirs.seed if theirs is not None else None,
+    )
+
+
+def _own_newest(own, settings):
+    if own is None:
+        print(f"--resume auto: no checkpoint in {one_line(settings.model_folder)}, starting from scratch", flush=True)
+    return own
+
+
+def _is_below(path, folder):
+    return os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
+
+
+def _settings_of(state, path):
+    """The Settings of a checkpoint, None where it records none. Raises DataError for values that no flag takes."""
+    if state is None or not state.get("settings"):
+        return None
+    try:
+        return from_record(state["settings"])
+    except ValueError as error:
+        raise DataError(f"{path} is not a checkpoint of this repository: in its settings, {error}") from None
+
+
+# --------------------------------------------------------------------------------------------- comparisons
+
+
+def differing(mine: Settings, theirs: Settings, names: Sequence[str], recorded: dict) -> str | None:
+    """The first of the settings `names` that differs, as text, or None. What `recorded` lacks changed nothing then."""
+    for name in sorted(names):
+        here, there = getattr(mine, name), getattr(theirs, name)
+        if name in recorded and here != there and not (name in ("seed", "num_classes") and here is None):
+            return f"{name} is {there!r} there and {here!r} here"
+    return None
+
+
+def plan(settings: Settings, epoch: int) -> dict[str, Any]:
+    """All that decides how `epoch` is trained: its Stage, and the constants in force."""
+    recipe = Recipe.from_settings(settings)
+    return {**dataclasses.asdict(recipe.stage(epoch)), **recipe.constants_at(epoch)}
+
+
+def _first_difference_in_plan(mine, theirs, epochs):
+    for epoch in range(epochs):
+        here, there = plan(mine, epoch), plan(theirs, epoch)
+        for name in here | there:
+            if here.get(name) != there.get(name):
+                return f"in epoch {epoch + 1}, {name} is {there.get(name)!r} there and {here.get(name)!r} here"
+    return None
+
+
+def _check_folder(settings, held, own, is_own):
+    """Refuse to write over another run, or over this one's progress. True if the folder holds this run, finished."""
+    if settings.overwrite:
+        return False
+    log_folder, model_folder = settings.log_folder, settings.model_folder
+    recorded = (held.get("settings") if held else _recorded_settings(log_folder)) or {}
+    differs = _difference_of_folder(settings, recorded, held)
+    if differs is not None and not (is_own and settings.force):
+        also = ", or use --force to continue anyway" if is_own else ""
+        raise UsageError(
+            f"{log_folder} holds a run with other settings ({differs}): "
+            f"choose another --exp_str, or --overwrite it{also}"
+        )
+    if held is None and recorded:
+        raise UsageError(
+            f"{log_folder} holds the logs of this run, but {model_folder} holds no checkpoint: --overwrite it"
+        )
+    if held is None or differs is not None:
+        return False
+    if _is_trained(settings, held) and _is_complete(log_folder, held):
+        return True
+    if not is_own and not _is_trained(settings, held):
+        raise UsageError(
+            f"{model_folder} holds this run after {held.get('epoch', 0)} epochs: "
+            "--resume auto continues it, --overwrite starts anew"
+        )
+    return False
+
+
+def _difference_of_folder(settings, recorded, held):
+    """What sets the run in the folder apart from this one. A longer run with the same plan so far is the same run."""
+    if not recorded:
+        return None
+    theirs = _settings_of({"settings": recorded}, settings.log_folder)
+    longer = held is not None and settings.epochs > theirs.epochs and settings.resume == "auto"
+    if not longer:
+        return differing(settings, theirs, IDENTITY, recorded)
+    other = differing(settings, theirs, SHARED, recorded)
+    return other or _first_difference_in_plan(settings, theirs, held.get("epoch", 0))
+
+
+def _is_trained(settings, held):
+    return held.get("epoch", 0) == settings.epochs
+
+
+def _recorded_settings(log_folder):
+    """The settings of a run with at least one epoch in its logs, whose checkpoints lie elsewhere; else None."""
+    try:
+        with open(os.path.join(log_folder, "summary.json")) as file:
+            return json.load(file)["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_complete(log_folder, held):
+    """Whether logs and figures are there for every epoch of the checkpoint."""
+    try:
+        with open(os.path.join(log_folder, "summary.json")) as file:
+            done = json.load(file)["epochs_done"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    figures = all(os.path.exists(os.path.join(log_folder, name)) for name in FIGURES)
+    return done >= len(held.get("history", [])) and (figures or not plots.available())
+
+
+def _check_no_newer(settings, state, held, path):
+    """An older checkpoint of the same folder would overwrite the epochs after it."""
+    newest, epoch = (held or {}).get("epoch", 0), state.get("epoch", 0)
+    if newest > epoch and not settings.force:
+        raise UsageError(
+            f"{path} has {epoch} epochs done, but {settings.model_folder} holds this run after {newest}: --resume auto "
+            "continues it, another --exp_str forks from it, or use --force to train the epochs between them again"
+        )
+
+
+def _check_same(settings, theirs, state, epoch, path):
+    """The checkpoint's run must be this run in every epoch that it has trained."""
+    if theirs is None:
+        warn(f"{path} records no settings: only its arch can be checked")
+        arch = state.get("arch", settings.arch)
+        first = None if arch == settings.arch else f"arch is {arch!r} there and {settings.arch!r} here"
+    else:
+        first = differing(settings, theirs, [*SHARED, "use_norm"], {**state["settings"], "use_norm": None})
+        if first is None and "epochs" in state["settings"]:
+            first = _first_difference_in_plan(settings, theirs, min(epoch, settings.epochs))
+    if first is not None:
+        if not settings.force:
+            raise UsageError(f"{path} is of another run: {first} (use --force to continue anyway)")
+        warn(f"{path} is of another run: {first}; continuing because of --force")
+    for name in ("threads", "processes"):
+        here, there = getattr(settings, name), (state.get("settings") or {}).get(name)
+        if there not in (None, here):
+            made = f"{path} was made with {there} {name}, this run has {here}"
+            warn(f"{made}: the same run, but not to the last bit")
+
+
+def _criterion_state(settings, theirs, state, epoch):
+    """The criterion's state, where the next epoch goes on with the same loss."""
+    if theirs is None or not 0 < epoch < settings.epochs or not state.get("criterion"):
+        return None
+    same = plan(settings, epoch)["loss"] == plan(theirs, epoch - 1)["loss"]
+    return state["criterion"] if same else None
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+def take_over_checkpoint(start: ResumeState, model_folder: str) -> None:
+    """Give a fork's folder the checkpoint that it starts from, and the best one of the epochs before it.
+
+    A run that continues from its previous checkpoint makes it the newest, in place of one that is damaged.
+    """
+    if not start.is_fork:
+        previous = os.path.join(model_folder, checkpoint.PREVIOUS)
+        if start.path and os.path.abspath(start.path) == os.path.abspath(previous):
+            os.replace(previous, os.path.join(model_folder, checkpoint.NEWEST))
+        return
+    assert start.path is not None  # a fork has a checkpoint
+    checkpoint.copy(start.path, os.path.join(model_folder, checkpoint.epoch_name(start.epoch)))
+    best = os.path.join(os.path.dirname(start.path), checkpoint.best_name(start.epoch))
+    if os.path.exists(best):
+        checkpoint.copy(best, os.path.join(model_folder, checkpoint.BEST))
+
+
+def clear(log_folder: str, model_folder: str) -> None:
+    """Delete what an earlier run left, file by file: nothing that a run does not write."""
+    patterns = [os.path.join(glob.escape(model_folder), "ckpt*.pth.tar")]
+    patterns += [
+        os.path.join(glob.escape(log_folder), name)
+        for name in (*FILES, *FIGURES, "confusion.png", "events.out.tfevents.*")
+    ]
+    for pattern in patterns:
+        for path in glob.glob(pattern):
+            os.unlink(path)
+
+
+def load_for_evaluation(settings: Settings) -> tuple[Settings, str, dict]:
+    """The checkpoint that -e evaluates (auto: this run's newest), with its data, model and name.
+
+    What the checkpoint records about data, model and method holds; flags that contradict it are refused.
+
+    Returns:
+        (settings with those of the checkpoint, its path, the checkpoint).
+
+    Raises:
+        UsageError, DataError: as `find_start`.
+    """
+    path, state = settings.resume, None
+    if path == "auto":
+        found, state = checkpoint.load_newest(settings.model_folder)
+        if found is None:
+            raise DataError(f"no checkpoint at {os.path.join(settings.model_folder, checkpoint.NEWEST)}")
+        path = found
+    state = state or checkpoint.load(path)
+    theirs = _settings_of(state, path)
+    if theirs is None:
+        wrong = {"arch": state["arch"]} if state.get("arch", settings.arch) != settings.arch else {}
+        is_normalised = checkpoint.has_normalised_head(state["state_dict"])
+        loss = "LDAM" if is_normalised else "CE" if settings.use_norm else settings.loss_type
+        merged = dataclasses.replace(settings, loss_type=loss)
+    else:
+        there = {name: getattr(theirs, name) for name in OF_CHECKPOINT if name in state["settings"]}
+        # folder_train.py tests on the part that --val_fraction holds out where there is no val/
+        compared = {**there, "val_fraction": theirs.test_fraction or theirs.val_fraction}
+        wrong = {
+            name: value
+            for name, value in compared.items()
+            if name in settings.given and name in there and value != getattr(settings, name)
+        }
+        there["exp_str"] = theirs.exp_str
+        merged = dataclasses.replace(settings, **there)
+    if wrong and not settings.force:
+        name, value = next(iter(wrong.items()))
+        raise UsageError(
+            f"{path} is of another run: {name} is {value!r} there and {getattr(settings, name)!r} here "
+            "(use --force to evaluate anyway)"
+        )
+    return dataclasses.replace(merged, **{name: getattr(settings, name) for name in wrong}), path, state

@@ -1,0 +1,309 @@
+"""The open run: device, ranks, folders and their lock, where it starts; what it is; its checkpoints and records."""
+
+import contextlib
+import copy
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+import models
+from experiment import checkpoint
+from experiment.records import Records, best_epoch
+from experiment.resume import ResumeState, clear, find_start, load_for_evaluation, take_over_checkpoint
+from experiment.settings import Settings, recorded
+from files import files_sha256, run_lock
+from imbalance import GROUP_RULE, count_classes, groups, hold_out, split_sha256
+from training import distributed, optimizer
+from training.precision import Precision, set_determinism
+from utils import DataError, NothingToDo, UsageError, code_version, draw_seed, one_line, versions, warn
+
+
+@contextlib.contextmanager
+def open_run(settings: Settings) -> Iterator["Run"]:
+    """Join the ranks, choose the device, lock the folders, and find where the run starts.
+
+    The Run's settings are complete: the seed is drawn or the checkpoint's, threads and ranks are counted; with -e data,
+    model and method are the checkpoint's.
+
+    Raises:
+        UsageError, DataError: see `resume.find_start`, `files.run_lock`, `utils.choose_device`.
+    """
+    device = distributed.start(settings.gpu)
+    try:
+        settings = _prepared(settings, device)
+        if settings.evaluate:
+            settings, path, state = load_for_evaluation(settings)
+            start = ResumeState(state.get("epoch", 0), state_dict=state["state_dict"], path=path)
+            yield Run(settings, device, start)
+            return
+        lock = run_lock(settings.log_folder, settings.model_folder)
+        with lock if distributed.is_main() else contextlib.nullcontext():
+            if distributed.restarts() and checkpoint.exists(settings.model_folder):
+                settings = dataclasses.replace(settings, resume="auto", overwrite=False)
+                print("restarted by torchrun: --resume auto", flush=True)
+            start = find_start(settings)
+            seed = start.seed if settings.seed is None else settings.seed
+            seed = distributed.broadcast(draw_seed()) if seed is None else seed
+            yield Run(dataclasses.replace(settings, seed=seed), device, start)
+    except RuntimeError as error:
+        if distributed.world_size() == 1 or not distributed.is_lost(error):
+            raise
+        raise DataError(f"another process of this job has ended ({str(error).splitlines()[0]})") from None
+    except KeyboardInterrupt as stop:
+        newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
+        hint = f"add --resume auto to continue from {newest}" if os.path.exists(newest) else "no epoch was finished"
+        raise type(stop)(f": {hint}") from None
+    finally:
+        distributed.stop()
+
+
+def _prepared(settings, device):
+    """Set threads and determinism; the settings with the counts of threads and ranks."""
+    if settings.amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a CUDA device; --amp bf16 runs on the CPU too")
+    if settings.sync_bn and device.type == "cpu":
+        raise UsageError("--sync_bn needs CUDA devices")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    set_determinism(settings.deterministic, settings.tf32)
+    return dataclasses.replace(settings, threads=torch.get_num_threads(), processes=distributed.world_size())
+
+
+class Run:
+    """One run on one device.
+
+    Attributes: settings (complete), device, precision, start (a `ResumeState`), class_counts, class_names, info
+    (what does not change during the run, for summary.json).
+    """
+
+    class_counts: list[int]
+    class_names: list[str]
+    info: dict[str, Any]
+
+    def __init__(self, settings: Settings, device: torch.device, start: ResumeState) -> None:
+        self.settings, self.device, self.start = settings, device, start
+        self.precision = Precision(settings.amp, device.type)
+        self.precision.load_state_dict(start.scaler)
+        self.history = list(start.history)
+        self._records: Records | None = None
+
+    @property
+    def seed(self) -> int:
+        """The run's seed: given, drawn, or the checkpoint's."""
+        return self.settings.seed or 0
+
+    # ------------------------------------------------------------------------------------------------ data
+
+    def use_data(self, train_set: Any, test_set: Any) -> tuple[Any, Any]:
+        """Take the data sets in: check them against the checkpoint, hold out the validation part.
+
+        Returns:
+            (training set, validation set or None).
+
+        Raises:
+            UsageError: a class count or a fraction that the data contradict. DataError: not the checkpoint's images.
+            NothingToDo: --export_split; or the folder holds this run, finished, on the same images.
+        """
+        settings, known = self.settings, len(train_set.classes)
+        if settings.num_classes not in (None, known):
+            raise UsageError(f"--num_classes {settings.num_classes}: {settings.dataset} has {known} classes")
+        self.settings = settings = dataclasses.replace(settings, num_classes=known)
+        if settings.export_split:
+            _export_split(train_set, settings.export_split)
+        split = {"sha256": split_sha256(train_set.chosen), "files_sha256": _files_sha256(train_set, test_set)}
+        if not settings.evaluate:
+            self._check_images(split)
+        train_set, val_set = _hold_out(train_set, settings.val_fraction)
+        self.class_names = list(train_set.classes)
+        self.class_counts = count_classes(train_set.targets, known)
+        split["total"] = len(train_set.targets)
+        self.info = {
+            "name": settings.name,
+            "settings": recorded(settings),
+            "versions": versions(),
+            "code": code_version(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "classes": self.class_names,
+            "class_counts": self.class_counts,
+            "group_rule": GROUP_RULE,
+            "split": split,
+        }
+        if self.start.is_finished:
+            raise NothingToDo(
+                f"{settings.log_folder} holds this run, finished: nothing to do (--overwrite runs it again)"
+            )
+        return train_set, val_set
+
+    def _check_images(self, split):
+        """Refuse other images than those that the checkpoint was trained on, or changed files."""
+        start, where = self.start, self.settings.data_dir
+        if self.settings.force:
+            return
+        if start.split_sha256 not in (None, split["sha256"]):
+            raise DataError(f"{start.path} was trained on other images of {where} (use --force to continue anyway)")
+        if start.files_sha256 not in (None, split["files_sha256"]):
+            raise DataError(
+                f"the image files in {where} are not those that {start.path} was trained on: names, classes or sizes "
+                "differ (use --force to continue anyway)"
+            )
+
+    def check_last_batch(self, model: torch.nn.Module, batches: Any) -> None:
+        """Refuse a last batch of one image where batch norm cannot take it, before training gets there.
+
+        Raises:
+            UsageError: see above.
+        """
+        size, images = self.settings.batch_size, len(batches.targets)
+        if images % size != 1 % size or distributed.world_size() > 1:
+            return
+        one = torch.zeros(1, 3, *[self.settings.image_size or 32] * 2, device=self.device)
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model).train()(one)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"--batch-size {size} leaves a last batch of one image of {images}, which batch norm cannot take at "
+                "this image size: choose another --batch-size"
+            ) from None
+
+    # ----------------------------------------------------------------------------------------------- model
+
+    def restore(self, model: torch.nn.Module, optim: torch.optim.Optimizer | None = None) -> None:
+        """Load the checkpoint's weights and optimizer state, or --pretrained's weights; say what the run is.
+
+        Raises:
+            DataError: weights or a state that do not fit.
+        """
+        settings, start = self.settings, self.start
+        self.info["parameters"] = sum(p.numel() for p in model.parameters())
+        if start.state_dict is not None:
+            checkpoint.load_weights(model, start.state_dict, str(start.path))
+        else:
+            _load_pretrained(settings, model)
+        if optim is None:
+            return
+        if start.optimizer is not None:
+            try:
+                optimizer.load_state(optim, start.optimizer)
+            except Exception as error:  # whatever a foreign state makes torch raise
+                raise DataError(f"{start.path} does not fit this model's optimizer: {error}") from None
+        self._print_info()
+        distributed.barrier()  # until every rank has read what rank 0 is about to write
+        if settings.overwrite and distributed.is_main():
+            clear(settings.log_folder, settings.model_folder)
+
+    def _print_info(self):
+        info, counts = self.info, self.class_counts
+        print(f"run {one_line(info['name'])}, seed {self.settings.seed}, on {info['device']}")
+        print(f"class counts: {_shortened(counts)}, total {sum(counts)}")
+        sizes = ", ".join(f"{name} {len(labels) or 'n/a'}" for name, labels in groups(counts).items())
+        print(f"classes by group: {sizes} ({GROUP_RULE})")
+        print(f"parameters: {info['parameters']:,}; sha256 of the chosen indices: {info['split']['sha256']}")
+        print("versions: " + ", ".join(f"{name} {value}" for name, value in info["versions"].items()))
+        if self.start.path is not None:
+            print(f"resumes from {one_line(self.start.path)} after {self.start.epoch} epochs")
+        sys.stdout.flush()
+
+    # ------------------------------------------------------------------------------------------- what is kept
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep logs while epochs are trained; rank 0 does."""
+        if not distributed.is_main():
+            yield
+            return
+        settings = self.settings
+        take_over_checkpoint(self.start, settings.model_folder)
+        self._records = Records(settings.log_folder, self.class_names, self.info, self.history)
+        try:
+            yield
+        finally:
+            self._records.close()
+
+    def save(
+        self, record: dict, model: torch.nn.Module, optim: torch.optim.Optimizer, criterion: torch.nn.Module
+    ) -> None:
+        """Add an epoch's record to the history, write the checkpoints, then the logs."""
+        self.history = [*self.history, record]
+        if self._records is not None:
+            self._save_checkpoint(model, optim, criterion)
+            self._records.add(record)
+
+    def _save_checkpoint(self, model, optim, criterion):
+        """The newest checkpoint; beside it the best, and those asked for."""
+        settings, history, folder = self.settings, self.history, self.settings.model_folder
+        best, done = best_epoch(history), history[-1]["epoch"] + 1
+        state = {
+            "epoch": done,
+            "arch": settings.arch,
+            "state_dict": model.state_dict(),
+            "best_acc1": max(best["test"]["acc1"], self.start.best_acc1),
+            "optimizer": optim.state_dict(),
+            "criterion": criterion.state_dict(),
+            "scaler": self.precision.state_dict(),
+            "settings": self.info["settings"],
+            "split_sha256": self.info["split"]["sha256"],
+            "files_sha256": self.info["split"]["files_sha256"],
+            "history": history,
+        }
+        names = [checkpoint.NEWEST]
+        if best is history[-1] and best["test"]["acc1"] > self.start.best_acc1:
+            names.append(checkpoint.BEST)
+        keep = done in (settings.start_ib_epoch, *settings.keep_epochs)
+        if keep:
+            names.append(checkpoint.epoch_name(done))
+        checkpoint.save(folder, reversed(names), state)  # the newest last: it says that the others are there
+        best_path = os.path.join(folder, checkpoint.BEST)
+        if keep and os.path.exists(best_path):
+            checkpoint.copy(best_path, os.path.join(folder, checkpoint.best_name(done)))
+
+
+def _hold_out(train_set, fraction):
+    """(training set, validation set or None)."""
+    if not fraction:
+        return train_set, None
+    try:
+        kept, held = hold_out(train_set.targets, fraction)
+    except ValueError as error:
+        raise UsageError(f"--val_fraction {fraction}: {error}") from None
+    return train_set.subset(kept), train_set.subset(held)
+
+
+def _files_sha256(*data):
+    """Of the image files of training and test; None for data in memory, whose md5 torchvision checks."""
+    samples = [sample for part in data for sample in getattr(part, "samples", [])]
+    return files_sha256(samples) if samples else None
+
+
+def _export_split(train_set, path):
+    with open(path, "w") as file:
+        file.writelines(f"{index}\n" for index in train_set.chosen)
+    raise NothingToDo(f"{path}: indices of {len(train_set.chosen)} chosen training images, one a line")
+
+
+def _shortened(counts: Sequence[int], most: int = 200) -> str:
+    if len(counts) <= most:
+        return " ".join(map(str, counts))
+    return f"{len(counts)} classes, {max(counts)} to {min(counts)} images"
+
+
+def _load_pretrained(settings, model):
+    """--pretrained: start from ImageNet's weights, or from those of a file; in place.
+
+    ImageNet models keep their own last layer where the weights have one of another form.
+    """
+    new_head = None if settings.arch in models.CIFAR_MODELS else models.last_linear(model)
+    if settings.pretrained == "imagenet":
+        weights = models.imagenet_weights(settings.arch)
+        checkpoint.load_weights(model, weights, "the file of ImageNet's weights", new_head)
+    elif settings.pretrained == "published":
+        warn("there are no published weights for these models: --pretrained without a PATH changes nothing")
+    elif settings.pretrained:
+        weights = checkpoint.load(settings.pretrained, bare=True)["state_dict"]
+        checkpoint.load_weights(model, weights, settings.pretrained, new_head)

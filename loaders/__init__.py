@@ -1,0 +1,61 @@
+"""Images to batches.
+
+Everything that an epoch draws comes from one CPU generator seeded by (seed, epoch), so an epoch is the same whatever
+came before it, and whatever the device, the number of ranks and of workers.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from imbalance import LabelledImages
+from training import distributed
+
+
+class Batches:
+    """What all loaders share; of each batch a rank gets its slice.
+
+    Args:
+        dataset: says its targets, mean, std and whether to flip.
+        batch_size: of all ranks together; the last batch may be smaller.
+        device: where batches are made.
+        seed: of the run.
+        flip: mirror half of the training images; None: as the data set says. Flips are drawn in any case, so that the
+            other draws stay the same.
+    """
+
+    def __init__(
+        self, dataset: LabelledImages, batch_size: int, device: torch.device | str, seed: int, flip: bool | None
+    ) -> None:
+        self.targets = torch.as_tensor(dataset.targets, dtype=torch.int64).to(device)  # (N,)
+        self.batch_size, self.seed = batch_size, seed
+        self.flip = dataset.flip if flip is None else flip
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.targets) // self.batch_size)
+
+    def _slices(self):
+        return batch_slices(len(self.targets), self.batch_size, distributed.rank(), distributed.world_size())
+
+
+def batch_slices(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[slice]:
+    """This rank's slice of each batch of range(n).
+
+    The ranks' slices follow one another; the first ones are larger by one where a batch cannot be divided evenly, the
+    last ones empty where it has fewer samples than there are ranks.
+
+    >>> list(batch_slices(5, 3, rank=1, world_size=2))
+    [slice(2, 3, None), slice(4, 5, None)]
+    """
+    for start in range(0, n, batch_size):
+        share, over = divmod(min(batch_size, n - start), world_size)
+        first = start + rank * share + min(rank, over)
+        yield slice(first, first + share + (rank < over))
+
+
+def sampled_order(n: int, generator: torch.Generator, rates: torch.Tensor | None = None) -> torch.Tensor:
+    """The images of an epoch, (n,) int64: a shuffle, or draws with replacement in proportion to (n,) float64 rates."""
+    if rates is None:
+        return torch.randperm(n, generator=generator)
+    return torch.multinomial(rates, n, replacement=True, generator=generator)

@@ -1,0 +1,52 @@
+"""Any of torchvision's classifiers, made to return `(logits, features)`; state-dict keys unchanged."""
+
+import torchvision
+from torch import nn
+
+from models.feature_norm import last_linear, replace_layer, with_feature_norm
+from models.resnet_cifar import NormedLinear
+from utils import UsageError
+
+#: Models with auxiliary outputs, which are not trained here.
+_AUXILIARY = ("googlenet", "inception_v3")
+
+#: family -> smallest side of its images in pixels, where that is over 8
+_SMALLEST = {"alexnet": 63, "convnext": 32, "densenet": 29, "googlenet": 15, "inception": 75, "vgg": 32}
+#: family -> the only side that it takes here
+_ONLY = {"maxvit": 224, "vit": 224}
+
+
+def torchvision_archs() -> list[str]:
+    """Names of torchvision's classifiers that end in a linear layer, sorted."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    return [name for name in names if not name.startswith("squeezenet")]
+
+
+def torchvision_model(arch: str, num_classes: int, use_norm: bool = False, feature_norm: str = "l1") -> nn.Module:
+    """The model of that name, with random weights.
+
+    Args:
+        arch: one of `torchvision_archs()`.
+        num_classes: K.
+        use_norm: a normalised head (`NormedLinear`), for LDAM.
+        feature_norm: 'l1', 'l2' or 'linf', the norm that `features` carries.
+    """
+    extra = {"aux_logits": False, "init_weights": False} if arch in _AUXILIARY else {}
+    model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
+    if use_norm:
+        head = last_linear(model)
+        replace_layer(model, head, NormedLinear(model.get_submodule(head).in_features, num_classes))
+    return with_feature_norm(model, norm=feature_norm)
+
+
+def check_image_size(arch: str, size: int) -> None:
+    """Raise UsageError, naming --arch and --image_size, if the model cannot take square images of `size` pixels.
+
+    Models that are not torchvision's (those of `CIFAR_MODELS`) take any size from 8 pixels on, as all others do.
+    """
+    family = next((name for name in (*_SMALLEST, *_ONLY) if arch.startswith(name)), "")
+    only, smallest = _ONLY.get(family), _SMALLEST.get(family, 0)
+    if only is not None and size != only:
+        raise UsageError(f"--image_size {size}: --arch {arch} takes images of {only} pixels only")
+    if size < smallest:
+        raise UsageError(f"--image_size {size}: --arch {arch} needs images of at least {smallest} pixels")

@@ -1,0 +1,451 @@
+"""Bad input: one line that names the culprit, exit status 2 (usage) or 1 (data), nothing written, no traceback."""
+
+import io
+import os
+import pickle
+import random
+import urllib.error
+from unittest import mock
+
+import pytest
+import torch
+from script_runner import (
+    DIGITS,
+    REAL,
+    TINY,
+    TWO_EPOCHS,
+    load_checkpoint,
+    log_folder,
+    messages,
+    model_folder,
+    run_main,
+    run_ok,
+    run_process,
+    snapshot,
+)
+
+import imbalance_cifar
+
+
+def refused(args, cwd, capsys, status, *words):
+    """The one line of a refusal, checked: status, words, and that the folder is as it was."""
+    before = snapshot(cwd)
+    code, _, err = run_main(args, cwd, capsys)
+    assert code == status, err
+    lines = messages(err)
+    assert len(lines) == 1, err
+    assert lines[0].startswith("cifar_train.py: error: ")
+    assert lines[0].isprintable()
+    assert "Traceback" not in err
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert snapshot(cwd) == before
+    return lines[0]
+
+
+# -------------------------------------------------------------------------------------------------- usage
+
+USAGE = {
+    "unknown dataset": (["--dataset", "mnist"], "--dataset", "'mnist'", "cifar10"),
+    "unknown arch": (["--arch", "vgg16"], "--arch", "'vgg16'", "resnet32"),
+    "unknown loss": (["--loss_type", "Hinge"], "--loss_type", "'Hinge'", "IBFocal"),
+    "unknown rule": (["--train_rule", "Magic"], "--train_rule", "'Magic'", "DRW"),
+    "unknown imbalance": (["--imb_type", "pareto"], "--imb_type", "'pareto'", "step"),
+    "unknown norm": (["--ib_norm", "l3"], "--ib_norm", "'l3'", "linf"),
+    "unknown flag": (["--aplha", "3"], "--aplha"),
+    "factor 0": (["--imb_factor", "0"], "--imb_factor", "0 is not allowed"),
+    "negative factor": (["--imb_factor=-0.1"], "--imb_factor", "-0.1"),
+    "factor over 1": (["--imb_factor", "1.5"], "--imb_factor", "1.5", "at most 1"),
+    "factor nan": (["--imb_factor", "nan"], "--imb_factor", "nan"),
+    "factor no number": (["--imb_factor", "ten"], "--imb_factor", "'ten'"),
+    "factor that empties a class": (["--imb_factor", "0.001"], "0.001", "of 10 classes empty", "class 7"),
+    "num_classes that contradicts": (["--num_classes", "100"], "--num_classes 100", "digits has 10 classes"),
+    "epochs 0": (["--epochs", "0"], "--epochs", "0"),
+    "batch size 0": (["-b", "0"], "--batch-size", "0"),
+    "alpha 0": (["--alpha", "0"], "--alpha", "0"),
+    "alpha no number": (["--alpha", "large"], "--alpha", "'large'"),
+    "negative gamma": (["--gamma=-1"], "--gamma", "-1"),
+    "beta 1": (["--beta", "1"], "--beta", "1"),
+    "infinite lr": (["--lr", "inf"], "--lr", "inf"),
+    "negative seed": (["--seed=-1"], "--seed", "-1"),
+    "seed past the range": (["--seed", str(2**31)], "--seed", str(2**31)),
+    "milestone that never comes": (["--epochs", "3", "--milestones", "1", "3"], "--milestones 3 never comes"),
+    "milestones that fall": (["--milestones", "8", "4"], "--milestones must rise"),
+    "milestones and factors": (["--milestones", "1", "--lr_factors", "0.1", "0.1"], "--lr_factors"),
+    "start past the end": (["--start-epoch", "9", "--epochs", "9", "--milestones", "1"], "--start-epoch 9"),
+    "evaluate what": (["--evaluate"], "--evaluate", "--resume"),
+    "negative gpu": (["--gpu=-1"], "--gpu -1"),
+    "newline in exp_str": (["--exp_str", "a\nb"], "--exp_str"),
+    "escape in exp_str": (["--exp_str", "a\x1b[2Jb"], "--exp_str"),
+    "separator in exp_str": (["--exp_str", "../elsewhere"], "--exp_str"),
+    "empty exp_str": (["--exp_str", ""], "--exp_str"),
+    "newline in a choice": (["--loss_type", "C\nE\x1b[31m"], "--loss_type"),
+    "newline in a number": (["--lr", "1\n2"], "--lr"),
+    "newline in a flag": (["--epochs", "1", "odd\nword"], "odd"),
+    "auto and overwrite": (["--resume", "auto", "--overwrite"], "--resume auto", "--overwrite"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage_errors(case, tmp_path, capsys):
+    flags, *words = USAGE[case]
+    refused([*DIGITS, *TINY, *flags], tmp_path, capsys, 2, *words)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--loss_type", "Hinge"], ["--imb_factor", "0"], ["--num_classes", "9"], ["--milestones", "200"]]
+)
+def test_dry_run_refuses_the_same(flags, tmp_path, capsys):
+    refused([*DIGITS, *TINY, "--dry_run", *flags], tmp_path, capsys, 2, flags[0])
+
+
+def test_num_classes_that_agrees_is_accepted(tmp_path, capsys):
+    run_ok([*TWO_EPOCHS, *TINY, "--num_classes", "10"], tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        (["--loss_type", "IB", "--start_ib_epoch", "2"], "--start_ib_epoch 2 never comes in 2 epochs"),
+        (["--loss_type", "IBFocal", "--start_ib_epoch", "9"], "--loss_type IBFocal will be plain CE"),
+        (["--train_rule", "DRW", "--drw_epoch", "2"], "--drw_epoch 2 never comes"),
+        (["--pretrained"], "--pretrained"),
+    ],
+)
+def test_what_will_not_happen_is_a_warning(flags, warning, tmp_path, capsys):
+    status, _, err = run_main([*TWO_EPOCHS, *TINY, *flags], tmp_path, capsys)
+    assert status == 0
+    (line,) = [line for line in err.splitlines() if line.startswith("warning:")]
+    assert warning in line
+
+
+def test_an_ib_run_that_never_starts_is_plain_ce(tmp_path, capsys):
+    run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
+    late = ["--loss_type", "IB", "--train_rule", "IBReweight", "--start_ib_epoch", "2"]
+    status, _, _ = run_main([*TWO_EPOCHS, *TINY, *late], tmp_path, capsys)
+    assert status == 0
+    folders = model_folder(tmp_path), model_folder(tmp_path, "IB", "IBReweight")
+    one, two = (load_checkpoint(folder / "ckpt.pth.tar")["state_dict"] for folder in folders)
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_default_milestones_past_the_end_are_a_warning(tmp_path, capsys):
+    status, _, err = run_main([*DIGITS, *TINY, "--epochs", "1"], tmp_path, capsys)
+    assert status == 0
+    assert "warning: the lr milestones [160, 180] never come in 1 epochs" in err
+
+
+def test_the_last_milestone_may_be_the_last_epoch(tmp_path, capsys):
+    status, _, err = run_main([*DIGITS, *TINY, "--epochs", "2", "--milestones", "1", "--dry_run"], tmp_path, capsys)
+    assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize("gpu", ["0", "3"])
+def test_gpu_without_cuda_warns_so_that_nobody_can_miss_it(gpu, tmp_path, capsys):
+    status, _, err = run_main([*DIGITS, *TINY, "--epochs", "1", "--milestones", "--gpu", gpu], tmp_path, capsys)
+    assert status == 0
+    lines = err.splitlines()
+    assert lines[0] == lines[-1] == "*" * len(lines[0])
+    assert f"WARNING: --gpu {gpu} was asked for, but there is no CUDA device" in err
+    assert "on the CPU" in err
+    assert "an epoch" in err
+
+
+def test_a_gpu_beyond_those_that_are_there_is_an_error(tmp_path, capsys):
+    with (
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch.cuda.device_count", return_value=2),
+    ):
+        before = snapshot(tmp_path)
+        status, _, err = run_main([*DIGITS, *TINY, "--gpu", "2"], tmp_path, capsys, cuda=True)
+    assert status == 2
+    assert "--gpu 2: this machine has 2 CUDA devices" in err
+    assert snapshot(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def no_network(*args, **kwargs):
+    raise urllib.error.URLError("[Errno -3] Temporary failure in name resolution")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")]
+)
+def test_missing_data_without_a_network(dataset, archive, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    args = ["--dataset", dataset, *TINY, "--data_dir", "images"]
+    with mock.patch("urllib.request.urlopen", no_network):
+        line = refused(args, tmp_path, capsys, 1, f"no {dataset} in images", archive, "--dataset digits")
+    assert "cannot be downloaded" in line
+
+
+def test_missing_data_make_no_folder(tmp_path, capsys):
+    with mock.patch("urllib.request.urlopen", no_network):
+        refused(["--dataset", "cifar10", *TINY], tmp_path, capsys, 1, "no cifar10 in ./data")
+
+
+def test_damaged_data_are_missing_data(tmp_path, capsys):
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name, _ in imbalance_cifar.IMBALANCECIFAR10.train_list + imbalance_cifar.IMBALANCECIFAR10.test_list:
+        (folder / name).write_bytes(b"not a batch")
+    with mock.patch("urllib.request.urlopen", no_network):
+        refused(["--dataset", "cifar10", *TINY], tmp_path, capsys, 1, "no cifar10 in ./data")
+
+
+def test_data_dir_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "images").write_text("")
+    args = ["--dataset", "cifar10", *TINY, "--data_dir", "images"]
+    with mock.patch("urllib.request.urlopen", no_network):
+        refused(args, tmp_path, capsys, 1, "images")
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("flag", ["--root_log", "--root_model"])
+def test_a_file_where_the_log_or_the_checkpoint_folder_should_be(flag, tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file")
+    line = refused([*TWO_EPOCHS, *TINY, flag, "taken"], tmp_path, capsys, 1, "taken")
+    assert "Not a directory" in line or "File exists" in line
+
+
+@pytest.mark.parametrize("flags", [["--lr", "0.2", "--overwrite"], ["--loss_type", "IB"]])
+def test_an_unwritable_log_folder_costs_no_other_run_anything(flags, tmp_path, capsys):
+    run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
+    (tmp_path / "taken").write_text("a file")
+    refused([*TWO_EPOCHS, *TINY, *flags, "--root_log", "taken"], tmp_path, capsys, 1, "taken")
+
+
+def test_a_name_that_is_too_long_for_a_folder(tmp_path, capsys):
+    before = snapshot(tmp_path)
+    status, _, err = run_main([*TWO_EPOCHS, *TINY, "--exp_str", "x" * 300], tmp_path, capsys)
+    assert status == 1
+    assert len(messages(err)) == 1
+    assert "File name too long" in err
+    assert {p for p in snapshot(tmp_path).keys() - before.keys() if "x" * 300 in p} == set()
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def good_checkpoint(tmp_path_factory):
+    """The bytes of the checkpoint of a finished epoch of two; made once, by whoever asks first."""
+    folder = tmp_path_factory.mktemp("good")
+
+    def get(capsys):
+        path = model_folder(folder) / "ckpt.epoch001.pth.tar"
+        if not path.exists():
+            run_ok([*TWO_EPOCHS, *TINY], folder, capsys)
+        return path.read_bytes()
+
+    return get
+
+
+MODES = {"resume": ["--resume"], "evaluate": ["-e", "--resume"], "pretrained": ["--pretrained"]}
+ARGS = [*TWO_EPOCHS, *TINY, "--exp_str", "new"]
+
+
+class CreatesAFile:
+    """Unpickled by `pickle`, it creates the file 'executed' in the working folder."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def legacy(content):
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+FOREIGN = {
+    "empty": b"",
+    "text": b"These are not the weights you are looking for.\n",
+    "zip magic only": b"PK\x03\x04",
+    "pickle protocol only": b"\x80\x02",
+    "pickled text": pickle.dumps("weights"),
+    "another thing that torch saved": saved([1, 2, 3]),
+    "no state_dict": saved({"epoch": 1, "arch": "tiny"}),
+    "a state_dict alone": saved({"conv1.weight": torch.zeros(4, 3, 3, 3)}),
+    "state_dict of another net": saved({"epoch": 1, "arch": "tiny", "state_dict": {"fc.weight": torch.zeros(2, 2)}}),
+    "code": pickle.dumps({"state_dict": {}, "epoch": CreatesAFile()}),
+    "code that torch saved": saved({"state_dict": {}, "epoch": 1, "x": CreatesAFile()}),
+    "code in the old format": legacy({"state_dict": {}, "epoch": 1, "x": CreatesAFile()}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_checkpoints(kind, mode, tmp_path, capsys):
+    (tmp_path / "foreign.pth.tar").write_bytes(FOREIGN[kind])
+    refused([*ARGS, *MODES[mode], "foreign.pth.tar"], tmp_path, capsys, 1, "foreign.pth.tar")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_missing_checkpoint(mode, tmp_path, capsys):
+    refused([*ARGS, *MODES[mode], "nowhere/ckpt.pth.tar"], tmp_path, capsys, 1, "no checkpoint at nowhere/ckpt.pth.tar")
+    refused([*ARGS, *MODES[mode], "."], tmp_path, capsys, 1, "no checkpoint at .")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluating_what_was_never_trained(mode, tmp_path, capsys):
+    name = "ckpt\n\x1b[31m.pth.tar"
+    refused([*ARGS, *MODES[mode], name], tmp_path, capsys, 1, "ckpt\\n\\x1b[31m.pth.tar")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_checkpoint(share, good_checkpoint, tmp_path, capsys):
+    whole = good_checkpoint(capsys)
+    (tmp_path / "cut.pth.tar").write_bytes(whole[: int(len(whole) * share)])
+    refused([*ARGS, "--resume", "cut.pth.tar"], tmp_path, capsys, 1, "cut.pth.tar")
+
+
+def test_truncated_checkpoint_of_the_old_format_at_any_length(good_checkpoint, tmp_path, capsys):
+    content = legacy(torch.load(io.BytesIO(good_checkpoint(capsys)), weights_only=True))
+    lengths = [*range(1, 40), *random.Random(0).sample(range(40, len(content) - 1), 40)]
+    failed = {}
+    for length in lengths:
+        (tmp_path / "cut.pth.tar").write_bytes(content[:length])
+        try:
+            refused([*ARGS, "--resume", "cut.pth.tar"], tmp_path, capsys, 1, "cut.pth.tar")
+        except Exception as error:
+            failed[length] = repr(error)[:150]
+    assert not failed
+
+
+def damage(state, path, value):
+    """`state` with the entry at `path` (keys, outermost first) replaced, or deleted for `None`."""
+    *outer, last = path
+    place = state
+    for key in outer:
+        place = place[key]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return state
+
+
+ODD = {
+    "weight that is no tensor": (["state_dict", "conv1.weight"], 3.0),
+    "weight of another shape": (["state_dict", "conv1.weight"], torch.zeros(5, 3, 3, 3)),
+    "weight that lacks": (["state_dict", "linear.bias"], None),
+    "weight too many": (["state_dict", "fc.bias"], torch.zeros(10)),
+    "name that is no text": (["state_dict", 7], torch.zeros(10)),
+    "epoch that is no number": (["epoch"], "first"),
+    "negative epoch": (["epoch"], -3),
+    "optimizer of another net": (["optimizer", "param_groups"], [{"params": [0], "lr": 0.1}]),
+    "optimizer that is none": (["optimizer"], [1, 2]),
+    "history that is none": (["history"], "long ago"),
+    "history without tests": (["history"], [{"epoch": 0}]),
+    "settings that are none": (["settings"], "standard"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_checkpoints_with_an_odd_part(case, good_checkpoint, tmp_path, capsys):
+    path, value = ODD[case]
+    state = damage(torch.load(io.BytesIO(good_checkpoint(capsys)), weights_only=True), path, value)
+    torch.save(state, tmp_path / "odd.pth.tar")
+    refused([*ARGS, "--resume", "odd.pth.tar"], tmp_path, capsys, 1, "odd.pth.tar")
+
+
+@pytest.mark.parametrize("name", ["gamma", "keep_warmup", "val_fraction", "seed"])
+def test_a_checkpoint_from_before_a_flag_existed_is_resumed(name, good_checkpoint, tmp_path, capsys):
+    state = torch.load(io.BytesIO(good_checkpoint(capsys)), weights_only=True)
+    del state["settings"][name]
+    torch.save(state, tmp_path / "older.pth.tar")
+    out = run_ok([*ARGS, "--resume", "older.pth.tar"], tmp_path, capsys)
+    assert "epoch 2/2 done" in out
+
+
+def test_an_own_checkpoint_that_is_damaged_is_not_written_over(tmp_path, capsys):
+    run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
+    path = model_folder(tmp_path) / "ckpt.pth.tar"
+    for damaged in (path, path.with_name("ckpt.previous.pth.tar")):
+        damaged.write_bytes(damaged.read_bytes()[:1000])
+    for more in ([], ["--resume", "auto"]):
+        refused([*TWO_EPOCHS, *TINY, *more], tmp_path, capsys, 1, str(path.relative_to(tmp_path)))
+    run_ok([*TWO_EPOCHS, *TINY, "--overwrite"], tmp_path, capsys)
+    assert load_checkpoint(path)["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--dataset", "cifar10"], "dataset"),
+        (["--arch", "resnet20"], "arch"),
+        (["--imb_factor", "0.1"], "imb_factor"),
+        (["--imb_type", "step"], "imb_type"),
+    ],
+)
+def test_evaluating_a_checkpoint_of_another_run(flags, name, good_checkpoint, tmp_path, capsys):
+    (tmp_path / "good.pth.tar").write_bytes(good_checkpoint(capsys))
+    args = [*ARGS, *flags, "-e", "--resume", "good.pth.tar"]
+    line = refused(args, tmp_path, capsys, 2, f"{name} is ", "good.pth.tar")
+    assert "--force" in line
+
+
+# ---------------------------------------------------------------------------------------- losses that blow up
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(tmp_path, capsys):
+    args = [*DIGITS, *TINY, "--epochs", "4", "--milestones", "1", "--lr_factors", "1e38", "--loss_type", "IB"]
+    status, out, err = run_main([*args, "--start_ib_epoch", "2", "-p", "1"], tmp_path, capsys)
+    assert status == 1
+    (line,) = messages(err)
+    assert "the loss is not finite in epoch 1, batch " in line
+    assert "smaller --lr" in line
+    assert "epoch 1/4 done" in out
+    state = load_checkpoint(model_folder(tmp_path, "IB") / "ckpt.pth.tar")
+    assert state["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_the_ib_phase_that_blows_up_names_alpha(tmp_path, capsys):
+    args = [*TWO_EPOCHS, *TINY, "--loss_type", "IB", "--alpha", "1e38", "--ib_lr_factor", "1"]
+    status, _, err = run_main(args, tmp_path, capsys)
+    assert status == 1
+    assert "--alpha" in messages(err)[0]
+    assert "in epoch 1, batch " in messages(err)[0]
+
+
+# ----------------------------------------------------------------------------------------- as real processes
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--imb_factor", "0.001"], 2, ["empty"]),
+        (["--resume", "foreign.pth.tar"], 1, ["foreign.pth.tar"]),
+    ],
+)
+def test_as_a_process(flags, status, words, tmp_path):
+    (tmp_path / "foreign.pth.tar").write_bytes(FOREIGN["code that torch saved"])
+    before = snapshot(tmp_path)
+    done = run_process([*TWO_EPOCHS, *REAL, *flags], tmp_path)
+    assert done.returncode == status
+    (line,) = messages(done.stderr)
+    assert line.startswith("cifar_train.py: error: ")
+    assert all(word in line for word in words)
+    assert snapshot(tmp_path) == before
+
+
+def test_help_can_be_printed(tmp_path, capsys):
+    status, out, err = run_main(["--help"], tmp_path, capsys)
+    assert (status, err) == (0, "")
+    for flag in ("--loss_type", "--alpha", "--val_fraction", "--keep_epochs", "--data_dir", "--overwrite"):
+        assert flag in out
+    assert not os.listdir(tmp_path)
+    assert not log_folder(tmp_path).exists()

@@ -1,0 +1,399 @@
+"""What a run leaves, read back: CSV, TensorBoard, figures, evaluation, published checkpoints, the dry run."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from script_runner import (
+    DIGITS,
+    TINY,
+    TWO_EPOCHS,
+    load_checkpoint,
+    log_folder,
+    model_folder,
+    read_csv,
+    run_main,
+    run_ok,
+    snapshot,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiment.records import Progress
+
+GOLDEN = Path(__file__).parent / "golden"
+FIGURES = ["class_accuracy.png", "confusion.png", "curves.png"]
+FOUR = [*DIGITS, *TINY, "--epochs", "4", "--start_ib_epoch", "2", "--milestones", "3", "--loss_type", "IB"]
+
+
+# ----------------------------------------------------------------------------------------------- TensorBoard
+
+
+def scalars(folder):
+    """tag -> list of (step, value), in the order in which TensorBoard's own reader gives them."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def same(pairs, rows, column):
+    """TensorBoard's (step, value) pairs are the column of the CSV rows, to float32."""
+    assert [step for step, _ in pairs] == [int(row["epoch_from_0"]) for row in rows]
+    assert [value for _, value in pairs] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["in one go", "resumed in the IB phase"])
+def test_tensorboard_has_what_the_csv_files_have_and_no_step_twice(resumed, tmp_path, capsys):
+    if resumed:
+        run_ok([*FOUR, "--keep_epochs", "3", "--exp_str", "first"], tmp_path, capsys)
+        path = model_folder(tmp_path, "IB", exp="first") / "ckpt.epoch003.pth.tar"
+        run_ok([*FOUR, "--resume", path], tmp_path, capsys)
+    else:
+        run_ok(FOUR, tmp_path, capsys)
+    folder = log_folder(tmp_path, "IB")
+    read = scalars(folder)
+    train, test = read_csv(folder / "log_train.csv"), read_csv(folder / "log_test.csv")
+    classes = read_csv(folder / "class_accuracy.csv")
+    assert len(train) == 4
+    for name in ("loss", "acc1", "acc5"):
+        same(read[f"train/{name}"], train, name)
+        same(read[f"test/{name}"], test, name)
+    for name in ("class_mean", "many", "medium", "few"):
+        same(read[f"test/{name}"], test, name)
+    same(read["lr"], train, "lr")
+    history = json.loads((folder / "summary.json").read_text())["history"]
+    for k in map(str, range(10)):
+        same(read[f"class_accuracy/{k}"], classes, k)
+        steps, values = zip(*read[f"ib_factor/{k}"], strict=True)
+        assert steps == (2, 3)
+        assert values == pytest.approx([history[e]["ib_factor"][int(k)] for e in steps], rel=1e-6)
+        assert min(values) > 0
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+def test_without_the_ib_loss_there_is_no_ib_factor(tmp_path, capsys):
+    run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
+    tags = scalars(log_folder(tmp_path))
+    assert "lr" in tags
+    assert not [tag for tag in tags if "ib_factor" in tag]
+
+
+# --------------------------------------------------------------------------------------------------- figures
+
+
+def assert_drawn(path):
+    """A picture of a sensible size, with something on it in every third of its width."""
+    with Image.open(path) as image:
+        assert min(image.size) > 300
+        pixels = np.asarray(image.convert("L"), dtype=float)
+    assert pixels.std() > 10
+    for part in np.array_split(pixels, 3, axis=1):
+        assert part.std() > 5, path
+
+
+@pytest.fixture(scope="module")
+def with_figures(tmp_path_factory):
+    """A finished four-epoch IB run with its figures, and what it printed; made once, by whoever asks first."""
+    folder, printed = tmp_path_factory.mktemp("figures"), []
+
+    def get(capsys):
+        if not printed:
+            printed.append(run_ok(FOUR, folder, capsys, figures=True))
+        return folder, printed[0]
+
+    return get
+
+
+def test_figures_are_there_and_not_blank(with_figures, capsys):
+    cwd, out = with_figures(capsys)
+    folder = log_folder(cwd, "IB")
+    assert sorted(path.name for path in folder.glob("*.png")) == FIGURES
+    for name in FIGURES:
+        assert_drawn(folder / name)
+        assert str((folder / name).relative_to(cwd)) in out
+
+
+def test_the_curves_mark_the_switch_to_ib(with_figures, tmp_path, capsys):
+    # the same history with the IB epochs relabelled: the only difference is the dashed line and its legend
+    from experiment import plots
+
+    cwd, _ = with_figures(capsys)
+    summary = json.loads((log_folder(cwd, "IB") / "summary.json").read_text())
+    for record in summary["history"]:
+        record["stage"]["loss"] = "CE"
+    (path,) = plots.of_history(summary["history"], summary["settings"], str(tmp_path))
+    with Image.open(path) as without, Image.open(log_folder(cwd, "IB") / "curves.png") as marked:
+        assert without.size == marked.size
+        differs = np.asarray(without.convert("L")) != np.asarray(marked.convert("L"))
+    columns = differs.sum(0)
+    assert columns.max() > 0.2 * differs.shape[0], "no vertical line"
+
+
+def test_without_matplotlib_a_run_ends_well_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    status, out, err = run_main([*TWO_EPOCHS, *TINY], tmp_path, capsys, figures=True)
+    assert status == 0
+    assert "warning: matplotlib is not installed: no figures" in err
+    assert "figures: none" in out
+    assert not list(tmp_path.rglob("*.png"))
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_figures, capsys):
+    cwd, _ = with_figures(capsys)
+    folder = log_folder(cwd, "IB")
+    before = snapshot(cwd)
+    path = model_folder(cwd, "IB") / "ckpt.best.pth.tar"
+    out = run_ok([*FOUR, "-e", "--resume", path], cwd, capsys, figures=True)
+    after = snapshot(cwd)
+    assert {name: after[name] for name in before} == before
+    new = {Path(name).name for name in after.keys() - before.keys()}
+    assert new == {"evaluate", "evaluation.json", "confusion.png", "class_accuracy.png"}
+    for name in ("confusion.png", "class_accuracy.png"):
+        assert_drawn(folder / "evaluate" / name)
+
+    best = json.loads((folder / "summary.json").read_text())["best"]
+    result = json.loads((folder / "evaluate" / "evaluation.json").read_text())
+    for name in ("acc1", "acc5", "class_mean", "many", "medium", "few", "per_class", "loss"):
+        assert result[name] == best[name], name
+    assert result["epoch"] == best["epoch"] + 1
+    confusion = np.array(result["confusion"])
+    assert confusion.sum() == 540
+    assert 100 * np.trace(confusion) / 540 == pytest.approx(result["acc1"])
+    assert 100 * confusion.diagonal() / confusion.sum(1) == pytest.approx(result["per_class"])
+    assert f"acc1 {best['acc1']:.2f}  acc5 {best['acc5']:.2f}" in out
+    assert "epoch 1/" not in out
+
+
+def test_evaluating_says_the_same_of_a_run_with_a_validation_part(tmp_path, capsys):
+    # 124 images of class 0 are many; without the held-out 40 % they are medium
+    args = [*TWO_EPOCHS, *TINY, "--val_fraction", "0.4"]
+    run_ok(args, tmp_path, capsys)
+    last = read_csv(log_folder(tmp_path) / "log_test.csv")[-1]
+    assert last["many"] == "n/a"
+    run_ok([*args, "-e", "--resume", model_folder(tmp_path) / "ckpt.pth.tar"], tmp_path, capsys)
+    result = json.loads((log_folder(tmp_path) / "evaluate" / "evaluation.json").read_text())
+    assert result["many"] is None
+    assert [result[n] for n in ("medium", "few")] == [float(last[n]) for n in ("medium", "few")]
+
+
+@pytest.mark.parametrize("flags", [["--loss_type", "LDAM"], []], ids=["LDAM named", "LDAM not named"])
+def test_evaluating_an_ldam_run_knows_its_head(flags, tmp_path, capsys):
+    run_ok([*TWO_EPOCHS, *TINY, "--loss_type", "LDAM"], tmp_path, capsys)
+    path = model_folder(tmp_path, "LDAM") / "ckpt.pth.tar"
+    out = run_ok([*TWO_EPOCHS, *TINY, *flags, "-e", "--resume", path], tmp_path, capsys)
+    acc1 = float(read_csv(log_folder(tmp_path, "LDAM") / "log_test.csv")[-1]["acc1"])
+    assert f"acc1 {acc1:.2f}" in out
+
+
+# ------------------------------------------------------------------------------------ published checkpoints
+
+
+@pytest.fixture
+def published(tmp_path, capsys):
+    """A checkpoint as the official code writes it: no settings, no history; tensors with the prefix 'module.'."""
+    run_ok([*TWO_EPOCHS, *TINY, "--root_log", "ours/log", "--root_model", "ours/checkpoint"], tmp_path, capsys)
+    state = load_checkpoint(tmp_path / "ours" / "checkpoint" / model_folder(tmp_path).name / "ckpt.epoch001.pth.tar")
+    for group in state["optimizer"]["param_groups"]:
+        for name in ("fused", "differentiable", "foreach", "maximize"):  # not in the torch of that time
+            group.pop(name, None)
+    official = {
+        "epoch": state["epoch"],
+        "arch": state["arch"],
+        "state_dict": {f"module.{name}": tensor for name, tensor in state["state_dict"].items()},
+        "best_acc1": torch.tensor(state["best_acc1"]),
+        "optimizer": state["optimizer"],
+    }
+    torch.save(official, tmp_path / "published.pth.tar")
+    return tmp_path / "published.pth.tar"
+
+
+def test_a_published_checkpoint_is_evaluated(published, tmp_path, capsys):
+    out = run_ok([*TWO_EPOCHS, *TINY, "-e", "--resume", published], tmp_path, capsys)
+    recorded = read_csv(next((tmp_path / "ours" / "log").iterdir()) / "log_test.csv")[0]
+    assert f"acc1 {float(recorded['acc1']):.2f}  acc5 {float(recorded['acc5']):.2f}" in out
+
+
+def test_a_published_checkpoint_is_resumed(published, tmp_path, capsys):
+    status, out, err = run_main([*TWO_EPOCHS, *TINY, "--resume", published], tmp_path, capsys)
+    assert status == 0, err
+    assert "records no settings" in err
+    assert "epoch 1/2" not in out
+    ours = load_checkpoint(tmp_path / "ours" / "checkpoint" / model_folder(tmp_path).name / "ckpt.pth.tar")
+    state = load_checkpoint(model_folder(tmp_path) / "ckpt.pth.tar")
+    for name, tensor in ours["state_dict"].items():
+        torch.testing.assert_close(state["state_dict"][name], tensor, msg=name)
+    assert [row["epoch_from_0"] for row in read_csv(log_folder(tmp_path) / "log_train.csv")] == ["1"]
+
+
+def test_a_published_checkpoint_is_resumed_where_the_official_code_left_it(published, tmp_path, capsys):
+    own = model_folder(tmp_path) / "ckpt.pth.tar"
+    own.parent.mkdir(parents=True)
+    published.rename(own)
+    status, out, err = run_main([*TWO_EPOCHS, *TINY, "--resume", own], tmp_path, capsys)
+    assert status == 0, err
+    assert "epoch 2/2 done" in out
+
+
+def test_a_published_checkpoint_of_another_arch_is_refused(published, tmp_path, capsys):
+    for mode in ([], ["-e"]):
+        args = [*TWO_EPOCHS, "--arch", "resnet20", *mode, "--resume", published]
+        status, _, err = run_main(args, tmp_path, capsys)
+        assert status == 2
+        assert "arch is 'tiny' there and 'resnet20' here" in err
+
+
+@pytest.mark.parametrize("start", [[], ["--start-epoch", "1"]])
+def test_a_checkpoint_of_weights_alone_is_resumed_at_the_start_epoch(start, published, tmp_path, capsys):
+    torch.save({"state_dict": load_checkpoint(published)["state_dict"]}, tmp_path / "weights.pth.tar")
+    out = run_ok([*TWO_EPOCHS, *TINY, "--resume", "weights.pth.tar", *start], tmp_path, capsys)
+    assert ("epoch 1/2 done" in out) == (not start)
+    assert "epoch 2/2 done" in out
+
+
+def test_pretrained_weights_are_what_training_starts_from(published, tmp_path, capsys):
+    args = [*DIGITS, *TINY, "--epochs", "1", "--milestones", "--lr", "0", "--pretrained", published]
+    run_ok(args, tmp_path, capsys)
+    one, two = load_checkpoint(model_folder(tmp_path) / "ckpt.pth.tar"), load_checkpoint(published)
+    for name in ("conv1.weight", "linear.weight"):
+        assert one["state_dict"][name].equal(two["state_dict"][f"module.{name}"])
+
+
+# ------------------------------------------------------------------------------------- groups, the best epoch
+
+
+def test_empty_groups_read_na_everywhere(tmp_path, capsys):
+    args = [*TWO_EPOCHS, *TINY, "--imb_type", "none", "--imb_factor", "1"]
+    out = run_ok(args, tmp_path, capsys)
+    folder = log_folder(tmp_path, imb="none_1.0")
+    assert "classes by group: many 10, medium n/a, few n/a" in out
+    for row in read_csv(folder / "log_test.csv"):
+        assert (row["medium"], row["few"]) == ("n/a", "n/a")
+        assert float(row["many"]) == pytest.approx(float(row["class_mean"]))
+    assert "medium n/a  few n/a" in out
+    assert json.loads((folder / "summary.json").read_text())["last"]["few"] is None
+    assert "test/few" not in scalars(folder)
+
+
+def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tmp_path, capsys):
+    epochs = 6
+    args = [*DIGITS, *TINY, "--epochs", epochs, "--milestones", "--val_fraction", "0.3", "--imb_factor", "0.1"]
+    run_ok(args, tmp_path, capsys)
+    folder = log_folder(tmp_path, imb="exp_0.1")
+    rows = read_csv(folder / "log_test.csv")
+    scores = [float(row["val_class_mean"]) for row in rows]
+    best = scores.index(max(scores))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best"]["epoch"] == best
+    assert summary["best"]["acc1"] == float(rows[best]["acc1"])
+    assert load_checkpoint(model_folder(tmp_path, imb="exp_0.1") / "ckpt.best.pth.tar")["epoch"] == best + 1
+    for epoch, row in enumerate(rows):
+        so_far = scores[: epoch + 1]
+        assert float(row["best_acc1"]) == float(rows[so_far.index(max(so_far))]["acc1"])
+    # the held-out pictures are not trained on, and every class keeps some
+    whole = run_ok([*args[:-4], "--imb_factor", "0.1", "--exp_str", "whole"], tmp_path, capsys)
+    total = int(whole.split(", total ")[1].split()[0])
+    seen = [record["train"]["seen"] for record in summary["history"]]
+    held = [record["val"]["seen"] for record in summary["history"]]
+    assert {s + h for s, h in zip(seen, held, strict=True)} == {total}
+    assert 0.25 * total < held[0] < 0.35 * total
+    assert sum(summary["class_counts"]) == seen[0]
+    assert min(summary["class_counts"]) >= 1
+
+
+def test_without_val_fraction_the_best_is_the_first_of_the_highest_top1(tmp_path, capsys):
+    run_ok([*DIGITS, *TINY, "--epochs", "6", "--milestones"], tmp_path, capsys)
+    rows = read_csv(log_folder(tmp_path) / "log_test.csv")
+    accuracies = [float(row["acc1"]) for row in rows]
+    assert load_checkpoint(model_folder(tmp_path) / "ckpt.best.pth.tar")["epoch"] == 1 + np.argmax(accuracies)
+    assert {row["val_class_mean"] for row in rows} == {"n/a"}
+
+
+# ---------------------------------------------------------------------------------------- dry run, progress
+
+
+def golden_rates():
+    return {k: v for k, v in json.loads((GOLDEN / "lr.json").read_text()).items() if k.startswith("cifar/")}
+
+
+@pytest.mark.parametrize("loss", ["CE", "Focal", "LDAM", "IB", "IBFocal"])
+def test_dry_run_prints_the_official_rates_without_any_data(loss, tmp_path, capsys):
+    rates = {key: value for key, value in golden_rates().items() if key.split("/")[1] == loss}
+    assert rates
+    for key, expected in rates.items():
+        start = int(key.split("/")[2])
+        args = ["--dataset", "cifar100", "--loss_type", loss, "--train_rule", "IBReweight", "--start_ib_epoch", start]
+        out = run_ok([*args, "--dry_run", "--num_classes", "100", "--gpu", "0"], tmp_path, capsys)
+        assert out.startswith("epoch,lr,loss,class_weights,sampler\n")
+        rows = list(csv.DictReader(io.StringIO(out)))
+        assert [int(row["epoch_from_0"]) for row in rows] == list(range(200))
+        np.testing.assert_allclose([float(row["lr"]) for row in rows], expected, rtol=1e-12, atol=0)
+        is_ib = loss in ("IB", "IBFocal")
+        assert [row["loss"] for row in rows] == [("CE" if is_ib and e < start else loss) for e in range(200)]
+        weights = ["none" if is_ib and e < start else "IB" for e in range(200)]
+        assert [row["class_weights"] for row in rows] == weights
+        assert {row["sampler"] for row in rows} == {"none"}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights", "sampler"),
+    [
+        (["--train_rule", "Resample"], ["none"] * 4, "Resample"),
+        (["--train_rule", "DRW", "--drw_epoch", "2"], ["none", "none", "CB", "CB"], "none"),
+        (["--train_rule", "CBReweight"], ["CB"] * 4, "none"),
+        (["--loss_type", "IB", "--start_ib_epoch", "3", "--train_rule", "CBReweight"], ["none"] * 3 + ["CB"], "none"),
+    ],
+)
+def test_dry_run_is_what_the_run_then_does(flags, weights, sampler, tmp_path, capsys):
+    args = [*DIGITS, *TINY, "--epochs", "4", "--milestones", "2", *flags]
+    planned = list(csv.DictReader(io.StringIO(run_ok([*args, "--dry_run"], tmp_path, capsys))))
+    assert not list(tmp_path.iterdir())
+    assert [row["class_weights"] for row in planned] == weights
+    assert {row["sampler"] for row in planned} == {sampler}
+    run_ok(args, tmp_path, capsys)
+    (folder,) = (tmp_path / "log").iterdir()
+    done = read_csv(folder / "log_train.csv")
+    for one, other in zip(planned, done, strict=True):
+        assert one["lr"] == other["lr"]
+        assert one["loss"] == other["criterion"]
+        assert (one["class_weights"], one["sampler"]) == (other["class_weights"], other["sampler"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(stream):
+    stream = stream()
+    progress = Progress(epochs=3, print_freq=2, stream=stream)
+    for epoch in range(2):
+        progress.epoch(epoch, batches=5, lr=0.02)
+        for batch in range(5):
+            if progress.due(batch):
+                progress.show(batch, {"loss": 1.25, "acc1": 50.0})
+        progress.done(60.0, f"epoch {epoch + 1}/3 done")
+    text = stream.getvalue()
+    assert text.count("done") == 2
+    if stream.isatty():
+        assert "\r" in text
+        assert "epoch 1/3:" in text
+        assert "batch 1/5" not in text
+    else:
+        assert "\r" not in text
+        lines = [line for line in text.splitlines() if "batch" in line]
+        # every second batch, and the very first one
+        assert [line.split("  ")[:2] for line in lines] == [
+            *(["epoch 1/3", f"batch {b}/5"] for b in (1, 2, 4)),
+            *(["epoch 2/3", f"batch {b}/5"] for b in (2, 4)),
+        ]
+        assert "lr 0.02  loss 1.2500  acc1 50.00  left 0:0" in lines[0]
+        assert "left 0:02:00" in lines[-1]  # this epoch's minute and that of the last epoch

@@ -1,0 +1,213 @@
+"""Every loss with every train rule, two epochs on long-tailed digits, through the script; three as processes."""
+
+import json
+import math
+
+import pytest
+from script_runner import (
+    REAL,
+    TINY,
+    TWO_EPOCHS,
+    load_checkpoint,
+    log_folder,
+    messages,
+    model_folder,
+    read_csv,
+    run_main,
+    run_ok,
+    run_process,
+)
+
+LOSSES = ["CE", "Focal", "LDAM", "IB", "IBFocal"]
+RULES = ["None", "Resample", "CBReweight", "IBReweight", "DRW"]
+COUNTS = [124, 76, 46, 27, 16, 9, 5, 3, 2, 1]
+
+
+def expected_stages(loss, rule):
+    """(loss, class weights, sampler) of the two epochs: the IB losses start, and DRW weighs, in the second."""
+    is_ib = loss in ("IB", "IBFocal")
+    late = {"CBReweight": "CB", "IBReweight": "IB", "DRW": "CB"}.get(rule, "none")
+    early = "none" if is_ib or rule == "DRW" else late
+    sampler = "Resample" if rule == "Resample" else "none"
+    return [("CE" if is_ib else loss, early, sampler), (loss, late, sampler)]
+
+
+def check_run(cwd, loss, rule, arch, out):
+    """Everything that a finished two-epoch run must have left."""
+    folder = log_folder(cwd, loss, rule, arch=arch)
+    train, test = read_csv(folder / "log_train.csv"), read_csv(folder / "log_test.csv")
+    classes = read_csv(folder / "class_accuracy.csv")
+    assert [row["epoch_from_0"] for row in train] == [row["epoch_from_0"] for row in test] == ["0", "1"]
+    assert [(r["criterion"], r["class_weights"], r["sampler"]) for r in train] == expected_stages(loss, rule)
+    lr = 0.1 if loss in ("IB", "IBFocal") else 0.04
+    # the second epoch: a milestone for all (0.01), and 0.01 for the IB phase, which skips the warm-up
+    factor = 1e-4 if loss in ("IB", "IBFocal") else 1e-2
+    assert [float(r["lr"]) for r in train] == pytest.approx([0.02, lr * factor], rel=1e-12)
+    assert all(math.isfinite(float(row["loss"])) for row in train + test)
+    assert all(0 <= float(row[name]) <= 100 for row in test for name in ("acc1", "acc5", "class_mean", "many", "few"))
+
+    for row, per_class in zip(test, classes, strict=True):
+        accuracies = [float(per_class[str(k)]) for k in range(10)]
+        assert float(row["class_mean"]) == pytest.approx(sum(accuracies) / 10)
+        assert float(row["many"]) == accuracies[0]
+        assert float(row["medium"]) == pytest.approx(sum(accuracies[1:4]) / 3)
+        assert float(row["few"]) == pytest.approx(sum(accuracies[4:]) / 6)
+    assert [float(r["best_acc1"]) for r in test] == [
+        float(test[0]["acc1"]),
+        max(float(test[0]["acc1"]), float(test[1]["acc1"])),
+    ]
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["class_counts"] == COUNTS
+    assert summary["epochs_done"] == len(summary["history"]) == 2
+    assert [record["test"]["acc1"] for record in summary["history"]] == [float(row["acc1"]) for row in test]
+    assert summary["last"]["acc1"] == float(test[1]["acc1"])
+    assert summary["best"]["acc1"] == float(test[1]["best_acc1"])
+    assert summary["best"]["acc5"] == float(test[summary["best"]["epoch"]]["acc5"])
+    in_phase = [record["ib_factor"] is not None for record in summary["history"]]
+    assert in_phase == [False, loss in ("IB", "IBFocal")]
+    settings = json.loads((folder / "args.json").read_text())
+    assert settings == summary["settings"]
+    assert (settings["loss_type"], settings["train_rule"], settings["seed"]) == (loss, rule, 0)
+
+    state = load_checkpoint(model_folder(cwd, loss, rule, arch=arch) / "ckpt.pth.tar")
+    assert {"epoch", "arch", "state_dict", "best_acc1", "optimizer"} <= state.keys()
+    assert (state["epoch"], state["arch"]) == (2, arch)
+    assert state["best_acc1"] == float(test[1]["best_acc1"])
+    assert ("linear.bias" in state["state_dict"]) == (loss != "LDAM")
+    assert f"best (epoch {summary['best']['epoch'] + 1}): top-1 {summary['best']['acc1']:.2f}" in out
+    assert f"last (epoch 2): top-1 {summary['last']['acc1']:.2f}  top-5 {summary['last']['acc5']:.2f}" in out
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_with_every_rule(loss, rule, tmp_path, capsys):
+    out = run_ok([*TWO_EPOCHS, *TINY, "--loss_type", loss, "--train_rule", rule], tmp_path, capsys)
+    check_run(tmp_path, loss, rule, "tiny", out)
+
+
+@pytest.mark.parametrize(("loss", "rule"), [("CE", "Resample"), ("LDAM", "DRW"), ("IBFocal", "IBReweight")])
+def test_as_a_process_with_a_published_net(loss, rule, tmp_path):
+    done = run_process([*TWO_EPOCHS, *REAL, "--loss_type", loss, "--train_rule", rule], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not messages(done.stderr)
+    check_run(tmp_path, loss, rule, "resnet20", done.stdout)
+    for line in (
+        "class counts: 124 76 46 27 16 9 5 3 2 1, total 309",
+        "classes by group: many 1, medium 3, few 6 (many: over 100 training images, medium: 20 to 100, few: under 20)",
+        "parameters: 269,",
+        "sha256 of the chosen indices: 12baba618b5116343f3a8a984ebb26b8e7e769e349b9eb10841993a759b373e8",
+        "seed 0",
+        "torch ",
+    ):
+        assert line in done.stdout
+    figures = [path.name for path in log_folder(tmp_path, loss, rule, arch="resnet20").glob("*.png")]
+    assert sorted(figures) == ["class_accuracy.png", "confusion.png", "curves.png"]
+
+
+@pytest.mark.parametrize(("loss", "other"), [("IB", "CE"), ("Focal", "CE"), ("LDAM", "CE"), ("IBFocal", "IB")])
+def test_the_loss_that_is_asked_for_is_trained_with(loss, other, tmp_path, capsys):
+    weights = []
+    for name in (loss, other):
+        run_ok([*TWO_EPOCHS, *TINY, "--loss_type", name], tmp_path, capsys)
+        weights.append(load_checkpoint(model_folder(tmp_path, name) / "ckpt.pth.tar")["state_dict"]["conv1.weight"])
+    assert not weights[0].equal(weights[1])
+
+
+FLAGS = {
+    "alpha": ["--alpha", "10"],
+    "alpha auto": ["--alpha", "auto"],
+    "epsilon": ["--epsilon", "1"],
+    "gamma": ["--gamma", "3"],
+    "detached factor": ["--detach_ib"],
+    "norm l2": ["--ib_norm", "l2"],
+    "norm linf": ["--ib_norm", "linf"],
+    "lr of the IB phase": ["--ib_lr_factor", "1"],
+    "factor of the milestone": ["--lr_factors", "1"],
+    "lr": ["--lr", "0.01"],
+    "momentum": ["--momentum", "0.5"],
+    "weight decay": ["--wd", "0.05"],
+    "warm-up": ["--warmup_epochs", "0"],
+    "kept warm-up": ["--keep_warmup"],
+    "images": ["--rand_number", "1"],
+    "seed": ["--seed", "1"],
+    "batch": ["-b", "32"],
+}
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory):
+    """The first layer of an IBFocal run with the defaults; made once, by whoever asks first."""
+    cache = {}
+
+    def get(capsys):
+        if not cache:
+            cwd = tmp_path_factory.mktemp("plain")
+            run_ok([*TWO_EPOCHS, *TINY, "--loss_type", "IBFocal"], cwd, capsys)
+            cache["weights"] = load_checkpoint(model_folder(cwd, "IBFocal") / "ckpt.pth.tar")["state_dict"]
+        return cache["weights"]["conv1.weight"]
+
+    return get
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
+def test_every_flag_of_the_method_reaches_the_training(flags, plain_weights, tmp_path, capsys):
+    run_ok([*TWO_EPOCHS, *TINY, "--loss_type", "IBFocal", *flags], tmp_path, capsys)
+    state = load_checkpoint(model_folder(tmp_path, "IBFocal") / "ckpt.pth.tar")
+    assert not state["state_dict"]["conv1.weight"].equal(plain_weights(capsys))
+
+
+@pytest.mark.parametrize(
+    ("loss", "rule", "flags"),
+    [
+        ("Focal", "None", ["--focal_scale", "1"]),
+        ("Focal", "None", ["--gamma", "3"]),
+        ("LDAM", "None", ["--max_m", "0.1"]),
+        ("LDAM", "None", ["--s", "10"]),
+        ("CE", "CBReweight", ["--beta", "0.9"]),
+        ("CE", "Resample", ["--beta", "0.5"]),
+        ("CE", "DRW", ["--drw_epoch", "0"]),
+    ],
+)
+def test_constants_of_the_other_losses_and_rules_reach_the_training(loss, rule, flags, tmp_path, capsys):
+    weights = []
+    for name, extra in (("default", []), ("other", flags)):
+        args = [*TWO_EPOCHS, *TINY, "--loss_type", loss, "--train_rule", rule, "--exp_str", name]
+        run_ok([*args, *extra], tmp_path, capsys)
+        state = load_checkpoint(model_folder(tmp_path, loss, rule, exp=name) / "ckpt.pth.tar")
+        weights.append(state["state_dict"]["conv1.weight"])
+    assert not weights[0].equal(weights[1])
+
+
+def test_the_same_seed_gives_the_same_run_and_incidental_flags_change_nothing(tmp_path, capsys):
+    args = [*TWO_EPOCHS, *TINY, "--loss_type", "IB"]
+    run_ok([*args, "--exp_str", "a"], tmp_path, capsys)
+    run_ok([*args, "--exp_str", "b", "-p", "1", "-j", "0", "--keep_epochs", "1"], tmp_path, capsys)
+    one, two = (load_checkpoint(model_folder(tmp_path, "IB", exp=e) / "ckpt.pth.tar")["state_dict"] for e in ("a", "b"))
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_gpu_0_without_cuda_is_the_same_run_after_a_warning(tmp_path, capsys):
+    args = [*TWO_EPOCHS, *TINY]
+    run_ok([*args, "--exp_str", "a"], tmp_path, capsys)
+    status, _, err = run_main([*args, "--exp_str", "b", "--gpu", "0"], tmp_path, capsys)
+    assert status == 0
+    assert "WARNING: --gpu 0" in err
+    assert "no CUDA device" in err
+    assert "(h:mm:ss) for the run" in err
+    one, two = (load_checkpoint(model_folder(tmp_path, exp=e) / "ckpt.pth.tar")["state_dict"] for e in ("a", "b"))
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+@pytest.mark.parametrize("imb", ["step", "none"])
+def test_other_shapes_of_the_tail(imb, tmp_path, capsys):
+    args = [*TWO_EPOCHS, *TINY, "--imb_type", imb, "--imb_factor", "0.1"]
+    out = run_ok(args, tmp_path, capsys)
+    folder = log_folder(tmp_path, imb=f"{imb}_0.1")
+    counts = json.loads((folder / "summary.json").read_text())["class_counts"]
+    assert f"class counts: {' '.join(map(str, counts))}, total {sum(counts)}" in out
+    if imb == "step":
+        assert min(counts[:5]) > 100
+        assert set(counts[5:]) == {12}
+    else:
+        assert sum(counts) == 1257

@@ -1,0 +1,380 @@
+"""tinyimage_train.py through main(argv): recipes, runs, resume, fork, weights to start from, errors."""
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from unittest import mock
+from urllib.error import URLError
+
+import pytest
+import torch
+from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, run_script
+from tinyimagenet_maker import FOLDER, SUBSET, make_layout, pack
+from torch import nn
+from torchvision.models import WeightsEnum
+
+import imbalance_tinyimagenet as tiny
+import models
+import tinyimage_train
+from models.resnet_cifar import NormedLinear
+
+#: A run on 200 classes of 1 to 3 training pictures, 290 in all, and one validation picture each.
+RUN = ["--imb_factor", "0.4", "--image_size", "16", "--epochs", "3", "--threads", "1", "--seed", "0", "-j", "1"]
+IB = ["--loss_type", "IB", "--train_rule", "IBReweight", "--start_ib_epoch", "2"]
+#: What the official README's two commands share.
+PUBLISHED = (
+    "--dataset tinyimagenet -a resnet18 --imb_type exp --imb_factor 0.01 --epochs 100 --lr 0.1 --num_classes 200"
+)
+NO_WEIGHTS = ["--pretrained", "none"]
+
+
+class SmallNet(nn.Module):
+    """Stands for resnet18 where the net does not matter: a convolution, a batch norm, a head named fc."""
+
+    def __init__(self, num_classes, use_norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 4, stride=4, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.fc = NormedLinear(16, num_classes) if use_norm else nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.bn1(self.conv1(x)).relu().mean((2, 3)))
+
+
+def small(num_classes=1000, use_norm=False, feature_norm="l1"):
+    return models.with_feature_norm(SmallNet(num_classes, use_norm), "fc", feature_norm)
+
+
+def run(cwd, *args, net=small):
+    """tinyimage_train.main in the folder `cwd`: (status, out, err). net=None: the real resnet18."""
+    nets = mock.patch.dict(models.IMAGENET_MODELS, {} if net is None else {"resnet18": net})
+    with nets:
+        return run_script(tinyimage_train, args, cwd)
+
+
+def run_ok(cwd, *args, **how):
+    status, out, err = run(cwd, *args, **how)
+    assert status == 0, err
+    return out
+
+
+def run_bad(cwd, *args, status, **how):
+    """The one line of a command that must fail with `status`."""
+    found, _, err = run(cwd, *args, **how)
+    (line,) = messages(err)
+    assert found == status, err
+    return line
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """The archive of 200 classes."""
+    root = tmp_path_factory.mktemp("raw")
+    make_layout(root, classes=200, train=3, val=1)
+    return pack(root, root / tiny.ARCHIVE)
+
+
+@pytest.fixture(scope="module")
+def data(raw, tmp_path_factory):
+    """A data folder that is arranged, and its pictures decoded, by the first run."""
+    folder = tmp_path_factory.mktemp("work") / "data"
+    tiny.arrange(folder, raw)
+    return folder
+
+
+@pytest.fixture
+def work(data, tmp_path):
+    """A folder to run in, with the data."""
+    (tmp_path / "data").symlink_to(data)
+    return tmp_path
+
+
+def folders(cwd, loss, rule="None", exp="0", imb="exp_0.4"):
+    name = f"tinyimagenet_resnet18_{loss}_{rule}_{imb}_{exp}"
+    return Path(cwd) / "log" / name, Path(cwd) / "checkpoint" / name
+
+
+# ------------------------------------------------------------------------------------------------- recipes
+
+
+def dry_run(tmp_path, *args):
+    out = run_ok(tmp_path, *args, "--dry_run")
+    assert os.listdir(tmp_path) == []
+    return list(csv.DictReader(io.StringIO(out)))
+
+
+def test_golden_learning_rates(tmp_path):
+    golden = json.loads((Path(__file__).parent / "golden" / "lr.json").read_text())
+    rows = {key: value for key, value in golden.items() if key.startswith("tinyimagenet/")}
+    assert len(rows) == 10
+    for key, expected in rows.items():
+        _, loss, start = key.split("/")
+        found = dry_run(tmp_path, "--loss_type", loss, "--start_ib_epoch", start)
+        assert [float(row["lr"]) for row in found] == expected, key
+        assert [int(row["epoch_from_0"]) for row in found] == list(range(100))
+
+
+def test_published_commands(tmp_path):
+    common = PUBLISHED.split()
+    plain = dry_run(tmp_path, *common, "--loss_type", "CE", "--train_rule", "None")
+    assert plain == dry_run(tmp_path)
+    assert {(row["loss"], row["class_weights"], row["sampler"]) for row in plain} == {("CE", "none", "none")}
+    balanced = dry_run(tmp_path, *common, *IB, "--start_ib_epoch", "50")
+    assert balanced[:50] == plain[:50]
+    assert {(row["loss"], row["class_weights"]) for row in balanced[50:]} == {("IB", "IB")}
+
+
+def lr_at(rows, *epochs):
+    return [pytest.approx(float(rows[epoch]["lr"]), rel=1e-12) for epoch in epochs]
+
+
+def test_paper_recipe(tmp_path):
+    for loss in ("CE", "IB"):
+        rows = dry_run(tmp_path, "--recipe", "paper", "--loss_type", loss)
+        assert len(rows) == 100
+        assert lr_at(rows, 4, 49, 50, 89, 90, 99) == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+        assert [rows[49]["loss"], rows[50]["loss"]] == ["CE", loss]
+    moved = dry_run(tmp_path, "--recipe", "paper", "--loss_type", "IB", "--start_ib_epoch", "40", "--milestones", "60")
+    assert lr_at(moved, 39, 40, 59, 60) == [0.1, 0.1, 0.1, 0.01]
+    assert moved[40]["loss"] == "IB"
+
+
+def test_ldam_recipe(tmp_path):
+    rows = dry_run(tmp_path, "--recipe", "ldam", "--loss_type", "LDAM", "--train_rule", "DRW")
+    assert len(rows) == 120
+    assert lr_at(rows, 4, 89, 90, 119) == [0.1, 0.1, 0.01, 0.01]
+    assert [rows[89]["class_weights"], rows[90]["class_weights"]] == ["none", "CB"]
+    options = tinyimage_train.parse(["--recipe", "ldam"])
+    assert (options.image_size, options.crop, options.pretrained) == (64, "padded", None)
+    assert tinyimage_train.parse(["--recipe", "ldam", "--image_size", "48"]).image_size == 48
+
+
+def test_defaults():
+    options = tinyimage_train.parse([])
+    assert (options.arch, options.pretrained, options.image_size, options.crop) == (
+        "resnet18", "imagenet", 224, "resized",
+    )  # fmt: skip
+    assert (options.epochs, options.start_ib_epoch, options.batch_size) == (100, 100, 128)
+    assert (options.weight_decay, options.warmup_epochs) == (2e-4, 5)
+    assert tinyimage_train.parse(["--pretrained"]).pretrained == "imagenet"
+    assert tinyimage_train.parse(["--pretrained", "none"]).pretrained is None
+
+
+def test_ib_that_never_starts_is_said(tmp_path):
+    _, _, err = run(tmp_path, "--loss_type", "IB", "--dry_run")
+    assert "plain CE throughout" in err
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+def test_from_the_raw_archive_to_a_model(raw, tmp_path):
+    """The real net: two epochs of CE and one of IB, records, evaluation; the archive arranged on the way."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(raw, tmp_path / "data")
+    out = run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, net=None)
+    assert "total 290" in out
+    assert (tmp_path / "data" / FOLDER / "val" / "n00001000").is_dir()
+    log, saved = folders(tmp_path, "IB", "IBReweight")
+    train, test = read_csv(log / "log_train.csv"), read_csv(log / "log_test.csv")
+    assert [row["criterion"] for row in train] == ["CE", "CE", "IB"]
+    assert all(float(row["loss"]) > 0 for row in train)
+    assert [row["epoch_from_0"] for row in test] == ["0", "1", "2"]
+    assert len(read_csv(log / "class_accuracy.csv")[0]) == 201
+    state = load_checkpoint(saved / "ckpt.pth.tar")
+    assert state["epoch"] == 3
+    assert state["state_dict"]["fc.weight"].shape == (200, 512)
+    assert json.loads((log / "summary.json").read_text())["split"]["total"] == 290
+    run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, "-e", "--resume", "auto", net=None)
+    evaluation = json.loads((log / "evaluate" / "evaluation.json").read_text())
+    assert evaluation["acc1"] == float(test[2]["acc1"])
+    assert evaluation["seen"] == 200
+    assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, net=None)
+
+
+def test_resume_and_fork_are_the_run_itself(work):
+    run_ok(work, *RUN, *IB, *NO_WEIGHTS)
+    log, saved = folders(work, "IB", "IBReweight")
+    middle = saved / "ckpt.epoch002.pth.tar"
+    out = run_ok(work, *RUN, *NO_WEIGHTS, "--keep_epochs", "2", "--exp_str", "ce")
+    assert "decoding" not in out
+    ce_middle = folders(work, "CE", exp="ce")[1] / "ckpt.epoch002.pth.tar"
+    for name, start in (("resumed", middle), ("forked", ce_middle)):
+        run_ok(work, *RUN, *IB, *NO_WEIGHTS, "--exp_str", name, "--resume", start)
+        other_log, other = folders(work, "IB", "IBReweight", name)
+        assert_same_weights(saved / "ckpt.pth.tar", other / "ckpt.pth.tar")
+        assert read_logs(log) == read_logs(other_log)
+
+
+def test_checkpoint_of_other_crops_is_refused(work):
+    run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "1")
+    newest = folders(work, "CE")[1] / "ckpt.pth.tar"
+    for change in (["--image_size", "24"], ["--crop", "padded"]):
+        line = run_bad(work, *RUN, *NO_WEIGHTS, *change, "--exp_str", "b", "--resume", newest, status=2)
+        assert change[0][2:] in line
+        line = run_bad(work, *RUN, *NO_WEIGHTS, *change, "-e", "--resume", newest, status=2)
+        assert change[0][2:] in line
+    line = run_bad(work, *RUN, *NO_WEIGHTS, "--epochs", "1", "--image_size", "24", status=2)
+    assert "image_size" in line
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--loss_type", "LDAM", "--train_rule", "DRW", "--drw_epoch", "1"],
+        ["--loss_type", "Focal", "--train_rule", "CBReweight"],
+        ["--loss_type", "CE", "--train_rule", "Resample"],
+        ["--loss_type", "IBFocal", "--train_rule", "IBReweight", "--start_ib_epoch", "1", "--alpha", "auto"],
+        ["--recipe", "ldam", "--loss_type", "LDAM", "--image_size", "16"],
+        ["--recipe", "ldam", "--val_fraction", "0.3", "--image_size", "64"],
+        ["--val_fraction", "0.3", "--imb_type", "step"],
+    ],
+)
+def test_losses_rules_and_crops(work, args):
+    run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "2", *args)
+    (state,) = [load_checkpoint(path) for path in (work / "checkpoint").glob("*/ckpt.pth.tar")]
+    assert state["epoch"] == 2
+    assert all(record["train"]["loss"] > 0 for record in state["history"])
+    # LDAM's s = 30 is for cosines, which the official script does not give it
+    assert ("fc.bias" not in state["state_dict"]) == ("LDAM" in args)
+
+
+def test_ldam_with_the_real_net_has_a_normalised_head():
+    options = tinyimage_train.parse(["--loss_type", "LDAM", "--pretrained", "none"])
+    options.num_classes = 200
+    net = tinyimage_train.build_model(options).eval()
+    with torch.no_grad():
+        logits, features = net(torch.randn(2, 3, 32, 32))
+    assert logits.abs().max() <= 1
+    assert features.shape == (2, 1)
+
+
+# ---------------------------------------------------------------------------------------- ImageNet's weights
+
+
+def imagenet_like(num_classes=1000):
+    """A state dict as in torchvision's files: 1000 classes, no counters of batch norm."""
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        state = SmallNet(num_classes, False).state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def started_from(work, *args):
+    """The weights that a run with lr 0 ends with."""
+    run_ok(work, *RUN, "--epochs", "1", "--lr", "0", "--wd", "0", "--overwrite", *args)
+    return load_checkpoint(next((work / "checkpoint").glob("*/ckpt.pth.tar")))["state_dict"]
+
+
+@pytest.mark.parametrize("args", [[], ["--pretrained"], ["--pretrained", "imagenet"], ["--loss_type", "LDAM"]])
+def test_imagenet_weights_are_the_default(work, args):
+    with mock.patch.object(WeightsEnum, "get_state_dict", return_value=imagenet_like()) as get:
+        state = started_from(work, *args)
+    assert get.call_args.kwargs["check_hash"] is True
+    assert state["conv1.weight"].equal(imagenet_like()["conv1.weight"])
+    assert 200 in state["fc.weight"].shape
+
+
+def test_weights_of_a_file(work):
+    torch.save(imagenet_like(), work / "imagenet.pth")
+    state = started_from(work, "--pretrained", "imagenet.pth")
+    assert state["conv1.weight"].equal(imagenet_like()["conv1.weight"])
+    torch.save({"state_dict": imagenet_like(200)}, work / "tiny.pth.tar")
+    state = started_from(work, "--pretrained", "tiny.pth.tar")
+    assert state["fc.weight"].equal(imagenet_like(200)["fc.weight"])
+    torch.save({name: t for name, t in imagenet_like().items() if name != "conv1.weight"}, work / "bad.pth")
+    line = run_bad(work, *RUN, "--pretrained", "bad.pth", "--exp_str", "b", status=1)
+    assert "conv1.weight" in line
+    assert not folders(work, "CE", exp="b")[0].exists()
+
+
+def test_no_network(work):
+    with mock.patch.object(WeightsEnum, "get_state_dict", side_effect=URLError("no route")):
+        line = run_bad(work, *RUN, status=1)
+    for text in ("resnet18", "no route", "--pretrained PATH", "--pretrained none"):
+        assert text in line
+    assert not (work / "log").exists()
+
+
+def test_weights_are_not_asked_for_twice(work):
+    with mock.patch.object(WeightsEnum, "get_state_dict", return_value=imagenet_like()):
+        run_ok(work, *RUN, "--keep_epochs", "2")
+    saved = folders(work, "CE")[1]
+    with mock.patch.object(WeightsEnum, "get_state_dict", side_effect=AssertionError):
+        run_ok(work, *RUN, "-e", "--resume", "auto")
+        run_ok(work, *RUN, "--exp_str", "b", "--resume", saved / "ckpt.epoch002.pth.tar")
+    assert_same_weights(saved / "ckpt.pth.tar", folders(work, "CE", exp="b")[1] / "ckpt.pth.tar")
+
+
+def test_real_resnet18_takes_torchvisions_state_dict():
+    from torchvision.models import resnet18
+
+    with mock.patch.object(WeightsEnum, "get_state_dict", return_value=resnet18().state_dict()) as get:
+        net = models.resnet18(200, pretrained=True)
+    assert net.conv1.weight.equal(get.return_value["conv1.weight"])
+    assert net.fc.weight.shape == (200, 512)
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+def test_usage_errors(work):
+    for args, named in (
+        (["--num_classes", "100"], "200 classes"),
+        (["--imb_factor", "0.01"], "empty"),
+        (["--batch-size", "17"], "--batch-size 17"),
+        (["--image_size", "4"], "--image_size"),
+        (["--recipe", "other"], "--recipe"),
+        (["-a", "resnet32"], "resnet32"),
+    ):
+        assert named in run_bad(work, *RUN, *NO_WEIGHTS, *args, status=2)
+    assert not (work / "log").exists()
+
+
+def test_no_data_and_no_network(tmp_path):
+    with mock.patch.object(tiny, "URL", "file:///nowhere/tiny-imagenet-200.zip"):
+        line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
+    for text in ("cannot be downloaded", "tiny-imagenet-200.zip", "--zip PATH"):
+        assert text in line
+
+
+def test_damaged_data(data, tmp_path):
+    shutil.copytree(data / FOLDER, tmp_path / "data" / FOLDER, ignore=shutil.ignore_patterns("decoded"))
+    folder = tmp_path / "data" / FOLDER
+    picture = next((folder / "train" / "n00001007").rglob("*_1.JPEG"))
+    picture.write_bytes(picture.read_bytes()[:200])
+    line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
+    assert picture.name in line
+    shutil.rmtree(folder / "train" / "n00001007")
+    line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
+    assert "n00001007" in line
+    shutil.rmtree(folder / "val" / "n00001007")
+    for name in ("wnids.txt", "val/val_annotations.txt"):
+        rows = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(row for row in rows if "n00001007" not in row))
+    line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
+    assert "199 classes" in line
+    assert not (tmp_path / "log").exists()
+
+
+# ------------------------------------------------------------------------------------------ the real subset
+
+
+@pytest.mark.skipif(not SUBSET.exists(), reason=f"no {SUBSET.name} in ../shared/data")
+def test_real_subset(tmp_path):
+    """Real pictures: two epochs of CE, one of IB, evaluation, resume."""
+    tiny.arrange(tmp_path / "data", SUBSET)
+    args = [*RUN, *IB, *NO_WEIGHTS, "--imb_factor", "0.1"]
+    out = run_ok(tmp_path, *args)
+    assert "total 692" in out
+    log, saved = folders(tmp_path, "IB", "IBReweight", imb="exp_0.1")
+    assert [row["criterion"] for row in read_csv(log / "log_train.csv")] == ["CE", "CE", "IB"]
+    run_ok(tmp_path, *args, "-e", "--resume", "auto")
+    evaluation = json.loads((log / "evaluate" / "evaluation.json").read_text())
+    assert evaluation["seen"] == 600
+    assert evaluation["acc1"] == float(read_csv(log / "log_test.csv")[2]["acc1"])
+    run_ok(tmp_path, *args, "--exp_str", "b", "--resume", saved / "ckpt.epoch002.pth.tar")
+    assert_same_weights(saved / "ckpt.pth.tar", saved.parent / f"{saved.name[:-1]}b" / "ckpt.pth.tar")

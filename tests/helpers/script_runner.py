@@ -1,0 +1,216 @@
+"""Run cifar_train.py as its user does: as a process, or in this process through main(argv), on one CPU thread."""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+
+import cifar_train
+import imbalance_cifar
+import models
+from experiment import plots
+from losses import row_norm
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+SCRIPT = REPOSITORY / "cifar_train.py"
+
+#: 309 training images of long-tailed digits, no download.
+DIGITS = ["--dataset", "digits", "--threads", "1", "--seed", "0", "--batch-size", "64"]
+#: Two epochs, the second one with the IB loss, the DRW weights and the lower lr.
+TWO_EPOCHS = [*DIGITS, "--epochs", "2", "--start_ib_epoch", "1", "--drw_epoch", "1", "--milestones", "1"]
+#: For runs in this process: a model that takes milliseconds an epoch.
+TINY = ["--arch", "tiny"]
+#: For processes, which have the published models only.
+REAL = ["--arch", "resnet20"]
+
+
+class TinyModel(nn.Module):
+    """A convolution, a batch norm and a linear head; returns (logits, features) as the published models do."""
+
+    def __init__(self, num_classes, use_norm, feature_norm):
+        super().__init__()
+        self.feature_norm = feature_norm
+        self.conv1 = nn.Conv2d(3, 4, 3, stride=4, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        head = models.resnet_cifar.NormedLinear if use_norm else nn.Linear
+        self.linear = head(64, num_classes)
+
+    def forward(self, x):
+        hidden = nn.functional.avg_pool2d(self.bn1(self.conv1(x)).relu(), 2).flatten(1)
+        return self.linear(hidden), row_norm(hidden, self.feature_norm)[:, None]
+
+
+def tiny(num_classes=10, use_norm=False, feature_norm="l1"):
+    return TinyModel(num_classes, use_norm, feature_norm)
+
+
+# ------------------------------------------------------------------------------------------ in this process
+
+#: The digits as the script reads them, read once.
+read_digits_once = functools.lru_cache(imbalance_cifar._digits)
+
+
+@contextlib.contextmanager
+def quiet_folder(cwd, figures=False, cuda=False):
+    """The folder `cwd` as the working one, without CUDA and figures; threads and random state are put back."""
+    before, threads, generator = os.getcwd(), torch.get_num_threads(), torch.get_rng_state()
+    with contextlib.ExitStack() as stack:
+        if not cuda:
+            stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
+        if not figures:
+            stack.enter_context(mock.patch.object(plots, "of_evaluation", return_value=[]))
+            stack.enter_context(mock.patch.object(plots, "of_history", return_value=[]))
+            stack.enter_context(mock.patch.object(plots, "available", return_value=False))
+        os.chdir(cwd)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+            torch.set_num_threads(threads)
+            torch.set_rng_state(generator)
+
+
+def status_of(script, args):
+    """The exit status of script.main(args): 0 where main returns."""
+    try:
+        script.main([str(a) for a in args])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def run_main(args, cwd, capsys, figures=False, cuda=False):
+    """cifar_train.main(args) in the folder `cwd`, with the model 'tiny' beside the published ones.
+
+    Returns:
+        (status, out, err): exit status, and what was printed.
+    """
+    extra = mock.patch.dict(models.CIFAR_MODELS, tiny=tiny)
+    digits = mock.patch.object(imbalance_cifar, "_digits", read_digits_once)
+    capsys.readouterr()
+    with extra, digits, quiet_folder(cwd, figures, cuda):
+        status = status_of(cifar_train, args)
+    return status, *capsys.readouterr()
+
+
+def run_script(script, args, cwd):
+    """script.main(args) in the folder `cwd`: (status, out, err)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet_folder(cwd):
+        status = status_of(script, args)
+    return status, out.getvalue(), err.getvalue()
+
+
+def run_ok(args, cwd, capsys, **how):
+    """`run_main` of a command that must succeed; what it printed on standard output."""
+    status, out, err = run_main(args, cwd, capsys, **how)
+    assert status == 0, err
+    return out
+
+
+# -------------------------------------------------------------------------------------------- as a process
+
+
+def environment():
+    """One thread, no CUDA, nothing of a terminal."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+
+
+def run_process(args, cwd, timeout=240):
+    """`python cifar_train.py args` in the folder `cwd`, to its end."""
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def run_process_until(args, cwd, line_start, stop_signal):
+    """Start the script, read its lines until one begins with `line_start`, send `stop_signal`, wait for the end.
+
+    Returns:
+        (status, lines read, err). Fails if the line never comes.
+    """
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+
+    def take_interrupts():  # a shell's background jobs ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=take_interrupts,
+    ) as process:  # fmt: skip
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(line_start):
+                process.send_signal(stop_signal)
+                break
+        rest, err = process.communicate()
+    assert any(line.startswith(line_start) for line in lines), f"{line_start!r} never came: {''.join(lines)}{err}"
+    return process.returncode, [*lines, *rest.splitlines(keepends=True)], err
+
+
+# ----------------------------------------------------------------------------------------- what a run left
+
+
+def log_folder(cwd, loss="CE", rule="None", exp="0", arch="tiny", dataset="digits", imb="exp_0.01"):
+    return Path(cwd) / "log" / f"{dataset}_{arch}_{loss}_{rule}_{imb}_{exp}"
+
+
+def model_folder(cwd, *args, **kwargs):
+    return Path(cwd) / "checkpoint" / log_folder(cwd, *args, **kwargs).name
+
+
+def read_csv(path):
+    """A list of dicts, one a row; fails on a row that is longer or shorter than the header."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(None not in row and None not in row.values() for row in rows), f"ragged rows in {path}"
+    return rows
+
+
+def read_logs(folder):
+    """The rows of the three CSV files, without the seconds, which differ from run to run."""
+    names = ("log_train.csv", "log_test.csv", "class_accuracy.csv")
+    return {
+        name: [{k: v for k, v in row.items() if k != "seconds"} for row in read_csv(folder / name)] for name in names
+    }
+
+
+def load_checkpoint(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def assert_same_weights(path, other):
+    """Every tensor of two checkpoints' models and momentum buffers is equal, bit for bit."""
+    one, two = load_checkpoint(path), load_checkpoint(other)
+    assert one["epoch"] == two["epoch"]
+    assert list(one["state_dict"]) == list(two["state_dict"])
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, two["state_dict"][name]), f"{name} differs"
+    buffers, others = one["optimizer"]["state"], two["optimizer"]["state"]
+    assert buffers.keys() == others.keys()
+    assert buffers, "no momentum: nothing was trained"
+    for key, buffer in buffers.items():
+        assert torch.equal(buffer["momentum_buffer"], others[key]["momentum_buffer"]), f"momentum {key} differs"
+
+
+def snapshot(folder):
+    """path -> sha256 of every file below `folder`; folders are there too, with None."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        for path in sorted(Path(folder).rglob("*"))
+    }
+
+
+def messages(err):
+    """The lines of standard error that are not warnings."""
+    return [line for line in err.splitlines() if line and not line.startswith(("warning:", "*"))]

@@ -1,0 +1,486 @@
+"""Images from files: folders and lists read, what is skipped and refused, decoding, and batches made by workers."""
+
+import os
+import pathlib
+import shutil
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tinyimagenet_maker import image_of, tiles
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+import imbalance
+import imbalance_folder
+import imbalance_inat
+from imbalance_folder import ImageSet, load, open_image, read_folder, read_image, read_list
+from loaders.image_folder import ImageFileBatches
+from utils import DataError, UsageError
+
+COUNTS = (12, 7, 4)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """train/ and val/ with three classes of images of different sizes; some lie deeper."""
+    root = tmp_path_factory.mktemp("source") / "data"
+    for part, counts, first in (("train", COUNTS, 0), ("val", (2, 2, 2), 30)):
+        for label, count in enumerate(counts):
+            folder = root / part / f"class{label}"
+            (folder / "more").mkdir(parents=True)
+            for number in range(count):
+                place = folder / "more" if number % 4 == 3 else folder
+                image = image_of(label, first + number).resize((64 + 8 * (number % 3), 64))
+                image.save(place / f"{number}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture
+def data(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def images(source):
+    return read_folder(str(source / "train"))
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+def test_folder_is_read_as_torchvision_reads_it(images, source):
+    theirs = ImageFolder(str(source / "train"))
+    assert images.samples == theirs.samples
+    assert images.classes == theirs.classes
+    assert images.chosen.tolist() == list(range(23))
+    assert images.get_cls_num_list() == list(COUNTS)
+    assert (images.num_classes, images.flip, images.image_size) == (3, True, 224)
+
+
+def test_natural_imbalance_is_kept_and_another_one_made(images):
+    assert images.long_tailed("none", 0.01, 0).samples == images.samples
+    tailed = images.long_tailed("step", 0.5, 4)
+    counts = imbalance.class_counts(COUNTS, "step", 0.5)
+    assert tailed.get_cls_num_list() == counts == [12, 7, 4]
+    tailed = images.long_tailed("exp", 0.1, 4)
+    assert tailed.chosen.tolist() == imbalance.choose(images.targets, [12, 3, 1], 4).tolist()
+    assert tailed.samples == [images.samples[i] for i in tailed.chosen]
+    assert images.get_cls_num_list() == list(COUNTS)
+    with pytest.raises(UsageError, match="leaves 1 of 3 classes empty"):
+        images.long_tailed("exp", 0.01, 0)
+
+
+def test_links_inside_classes_are_not_followed(data, tmp_path, capsys):
+    before = read_folder(str(data / "train")).paths
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for number in range(3):
+        image_of(1, 60 + number).save(elsewhere / f"{number}.jpg")
+    folder = data / "train" / "class0"
+    (folder / "self").symlink_to(".")
+    (folder / "up").symlink_to("../..")
+    (folder / "out").symlink_to(elsewhere)
+    (folder / "other.jpg").symlink_to("../class1/0.jpg")
+    (folder / "a.jpg").symlink_to(elsewhere / "0.jpg")  # one image more
+    (folder / "b.jpg").symlink_to(elsewhere / "0.jpg")  # the same again
+    found = read_folder(str(data / "train"))
+    assert sorted(found.paths) == sorted([*before, str(folder / "a.jpg")])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "symbolic links: 5" in err
+
+
+def test_a_class_may_be_a_link_out_of_the_tree_but_not_into_it(data, tmp_path, capsys):
+    shutil.move(data / "train" / "class2", tmp_path / "elsewhere")
+    (data / "train" / "class2").symlink_to(tmp_path / "elsewhere")
+    found = read_folder(str(data / "train"))
+    assert found.get_cls_num_list() == list(COUNTS)
+    assert capsys.readouterr().err == ""
+    for target in ("class0", "..", tmp_path / "elsewhere"):
+        (data / "train" / "class3").symlink_to(target)
+        with pytest.raises(DataError, match=r"class folders without images: .*class3"):
+            read_folder(str(data / "train"))
+        assert "symbolic links: 1" in capsys.readouterr().err
+        (data / "train" / "class3").unlink()
+
+
+def test_named_pipes_are_skipped(data, capsys):
+    os.mkfifo(data / "train" / "class0" / "pipe.jpg")
+    (data / "train" / "class1" / "gone.jpg").symlink_to("nowhere")
+    (data / "train" / "class1" / "folder.jpg").mkdir()
+    assert read_folder(str(data / "train")).get_cls_num_list() == list(COUNTS)
+    assert "symbolic links: 1, no regular files: 1" in capsys.readouterr().err
+
+
+def test_class_folders_without_images_are_named_by_path(data):
+    hidden = data / "train" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    (data / "train" / "notes").mkdir()
+    (data / "train" / "notes" / "readme.txt").write_text("no image")
+    with pytest.raises(DataError) as error:
+        read_folder(str(data / "train"))
+    assert f"{hidden}, {data / 'train' / 'notes'} (images end in .jpg" in str(error.value)
+
+
+def test_missing_folders_are_named(data, monkeypatch):
+    monkeypatch.chdir(data)
+    with pytest.raises(DataError, match=r"no folder \./data: --data_dir"):
+        load("./data")
+    with pytest.raises(DataError, match=r"no folder .*/data/train/train"):
+        load(str(data / "train"))
+    with pytest.raises(DataError, match="no class folders in"):
+        read_folder(str(data / "val" / "class0" / "more"))
+    shutil.rmtree(data / "val")
+    with pytest.raises(UsageError, match=r"no val folder in .*: --val_fraction F"):
+        load(str(data))
+
+
+def test_load_gives_both_parts_of_the_same_classes(data):
+    train, test = load(str(data), "exp", 0.1, 4)
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([12, 3, 1], [2, 2, 2])
+    (data / "val" / "class2").rename(data / "val" / "other\n")
+    with pytest.raises(DataError, match="classes in train/ only: class2"):
+        load(str(data))
+    shutil.rmtree(data / "train" / "class2")
+    with pytest.raises(DataError, match=r"classes in val/ only: other\\n"):
+        load(str(data))
+
+
+def test_a_part_of_train_for_testing(data):
+    train, test = load(str(data), test_fraction=0.5)
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 3, 2], [6, 4, 2])
+    assert sorted([*train.chosen, *test.chosen]) == list(range(23))
+    with pytest.raises(UsageError, match=r"--val_fraction: .* 0\.001 is less than one image in each class"):
+        load(str(data), test_fraction=0.001)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_damaged_images_are_found_at_the_start(data, workers):
+    assert len(load(str(data), check_images=True, workers=workers)[0].paths) == 23
+    cut = data / "train" / "class0" / "0.jpg"
+    cut.write_bytes(cut.read_bytes()[:400])
+    (data / "val" / "class1" / "0.jpg").write_bytes(b"no image")
+    load(str(data), workers=workers)
+    with pytest.raises(DataError) as error:
+        load(str(data), check_images=True, workers=workers)
+    assert str(error.value).startswith("2 of 29 images are damaged: ")
+    assert f"{cut} cannot be decoded" in str(error.value)
+    assert f"{data / 'val' / 'class1' / '0.jpg'} cannot be decoded" in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------- lists
+
+
+@pytest.fixture
+def listed(data):
+    """The folder's images as two lists, in another order, and a path with spaces."""
+    (data / "train" / "class1" / "0.jpg").rename(data / "train" / "class1" / "with two spaces.jpg")
+    for part in ("train", "val"):
+        samples = read_folder(str(data / part)).samples[::-1]
+        rows = [f"{os.path.relpath(path, data)} {label}\n" for path, label in samples]
+        (data.parent / f"{part}.txt").write_text("".join(rows))
+    return data.parent
+
+
+def of_lists(folder, **how):
+    return load(str(folder / "data"), train_list=str(folder / "train.txt"), val_list=str(folder / "val.txt"), **how)
+
+
+def test_lists_of_files(listed):
+    train, test = of_lists(listed)
+    whole = read_folder(str(listed / "data" / "train"))
+    assert train.samples == whole.samples[::-1]
+    assert (train.classes, test.classes) == (["0", "1", "2"], ["0", "1", "2"])
+    assert test.samples == read_folder(str(listed / "data" / "val")).samples[::-1]
+    assert of_lists(listed, imb_type="exp", imb_factor=0.1)[0].get_cls_num_list() == [12, 3, 1]
+
+
+def test_other_forms_of_lists(listed):
+    rows = (listed / "train.txt").read_text().splitlines()
+    absolute = [f"{listed}/data/{rows[0]}", f"./train/../{rows[1]}", *rows[2:]]
+    (listed / "train.txt").write_bytes(
+        b"\xef\xbb\xbf" + "\r\n".join(absolute).replace(" 2", "\t2").encode() + b"\r\n\n"
+    )
+    assert [pathlib.Path(path).exists() for path in of_lists(listed)[0].paths] == [True] * 23
+    assert of_lists(listed)[0].targets == [2] * 4 + [1] * 7 + [0] * 12
+
+
+def test_train_list_alone_needs_a_fraction(listed):
+    files = {"train_list": str(listed / "train.txt")}
+    train, test = load(str(listed / "data"), test_fraction=0.5, **files)
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 3, 2], [6, 4, 2])
+    with pytest.raises(UsageError, match="--train_list needs --val_list"):
+        load(str(listed / "data"), **files)
+    with pytest.raises(UsageError, match="--val_list needs --train_list"):
+        load(str(listed / "data"), val_list=str(listed / "val.txt"))
+
+
+def test_images_of_both_lists_are_counted(listed, capsys):
+    (listed / "val.txt").write_text("".join((listed / "train.txt").read_text().splitlines(keepends=True)[:3]))
+    of_lists(listed)
+    assert "3 of the 3 images of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("train/class0/0.jpg", "line 24: .*is not 'path label'"),
+        ("train/class0/0.jpg one", "line 24: .*is not 'path label'"),
+        ("train/class0/0.jpg -1", "line 24: .*is not 'path label'"),
+        ("train/class0/0.jpg 1.0", "line 24: .*is not 'path label'"),
+        ("train/class0/0.jpg " + "9" * 5000, "line 24: .*is not 'path label'"),
+        ("0", "line 24: .*is not 'path label'"),
+        ("../../secret.jpg 0", r"names files outside .*data: \.\./\.\./secret\.jpg"),
+        ("../data2/a.jpg 0", "names files outside"),
+        ("/etc/hosts.jpg 0", "names files outside"),
+        ("train/no\0name.jpg 0", r"names files outside .*no\\x00name"),
+        ("train/class0/none.jpg 0", "1 of 24 files are missing .*none.jpg"),
+        ("train/pipe.jpg 0", "1 of 24 files are missing .*pipe.jpg"),
+        ("train/class0/../class0/1.jpg 0", "duplicated files: .*train/class0/1.jpg"),
+        ("val/class0/0.jpg 4", "labels must be 0 to K - 1 without gaps, none of its 24 images has 3"),
+        ("val/class0/0.jpg 999999999", "without gaps, none of its 24 images has 3"),
+    ],
+)
+def test_wrong_rows_of_a_list_are_named(listed, row, message):
+    os.mkfifo(listed / "data" / "train" / "pipe.jpg")
+    with open(listed / "train.txt", "a") as file:
+        file.write(f"{row}\n")
+    with pytest.raises(DataError, match=message) as error:
+        of_lists(listed)
+    assert "\n" not in str(error.value)
+    assert str(listed / "train.txt") in str(error.value)
+
+
+def test_lists_that_cannot_be_used(listed):
+    with open(listed / "val.txt", "a") as file:
+        file.write("train/class0/0.jpg 3\n")
+    with pytest.raises(DataError, match=r"val\.txt has the label 3, the training list has labels 0 to 2"):
+        of_lists(listed)
+    (listed / "val.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"val\.txt lists no images"):
+        of_lists(listed)
+    (listed / "val.txt").unlink()
+    with pytest.raises(DataError, match=r"val\.txt cannot be read: No such file"):
+        of_lists(listed)
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        read_list(str(listed), str(listed / "data"))
+    (listed / "train.txt").write_bytes(b"\xff\xfe\x00\xd8 1")
+    with pytest.raises(DataError, match=r"names files outside|are missing"):
+        of_lists(listed)
+
+
+# -------------------------------------------------------------------------------------------------- images
+
+
+def test_grey_images_become_rgb(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert np.array_equal(read_image(tmp_path / "grey.png"), np.repeat(grey[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "big.tif", "deep.pgm"])
+def test_16_bit_images_are_scaled(tmp_path, name):
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    if name.endswith("pgm"):
+        (tmp_path / name).write_bytes(b"P5\n8 8\n65535\n" + levels.astype(">u2").tobytes())
+    elif name == "big.tif":
+        Image.frombytes("I;16B", (8, 8), levels.astype(">u2").tobytes()).save(tmp_path / name)
+    else:
+        Image.fromarray(levels).save(tmp_path / name)
+    found = read_image(tmp_path / name)
+    assert found.shape == (8, 8, 3)
+    assert np.array_equal(found[..., 1], levels // 256)
+    assert len(np.unique(found)) == 64
+
+
+def test_pixels_of_unknown_range_are_refused_by_name(tmp_path):
+    share = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(share).save(tmp_path / "share.tif")
+    Image.fromarray((share * 2**30).astype(np.int32)).save(tmp_path / "wide.tif")
+    for name, kind in (("share.tif", "float"), ("wide.tif", "32-bit")):
+        with pytest.raises(DataError, match=f"{name} has {kind} pixels, whose range is unknown: convert it"):
+            open_image(tmp_path / name)
+
+
+def test_what_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0nothing")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(DataError, match=r"bad\.jpg cannot be decoded"):
+        open_image(tmp_path / "bad.jpg")
+    for name in ("pipe.jpg", "none.jpg", "folder.jpg"):
+        with pytest.raises(DataError, match=f"{name} is missing or no regular file"):
+            open_image(tmp_path / name)
+
+
+# --------------------------------------------------------------------------------------------- iNaturalist
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_empty_list_of_inaturalist_is_refused(tmp_path, part):
+    (tmp_path / "train_val2018" / "a").mkdir(parents=True)
+    image_of(0, 0).save(tmp_path / "train_val2018" / "a" / "0.jpg")
+    row = '{"images": [{"id": 1, "file_name": "train_val2018/a/0.jpg"}], '
+    row += '"annotations": [{"image_id": 1, "category_id": 5}]}'
+    for name in ("train", "val"):
+        (tmp_path / f"{name}2018.json").write_text(row)
+    train, _ = imbalance_inat.load(str(tmp_path))
+    assert (train.targets, train.classes) == ([0], ["5"])
+    (tmp_path / f"{part}2018.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(DataError, match=f"{part}2018.json lists no images"):
+        imbalance_inat.load(str(tmp_path))
+
+
+def test_images_of_inaturalist_are_checked(tmp_path):
+    (tmp_path / "train_val2018").mkdir()
+    (tmp_path / "train_val2018" / "0.jpg").write_bytes(b"no image")
+    row = '{"images": [{"id": 1, "file_name": "train_val2018/0.jpg"}], '
+    row += '"annotations": [{"image_id": 1, "category_id": 5}]}'
+    for name in ("train", "val"):
+        (tmp_path / f"{name}2018.json").write_text(row)
+    imbalance_inat.load(str(tmp_path))
+    with pytest.raises(DataError, match="2 of 2 images are damaged"):
+        imbalance_inat.load(str(tmp_path), check_images=True)
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+def numbered(images):
+    """The same files, each with its number as label."""
+    return ImageSet(images.paths, range(len(images.paths)), map(str, range(len(images.paths))))
+
+
+def epoch_of(batches):
+    found, targets = zip(*batches, strict=True)
+    return torch.cat(found), torch.cat(targets)
+
+
+def test_epoch_is_the_same_with_and_without_workers(images):
+    alone, helped = (ImageFileBatches(numbered(images), 8, image_size=24, seed=3, workers=n) for n in (0, 2))
+    for epoch in (5, 6, 5):
+        for one, two in zip(alone.train_epoch(epoch), helped.train_epoch(epoch), strict=True):
+            assert torch.equal(one[0], two[0])
+            assert torch.equal(one[1], two[1])
+    first, other = (next(iter(alone.train_epoch(epoch))) for epoch in (5, 6))
+    assert not torch.equal(first[1], other[1])
+
+
+def test_workers_stay_and_a_left_epoch_leaves_nothing_behind(images):
+    batches = ImageFileBatches(numbered(images), 4, image_size=16, seed=3, workers=2)
+    expected = epoch_of(ImageFileBatches(numbered(images), 4, image_size=16, seed=3).train_epoch(2))
+    next(batches.eval_epoch())
+    processes = [worker.pid for worker in batches._loader._iterator._workers]
+    for _ in range(2):
+        next(batches.train_epoch(1))
+        found = epoch_of(batches.train_epoch(2))
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+    assert [worker.pid for worker in batches._loader._iterator._workers] == processes
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_drawing_touches_no_global_generator(images, workers):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    batches = ImageFileBatches(images, 8, image_size=8, workers=workers)
+    torch.manual_seed(5)
+    epoch_of(batches.train_epoch(0))
+    epoch_of(batches.eval_epoch())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_epoch_deals_every_image_once(images):
+    batches = ImageFileBatches(numbered(images), 8, image_size=8)
+    targets = [target for _, target in batches.train_epoch(0)]
+    assert sorted(torch.cat(targets).tolist()) == list(range(23))
+    assert [len(target) for target in targets] == [8, 8, 7]
+    assert len(batches) == 3
+
+
+def test_resample_draws_in_proportion(images):
+    rates = torch.zeros(23, dtype=torch.float64)
+    rates[[3, 7]] = 1.0
+    drawn = epoch_of(ImageFileBatches(numbered(images), 8, image_size=8).train_epoch(0, rates))[1]
+    assert len(drawn) == 23
+    assert set(drawn.tolist()) == {3, 7}
+
+
+def test_images_keep_their_labels(tmp_path):
+    paths = [str(tmp_path / f"{level}.png") for level in range(40)]
+    for level, path in enumerate(paths):
+        Image.fromarray(np.full((20, 30, 3), 6 * level, np.uint8)).save(path)
+    dataset = ImageSet(paths, range(40), map(str, range(40)))
+    dataset.mean, dataset.std = (0, 0, 0), (1, 1, 1)
+    batches = ImageFileBatches(dataset, 7, image_size=8)
+    for dealt in (batches.train_epoch(1), batches.eval_epoch(), batches.train_epoch(1, torch.ones(40).double())):
+        found, targets = epoch_of(dealt)
+        assert torch.equal((found[:, 0, 4, 4] * 255 / 6).round().long(), targets)
+
+
+def test_evaluation_equals_torchvisions_transform(images):
+    few = images.subset([0, 1, 2])
+    few.mean, few.std = mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    expected = transforms.Compose([
+        transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(), transforms.Normalize(mean, std),
+    ])  # fmt: skip
+    found, _ = next(ImageFileBatches(few, 3, image_size=28).eval_epoch())
+    for image, path in zip(found, few.paths, strict=True):
+        torch.testing.assert_close(image, expected(Image.open(path).convert("RGB")), rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_training_crop_of_a_whole_box_is_a_resize(tmp_path):
+    """Where the crop box is the whole image, the crop is torchvision's resize of it, flipped or not."""
+    path = str(tmp_path / "a.png")
+    Image.fromarray(tiles()[3]).save(path)
+    dataset = ImageSet([path], [0], ["a"])
+    dataset.mean, dataset.std = (0, 0, 0), (1, 1, 1)
+    resized = transforms.ToTensor()(transforms.Resize((32, 32))(Image.open(path)))
+    for flip, kinds in ((None, {1, -1}), (True, {1, -1}), (False, {1})):
+        batches = ImageFileBatches(dataset, 1, image_size=32, flip=flip)
+        with mock.patch("loaders.image_folder.draw_boxes", return_value=torch.tensor([[0, 0, 64, 64]])):
+            crops = [next(batches.train_epoch(epoch))[0][0] for epoch in range(8)]
+        equal = [
+            torch.allclose(crop, resized, atol=1e-6) - torch.allclose(crop, resized.flip(2), atol=1e-6)
+            for crop in crops
+        ]
+        assert set(equal) == kinds, flip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_ends_the_epoch_with_its_name(images, tmp_path, workers):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    dataset = ImageSet([*images.paths, str(tmp_path / "bad.jpg")], [0] * 24, ["a"])
+    batches = ImageFileBatches(dataset, 8, image_size=8, workers=workers)
+    for epoch in (batches.train_epoch(0), batches.eval_epoch()):
+        with pytest.raises(DataError, match=r"bad\.jpg cannot be decoded"):
+            list(epoch)
+
+
+def test_a_dead_worker_is_one_line(images):
+    with mock.patch("loaders.image_folder.open_image", side_effect=lambda path: os._exit(3)):
+        batches = ImageFileBatches(images, 8, image_size=8, workers=1)
+        with pytest.raises(DataError, match="a process that reads images died: a smaller -j may help"):
+            list(batches.train_epoch(0))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_batches_put_together_are_the_single_processes(images, ranks):
+    dataset = numbered(images).subset(range(17))  # of the last batch, one image, most ranks have nothing
+    batches = ImageFileBatches(dataset, 8, image_size=8, seed=1)
+    whole, dealt = list(batches.train_epoch(1)), []
+    for rank in range(ranks):
+        with mock.patch.multiple("training.distributed", rank=lambda rank=rank: rank, world_size=lambda: ranks):
+            dealt.append(list(batches.train_epoch(1)))
+    for number, (found, targets) in enumerate(whole):
+        assert torch.equal(torch.cat([rank[number][0] for rank in dealt]), found)
+        assert torch.equal(torch.cat([rank[number][1] for rank in dealt]), targets)
+
+
+def test_names_are_shown_up_to_a_limit():
+    assert imbalance_folder.named(["a\n", "b"]) == "a\\n, b"
+    assert imbalance_folder.named([*"abcdefg"]) == "a, b, c, d, e and 2 more"

@@ -1,0 +1,374 @@
+"""Batches in memory: the augmentation against torchvision's, the draws, Resample; CIFAR and digits."""
+
+import hashlib
+import os
+import shutil
+import tarfile
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import functional as tv
+
+import imbalance_cifar
+import losses
+from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCECIFAR10, IMBALANCEDIGITS
+from loaders import batch_slices, sampled_order
+from loaders.in_memory import InMemoryBatches
+from loaders.transforms import crop_and_flip, normalise
+from utils import DataError, UsageError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PADDING, PLACES = 4, 9
+
+
+def noise(n, height=32, width=32, seed=0):
+    return np.random.RandomState(seed).randint(0, 256, (n, height, width, 3)).astype(np.uint8)
+
+
+def batches_of(images, targets=None, batch_size=32, **how):
+    targets = range(len(images)) if targets is None else targets
+    dataset = SimpleNamespace(data=images, targets=list(targets), mean=CIFAR_MEAN, std=CIFAR_STD, flip=True)
+    return InMemoryBatches(dataset, batch_size, **how)
+
+
+# -------------------------------------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_and_flip_is_torchvisions_bit_for_bit_at_every_offset(flip):
+    image = noise(1)[0]
+    offsets = torch.cartesian_prod(torch.arange(PLACES), torch.arange(PLACES))
+    images = torch.as_tensor(image).expand(len(offsets), -1, -1, -1)
+    source, flips = batches_of(images), torch.full((len(offsets),), flip)
+    ours = normalise(crop_and_flip(images, offsets, flips, PADDING), source.mean, source.std)
+    padded = tv.pad(Image.fromarray(image), [PADDING] * 4)
+    for (top, left), tensor in zip(offsets.tolist(), ours, strict=True):
+        crop = tv.crop(padded, top, left, 32, 32)
+        crop = tv.hflip(crop) if flip else crop
+        theirs = tv.normalize(tv.to_tensor(crop), CIFAR_MEAN, CIFAR_STD)
+        assert torch.equal(tensor, theirs), (top, left)
+
+
+def test_every_image_of_a_batch_gets_its_own_draw():
+    images = torch.as_tensor(noise(6))
+    offsets = torch.tensor([[0, 0], [8, 8], [4, 4], [0, 8], [3, 5], [4, 4]])
+    flips = torch.tensor([False, True, False, True, False, True])
+    together = crop_and_flip(images, offsets, flips, PADDING)
+    for i in range(len(images)):
+        alone = crop_and_flip(images[i : i + 1], offsets[i : i + 1], flips[i : i + 1], PADDING)
+        assert torch.equal(together[i], alone[0]), i
+    assert torch.equal(together[2], images[2])
+    assert torch.equal(together[5], images[5].flip(1))
+
+
+def test_images_need_not_be_square():
+    image = noise(1, 20, 28)[0]
+    ours = crop_and_flip(torch.as_tensor(image)[None], torch.tensor([[1, 7]]), torch.tensor([True]), PADDING)
+    theirs = tv.hflip(tv.crop(tv.pad(Image.fromarray(image), [PADDING] * 4), 1, 7, 20, 28))
+    assert np.array_equal(ours[0].numpy(), np.asarray(theirs))
+
+
+def test_evaluation_sees_the_images_as_they_are():
+    images = noise(70)
+    dealt = list(batches_of(images).eval_epoch())
+    assert [len(target) for _, target in dealt] == [32, 32, 6]
+    theirs = torch.stack([tv.normalize(tv.to_tensor(image), CIFAR_MEAN, CIFAR_STD) for image in images])
+    assert torch.equal(torch.cat([batch for batch, _ in dealt]), theirs)
+    assert torch.cat([target for _, target in dealt]).tolist() == list(range(70))
+
+
+def test_without_flips_the_crops_stay_the_same():
+    """Flips are drawn and not used, so that order and offsets are those of a run with flips."""
+    images = noise(40)
+    mirrored = np.concatenate([images, images[:, :, ::-1]])
+    dataset = SimpleNamespace(data=mirrored, targets=range(80), mean=CIFAR_MEAN, std=CIFAR_STD, flip=False)
+    batches = InMemoryBatches(dataset, 80, padding=0), InMemoryBatches(dataset, 80, padding=0, flip=True)
+    (plain, targets), (flipped, same) = (next(b.train_epoch(4)) for b in batches)
+    assert torch.equal(targets, same)
+    assert torch.equal(plain, normalise(torch.as_tensor(mirrored)[targets], batches[0].mean, batches[0].std))
+    turned = torch.tensor([torch.equal(a, b.flip(2)) for a, b in zip(plain, flipped, strict=True)])
+    kept = torch.tensor([torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)])
+    assert torch.equal(turned, ~kept)
+    assert 20 < turned.sum() < 60
+    one, two = (next(batches_of(images, flip=flip).train_epoch(4)) for flip in (False, True))
+    assert torch.equal(one[1], two[1])
+    assert 0 < sum(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True)) < 32
+
+
+# ------------------------------------------------------------------------------------------------ the draws
+
+
+def marked(n):
+    """n images of one white pixel each, right of the middle and above it: where it lands tells offset and flip."""
+    images = np.zeros((n, 32, 32, 3), np.uint8)
+    images[:, 14, 20] = 255
+    return images
+
+
+def read_draws(batches, epoch):
+    """(top offset, left offset, flipped) of each image of an epoch of `marked` images."""
+    draws = []
+    for images, _ in batches.train_epoch(epoch):
+        for image in images:
+            row, column = divmod(int(image[0].argmax()), 32)
+            flipped = column < 16  # unflipped it lands in 16..24, flipped in 7..15
+            draws.append((14 + PADDING - row, 20 + PADDING - (31 - column if flipped else column), flipped))
+    return np.array(draws)
+
+
+def test_offsets_and_flips_are_uniform_and_independent():
+    draws = read_draws(batches_of(marked(8100), batch_size=900), epoch=0)
+    counts = np.zeros((PLACES, PLACES, 2))
+    np.add.at(counts, tuple(draws.T), 1)
+    assert counts.sum() == 8100
+    # one test over all 162 combinations covers the margins and their independence
+    assert 0.001 < stats.chisquare(counts.ravel()).pvalue < 0.999
+    for axis, others in ((0, (1, 2)), (1, (0, 2)), (2, (0, 1))):
+        assert stats.chisquare(counts.sum(axis=others)).pvalue > 0.001, axis
+
+
+def epoch_of(batches, epoch, rates=None):
+    images, targets = zip(*batches.train_epoch(epoch, rates), strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+def test_an_epoch_depends_on_seed_and_epoch_and_on_nothing_else():
+    images = noise(50)
+    fresh = epoch_of(batches_of(images, seed=3), 7)
+    used = batches_of(images, seed=3)
+    for epoch in (0, 1, 6):
+        epoch_of(used, epoch)
+    torch.manual_seed(99)
+    torch.rand(5)
+    again = epoch_of(used, 7)
+    assert torch.equal(fresh[0], again[0])
+    assert torch.equal(fresh[1], again[1])
+    for other_seed, other_epoch in ((3, 8), (4, 7), (7, 3)):
+        other = epoch_of(batches_of(images, seed=other_seed), other_epoch)
+        assert not torch.equal(fresh[1], other[1])
+
+
+def test_drawing_touches_no_global_generator():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = np.random.get_state()[1].copy()
+    batches = batches_of(noise(40))
+    epoch_of(batches, 0)
+    epoch_of(batches, 1, torch.ones(40, dtype=torch.float64))
+    assert torch.equal(torch.rand(3), expected)
+    assert np.array_equal(np.random.get_state()[1], before)
+
+
+@pytest.mark.parametrize(("n", "batch_size", "sizes"), [(70, 32, [32, 32, 6]), (64, 32, [32, 32]), (5, 32, [5])])
+def test_an_epoch_shows_every_image_once_and_the_last_batch_may_be_smaller(n, batch_size, sizes):
+    batches = batches_of(noise(n), batch_size=batch_size)
+    dealt = [target for _, target in batches.train_epoch(0)]
+    assert [len(target) for target in dealt] == sizes
+    assert len(batches) == len(sizes)
+    order = torch.cat(dealt).tolist()
+    assert sorted(order) == list(range(n))
+    assert order != list(range(n))
+
+
+def test_images_keep_their_labels():
+    # the colour of a image is its label, so that a mix-up of the two would show
+    images = np.repeat(np.arange(200, dtype=np.uint8), 32 * 32 * 3).reshape(200, 32, 32, 3)
+    batches = batches_of(images, batch_size=48)
+    for dealt in (batches.train_epoch(2), batches.train_epoch(2, torch.ones(200, dtype=torch.float64))):
+        for batch, targets in dealt:
+            middle = batch[:, 0, 16, 16] * CIFAR_STD[0] + CIFAR_MEAN[0]
+            assert torch.equal((middle * 255).round().long(), targets)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 44, 45])
+def test_slices_of_the_ranks_are_even_and_leave_nothing_out(ranks, n):
+    dealt = list(zip(*(batch_slices(n, 22, rank, ranks) for rank in range(ranks)), strict=True))
+    assert len(dealt) == -(-n // 22)
+    assert [i for slices in dealt for part in slices for i in range(n)[part]] == list(range(n))
+    for slices in dealt:
+        sizes = [part.stop - part.start for part in slices]
+        assert max(sizes) - min(sizes) <= 1
+
+
+# ------------------------------------------------------------------------------------------------- Resample
+
+
+@pytest.mark.parametrize("name", ["sampler_10.json", "sampler_100.json"])
+def test_sampler_draws_the_official_indices(name):
+    expected = golden(name)
+    targets = torch.repeat_interleave(torch.arange(len(expected["counts"])), torch.tensor(expected["counts"]))
+    rates = losses.effective_number_rates(expected["counts"], 0.9999)[targets]
+    head, tail = expected["weights_first"], expected["weights_last"]
+    torch.testing.assert_close(rates[: len(head)], torch.tensor(head, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(rates[-len(tail) :], torch.tensor(tail, dtype=torch.float64), rtol=1e-12, atol=0)
+    indices = sampled_order(len(rates), torch.Generator().manual_seed(expected["seed"]), rates)
+    assert indices[: len(expected["first"])].tolist() == expected["first"]
+    digest = hashlib.sha256(indices.numpy().astype("<i8").tobytes()).hexdigest()
+    assert digest == expected["indices_sha256"]
+
+
+def test_resample_reaches_the_batches():
+    counts = [2000, 600, 200, 40]
+    targets = np.repeat(np.arange(4), counts)
+    rates = losses.effective_number_rates(counts, 0.9999)[torch.as_tensor(targets)]
+    batches = batches_of(np.zeros((len(targets), 32, 32, 3), np.uint8), targets, batch_size=512)
+    drawn = np.bincount(epoch_of(batches, 0, rates)[1].numpy(), minlength=4)
+    assert drawn.sum() == len(targets)
+    share = np.array([n * float(rates[targets == k][0]) for k, n in enumerate(counts)])
+    expected = share / share.sum() * len(targets)
+    assert stats.chisquare(drawn, expected).pvalue > 0.001
+    # the shuffle is the long tail itself, and the expectation above is near balance: the two cannot be confused
+    assert np.bincount(epoch_of(batches, 0)[1].numpy()).tolist() == counts
+    assert drawn[3] > 10 * counts[3]
+
+
+# ------------------------------------------------------------------------------------------------ real data
+
+
+@pytest.fixture(scope="session")
+def cifar_root(tmp_path_factory):
+    """A folder with the real CIFAR-10, or a skip that says where it was looked for."""
+    places = [os.environ.get("CIFAR_ROOT"), REPOSITORY / "data"]
+    for place in places:
+        if place and (Path(place) / "cifar-10-batches-py" / "test_batch").is_file():
+            return place
+    archive = REPOSITORY.parent / "shared" / "data" / "cifar-10-batches-py.tar.xz"
+    if not archive.is_file():
+        pytest.skip("no CIFAR-10: neither where CIFAR_ROOT points, nor in data/, nor in ../shared/data/")
+    root = tmp_path_factory.mktemp("cifar")
+    with tarfile.open(archive) as file:
+        file.extractall(root, filter="data")
+    return root
+
+
+def test_real_cifar10_gets_the_published_split(cifar_root):
+    np.random.seed(123)
+    before = np.random.get_state()[1].copy()
+    train = IMBALANCECIFAR10(cifar_root, "exp", 0.01)
+    assert np.array_equal(np.random.get_state()[1], before)
+    assert train.get_cls_num_list() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    assert len(train) == train.data.shape[0] == 12406
+    assert train.data.dtype == np.uint8
+    image, label = train[0]
+    assert image.size == (32, 32)
+    assert label == train.targets[0] == 0
+
+    whole = IMBALANCECIFAR10(cifar_root, "none", 1.0)
+    assert whole.get_cls_num_list() == [5000] * 10
+    labels = np.asarray(whole.targets)[np.argsort(whole.chosen)]  # in the order of the archive
+    pixels = whole.data[np.argsort(whole.chosen)]
+    assert len(set(train.chosen.tolist())) == 12406
+    assert np.array_equal(labels[train.chosen], train.targets)
+    assert np.array_equal(pixels[train.chosen], train.data)
+
+    test = IMBALANCECIFAR10(cifar_root, train=False)
+    assert test.get_cls_num_list() == [1000] * 10
+
+
+def test_another_rand_number_keeps_other_images_of_the_same_classes(cifar_root):
+    one, other = (IMBALANCECIFAR10(cifar_root, "step", 0.01, rand_number=r) for r in (0, 1))
+    assert one.get_cls_num_list() == other.get_cls_num_list() == [5000] * 5 + [50] * 5
+    assert not np.array_equal(one.chosen, other.chosen)
+
+
+def test_digits_are_split_once_and_the_test_part_is_whole():
+    train, tail, test = IMBALANCEDIGITS(imb_type="none"), IMBALANCEDIGITS(imb_factor=0.1), IMBALANCEDIGITS(train=False)
+    assert len(train) + len(test) == 1797
+    assert len(test) == 540
+    assert min(test.get_cls_num_list()) >= 50
+    seen = {image.tobytes() for image in test.data}
+    assert not any(image.tobytes() in seen for image in train.data)
+    assert {image.tobytes() for image in tail.data} <= {image.tobytes() for image in train.data}
+    assert train.data.shape[1:] == (32, 32, 3)
+    assert train.data.min() == 0
+    assert train.data.max() > 200
+    assert not test.flip
+    assert test.class_names == test.classes == list("0123456789")
+
+
+def test_a_subset_of_digits_holds_its_images():
+    whole = IMBALANCEDIGITS(imb_factor=0.1)
+    part = whole.subset([30, 2])
+    assert np.array_equal(part.data, whole.data[[30, 2]])
+    assert part.targets == [whole.targets[30], whole.targets[2]]
+    assert part.chosen.tolist() == whole.chosen[[30, 2]].tolist()
+    assert len(part) == 2
+    assert len(whole) == sum(whole.get_cls_num_list()) == len(whole.data)
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def no_network(*args, **kwargs):
+    raise urllib.error.URLError("[Errno -3] Temporary failure in name resolution")
+
+
+@pytest.fixture
+def cifar_copy(cifar_root, tmp_path):
+    shutil.copytree(Path(cifar_root) / "cifar-10-batches-py", tmp_path / "data" / "cifar-10-batches-py")
+    return tmp_path / "data"
+
+
+def test_load_gives_both_parts(cifar_root):
+    train, test = imbalance_cifar.load("cifar10", cifar_root, "step", 0.01, 2)
+    assert np.array_equal(train.chosen, IMBALANCECIFAR10(cifar_root, "step", 0.01, 2).chosen)
+    assert train.flip
+    assert (train.num_classes, train.image_size, len(test)) == (10, 32, 10000)
+    assert imbalance_cifar.load("digits", "no/such/folder", "exp", 0.1)[0].get_cls_num_list()[9] == 12
+    with pytest.raises(UsageError, match="leaves"):
+        imbalance_cifar.load("digits", "no/such/folder", "exp", 0.001)
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_truncated_file_of_cifar_is_damaged(cifar_copy, name):
+    path = cifar_copy / "cifar-10-batches-py" / name
+    path.write_bytes(path.read_bytes()[:-10])
+    before = sorted(cifar_copy.rglob("*"))
+    with mock.patch("urllib.request.urlopen", no_network), pytest.raises(DataError) as error:
+        imbalance_cifar.load("cifar10", cifar_copy)
+    assert str(error.value).startswith(f"{path} is damaged, and cifar10 cannot be downloaded again")
+    assert "cifar-10-python.tar.gz" in str(error.value)
+    assert sorted(cifar_copy.rglob("*")) == before
+
+
+def test_missing_cifar_makes_no_folder(tmp_path):
+    with mock.patch("urllib.request.urlopen", no_network):
+        with pytest.raises(DataError, match=r"no cifar100 in .*, and it cannot be downloaded"):
+            imbalance_cifar.load("cifar100", tmp_path / "new")
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "file").write_text("")
+        with pytest.raises(DataError, match="no cifar10 in"):
+            imbalance_cifar.load("cifar10", tmp_path / "file")
+
+
+def test_one_process_downloads_at_a_time(cifar_root):
+    """The folder is locked while torchvision looks and downloads."""
+    held = []
+
+    class Watched(IMBALANCECIFAR10):
+        def download(self):
+            child = os.fork()
+            if child == 0:  # a lock belongs to an open file: another process cannot have it now
+                import fcntl
+
+                try:
+                    fcntl.flock(os.open(cifar_root, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os._exit(7)
+                os._exit(0)
+            held.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    with mock.patch.dict(imbalance_cifar.DATASETS, cifar10=Watched):
+        imbalance_cifar.load("cifar10", cifar_root)
+    assert held == [7]

@@ -1,0 +1,495 @@
+"""The models: published keys, outputs, initial values and training trajectories; the wrapper of other models."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+import torchvision
+from conftest import golden
+from torch import nn
+
+import losses
+import models
+from models.resnet_cifar import NormedLinear
+from training.loop import train_one_epoch
+from training.optimizer import sgd
+from utils import UsageError
+
+MODELS = {**models.CIFAR_MODELS, **models.IMAGENET_MODELS}
+BUILT_MODELS = [name for name in MODELS if name != "resnet1202"]  # that one is too big to run here
+GOLDEN_MODELS = ["resnet20", "resnet32", "resnet32_norm", "resnet44", "resnet56", "resnet110", "resnet18"]
+
+
+def build_golden(name, num_classes):
+    return MODELS[name.removesuffix("_norm")](num_classes, use_norm=name.endswith("_norm"))
+
+
+def fill(model, seed):
+    """The weights that the golden outputs were computed with; returns the model."""
+    generator = np.random.RandomState(seed)
+    state = model.state_dict()
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        noise = generator.randn(*tensor.shape)
+        if key.endswith("running_var"):
+            values = 1 + 0.1 * np.abs(noise)
+        elif key.endswith("running_mean"):
+            values = 0.1 * noise
+        elif tensor.ndim == 1:
+            values = float(key.endswith("weight")) + 0.1 * noise
+        else:
+            values = noise * np.sqrt(2 / np.prod(tensor.shape[1:]))
+        state[key] = torch.tensor(values, dtype=tensor.dtype)
+    model.load_state_dict(state)
+    return model
+
+
+def head_and_hidden(model):
+    """The last layer, and a list that receives its inputs."""
+    head, hidden = (model.linear if hasattr(model, "linear") else model.fc), []
+    head.register_forward_pre_hook(lambda layer, args: hidden.append(args[0].detach()))
+    return head, hidden
+
+
+# -------------------------------------------------------------------------------- against the official code
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
+def test_state_dict_keys(name, num_classes):
+    published = golden(f"state_dict_keys_{num_classes}.json")[name]
+    head_size = {"resnet18": 1000, "resnet44": 10, "resnet56": 10, "resnet110": 10}.get(name, num_classes)
+    with torch.device("meta"):
+        state = build_golden(name, head_size).state_dict()
+    assert list(state) == list(published)
+    assert {key: list(tensor.shape) for key, tensor in state.items()} == published
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet32_norm", "resnet18"])
+def test_golden_outputs(name, num_classes):
+    expected = golden(f"models_{num_classes}.npz")
+    seed, x = (6, "x64") if name == "resnet18" else (5, "x")
+    model = fill(build_golden(name, num_classes), seed).eval()
+    with torch.no_grad():
+        outputs = model(torch.tensor(expected[x]))
+    for output, part in zip(outputs, ("logits", "features"), strict=True):
+        reference = torch.tensor(expected[f"{name}/{part}"])
+        assert output.shape == reference.shape
+        largest = max(1.0, reference.abs().max().item())
+        torch.testing.assert_close(output, reference, rtol=0, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_initial_values(num_classes):
+    torch.manual_seed(0)
+    state = models.resnet32(num_classes).state_dict()
+    sums = [tensor.double().sum().item() for tensor in state.values()]
+    assert sums == golden(f"models_{num_classes}.npz")["init/resnet32/sums"].tolist()
+
+
+LR, IB_LR, IB_START = 0.05, 0.0005, 12
+
+
+def criterion_for(loss, rule, counts):
+    weight = {
+        "None": lambda: None,
+        "IBReweight": lambda: losses.inverse_frequency_weights(counts),
+        "CBReweight": lambda: losses.effective_number_weights(counts),
+    }[rule]()
+    return {
+        "CE": lambda: losses.CrossEntropyLoss(weight),
+        "Focal": lambda: losses.FocalLoss(weight, gamma=1.0),
+        "IB": lambda: losses.IBLoss(weight, alpha=1000.0),
+        "IBFocal": lambda: losses.IB_FocalLoss(weight, alpha=1000.0, gamma=1.0),
+    }[loss]()
+
+
+def as_trained(model):
+    """The model and its optimizer as the scripts have them."""
+    model = model.double().to(memory_format=torch.channels_last)
+    return model, sgd(model, LR, momentum=0.9, weight_decay=2e-4)
+
+
+def train(model, optimizer, criterion, batches):
+    """The loss of each step of the scripts' own loop."""
+    return [
+        train_one_epoch(model, [batch], criterion, optimizer, model.linear.out_features)["loss"] for batch in batches
+    ]
+
+
+@functools.cache
+def batches(num_classes):
+    data = golden(f"trajectory_{num_classes}.npz")
+    return [(torch.tensor(x).double(), torch.tensor(y)) for x, y in zip(data["x"], data["y"], strict=True)]
+
+
+@functools.cache
+def phase_one(num_classes):
+    """The first 12 steps of plain CE, which the CE run and the IB runs share: model, optimizer, losses."""
+    model, optimizer = as_trained(fill(models.resnet20(num_classes), 7))
+    return model, optimizer, train(model, optimizer, losses.CrossEntropyLoss(), batches(num_classes)[:IB_START])
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "loss", "rule"),
+    [
+        (10, "CE", "None"),
+        (10, "CE", "CBReweight"),
+        (10, "Focal", "None"),
+        (10, "IB", "IBReweight"),
+        (10, "IB", "CBReweight"),
+        (10, "IBFocal", "IBReweight"),
+        (100, "CE", "None"),
+        (100, "CE", "CBReweight"),
+        (100, "Focal", "None"),
+        (100, "IB", "IBReweight"),
+        (100, "IB", "CBReweight"),
+        (100, "IBFocal", "IBReweight"),
+    ],
+)
+def test_golden_trajectory(num_classes, loss, rule):
+    expected = golden(f"trajectory_{num_classes}.npz")
+    criterion = criterion_for(loss, rule, golden(f"losses_{num_classes}.npz")["cls_num_list"])
+    if criterion.needs_features or (loss, rule) == ("CE", "None"):
+        model, optimizer, values = copy.deepcopy(phase_one(num_classes))
+    else:
+        model, optimizer = as_trained(fill(models.resnet20(num_classes), 7))
+        values = []
+    if criterion.needs_features:
+        optimizer.param_groups[0]["lr"] = IB_LR
+    values = values + train(model, optimizer, criterion, batches(num_classes)[len(values) :])
+    assert len(values) > IB_START
+    assert values == pytest.approx(expected[f"{loss}/{rule}/losses"].tolist(), rel=1e-6)
+    if len(values) == 24:  # the trajectory of 100 classes is cut
+        norm = torch.cat([p.detach().flatten() for p in model.parameters()]).norm().item()
+        assert norm == pytest.approx(float(expected[f"{loss}/{rule}/final_param_norm"]), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- the models
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "parameters"),
+    [
+        ("resnet32", 10, 464_154),
+        ("resnet32", 100, 470_004),
+        ("resnet18", 1000, 11_689_512),
+        ("resnet50", 1000, 25_557_032),
+    ],
+)
+def test_parameter_count(name, num_classes, parameters):
+    with torch.device("meta"):
+        model = MODELS[name](num_classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7), (1202, 19.4)]
+)
+def test_sizes_of_the_resnet_paper(depth, millions):
+    with torch.device("meta"):
+        model = models.CIFAR_MODELS[f"resnet{depth}"]()
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    assert parameters == pytest.approx(millions, abs=0.05 if depth > 100 else 0.006)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) + 1 == depth
+
+
+@pytest.mark.parametrize(("use_norm", "norm"), [(False, "l1"), (True, "l2"), (True, "linf")])
+@pytest.mark.parametrize("name", BUILT_MODELS)
+def test_head_and_features(name, use_norm, norm):
+    torch.manual_seed(0)
+    model = MODELS[name](7, use_norm=use_norm, feature_norm=norm).eval()
+    head, hidden = head_and_hidden(model)
+    with torch.no_grad():
+        logits, features = model(torch.randn(2, 3, 32, 32))
+        h = hidden[0]
+        if use_norm:
+            expected = torch.cosine_similarity(h[:, :, None], head.weight[None], dim=1)
+        else:
+            expected = h @ head.weight.T + head.bias
+    rows = {"l1": h.abs().sum(1), "l2": h.square().sum(1).sqrt(), "linf": h.abs().amax(1)}
+    assert (logits.shape, features.shape) == ((2, 7), (2, 1))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features[:, 0], rows[norm])
+
+
+def test_resnet1202_takes_the_same_arguments():
+    with torch.device("meta"):
+        model = models.resnet1202(5, use_norm=True, feature_norm="l2")
+    assert isinstance(model.linear, NormedLinear)
+    assert model.feature_norm == "l2"
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18"])
+def test_unknown_feature_norm(name):
+    with pytest.raises((KeyError, ValueError)):
+        MODELS[name](3, feature_norm="l3").eval()(torch.zeros(2, 3, 32, 32))
+
+
+def test_new_normed_linear_has_columns_of_length_one():
+    torch.manual_seed(0)
+    columns = NormedLinear(64, 10).weight.detach()
+    torch.testing.assert_close(columns.norm(dim=0), torch.ones(10), rtol=1e-4, atol=0)
+    assert columns.std() > 0.1
+
+
+def test_normed_linear_is_finite_at_a_dead_feature_vector():
+    x = torch.zeros(2, 4, requires_grad=True)
+    NormedLinear(4, 3)(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_shortcut_subsamples_and_pads_with_zero_channels():
+    block = models.resnet_cifar.BasicBlock(2, 6, stride=2)
+    x = torch.rand(1, 2, 4, 4)
+    shortcut = block._shortcut(x)
+    assert shortcut.shape == (1, 6, 2, 2)
+    torch.testing.assert_close(shortcut[:, 2:4], x[:, :, ::2, ::2], rtol=0, atol=0)
+    assert shortcut[:, [0, 1, 4, 5]].eq(0).all()
+
+
+# --------------------------------------------------------------------------------------- with_feature_norm
+
+LAST_LAYERS = {"mobilenet_v3_small": "classifier.3", "densenet121": "classifier", "shufflenet_v2_x0_5": "fc"}
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize(("family", "layer"), LAST_LAYERS.items())
+def test_with_feature_norm(family, layer, by_name):
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, family)(weights=None, num_classes=6).eval()
+    last, x = model.get_submodule(layer), torch.randn(2, 3, 64, 64)
+    keys, hidden = list(model.state_dict()), []
+    handle = last.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    with torch.no_grad():
+        plain = model(x)
+        handle.remove()
+        wrapped = models.with_feature_norm(model, layer if by_name else last)
+        logits, features = wrapped(x)
+    assert wrapped is model
+    assert torch.equal(logits, plain)
+    assert features.shape == (2, 1)
+    torch.testing.assert_close(features[:, 0], hidden[0].abs().sum(1))
+    assert list(model.state_dict()) == keys
+
+
+#: family -> (model, its last layer)
+FAMILIES = {
+    "alexnet": "classifier.6", "convnext_tiny": "classifier.2", "efficientnet_b0": "classifier.1",
+    "googlenet": "fc", "inception_v3": "fc", "maxvit_t": "classifier.5", "mnasnet0_5": "classifier.1",
+    "mobilenet_v2": "classifier.1", "mobilenet_v3_small": "classifier.3", "regnet_y_400mf": "fc", "resnet18": "fc",
+    "shufflenet_v2_x0_5": "fc", "swin_t": "head", "vgg11": "classifier.6", "vit_b_32": "heads.head",
+    "densenet121": "classifier",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "layer"), FAMILIES.items())
+def test_last_layer_of_torchvisions_families_is_found(arch, layer):
+    with torch.device("meta" if arch != "regnet_y_400mf" else "cpu"):
+        model = models.torchvision_model(arch, 5)
+    assert models.last_linear(model) == layer
+    assert model.get_submodule(layer).out_features == 5
+
+
+#: Ten families, at a size that each takes.
+SIZES = {
+    "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "mnasnet0_5": 32, "mobilenet_v2": 32,
+    "mobilenet_v3_small": 32, "regnet_y_400mf": 32, "resnet18": 32, "shufflenet_v2_x0_5": 32, "swin_t": 32,
+    "vit_b_32": 224, "googlenet": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "size"), SIZES.items())
+def test_wrapped_model_gives_the_same_logits_and_the_norm_of_what_enters_the_last_layer(arch, size):
+    torch.manual_seed(0)
+    model = models.torchvision_model(arch, 5).eval()
+    plain = torchvision.models.get_model(arch, num_classes=5, **({"aux_logits": False} if arch == "googlenet" else {}))
+    plain.load_state_dict(model.state_dict())
+    plain.eval()
+    hidden, x = [], torch.randn(2, 3, size, size)
+    plain.get_submodule(FAMILIES[arch]).register_forward_pre_hook(lambda layer, args: hidden.append(args[0]))
+    with torch.no_grad():
+        expected, (logits, features) = plain(x), model(x)
+    assert torch.equal(logits, expected)
+    torch.testing.assert_close(features, hidden[0].abs().sum(1, keepdim=True))
+    assert (features > 0).all()
+
+
+def test_auxiliary_outputs_are_left_out():
+    model = torchvision.models.googlenet(num_classes=4, aux_logits=True, init_weights=False).train()
+    logits, features = models.with_feature_norm(model)(torch.randn(2, 3, 64, 64))
+    assert (logits.shape, features.shape) == ((2, 4), (2, 1))
+
+
+def test_model_without_a_linear_layer():
+    with pytest.raises(ValueError, match="SqueezeNet has no linear layer"):
+        models.with_feature_norm(torchvision.models.squeezenet1_1(num_classes=3))
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("l1", 7.0), ("l2", 5.0), ("linf", 4.0)])
+def test_with_feature_norm_of_known_numbers(norm, expected):
+    model = models.with_feature_norm(nn.Sequential(nn.Identity(), nn.Linear(2, 3)), "1", norm)
+    assert model(torch.tensor([[3.0, -4.0]]))[1].tolist() == [[expected]]
+
+
+def test_gradient_flows_through_the_features():
+    layers = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2))
+    model = models.with_feature_norm(layers, "2")
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0], [-3.0]]))
+    model(torch.tensor([[5.0]]))[1].sum().backward()
+    assert model[0].weight.grad.tolist() == [[5.0], [0.0]]  # the second unit is switched off by the ReLU
+
+
+def test_a_copy_of_a_wrapped_model_stands_alone():
+    model = models.with_feature_norm(nn.Sequential(nn.Linear(2, 2)), "0")
+    twin, x = copy.deepcopy(model), torch.tensor([[1.0, -2.0]])
+    assert twin(x)[1].tolist() == model(2 * x)[1].div(2).tolist() == [[3.0]]
+
+
+def test_with_feature_norm_of_a_missing_layer():
+    with pytest.raises(AttributeError, match="head"):
+        models.with_feature_norm(nn.Sequential(nn.Linear(2, 2)), "head")
+
+
+# ------------------------------------------------------------------------ with_feature_norm and the wrong layer
+
+
+class HeadFirst(nn.Module):
+    """A classifier whose head is made first: the last layer made is not the one that gives the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.body = nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+
+def test_a_layer_that_does_not_give_the_logits_is_refused_at_the_first_call():
+    model = models.with_feature_norm(HeadFirst())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"the layer 'body' is not what the model returns.*layer=") as error:
+            model(torch.randn(2, 5))
+    assert "\n" not in str(error.value)
+    x = torch.randn(2, 5)
+    right = models.with_feature_norm(HeadFirst(), layer="head")
+    torch.testing.assert_close(right(x)[1], right.body(x).relu().sum(1, keepdim=True))
+
+
+def test_a_layer_that_is_never_called_is_refused():
+    model = HeadFirst()
+    model.unused = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="the layer 'unused'"):
+        models.with_feature_norm(model)(torch.randn(2, 5))
+
+
+class Scaled(HeadFirst):
+    """Its forward makes a new tensor of the head's output."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+def test_the_layers_output_may_leave_the_model_as_another_tensor_of_the_same_values():
+    logits, features = models.with_feature_norm(Scaled(), "head")(torch.randn(2, 5))
+    assert (logits.shape, features.shape) == ((2, 3), (2, 1))
+    scaled = Scaled()
+    scaled.factor = 30.0
+    with pytest.raises(ValueError, match="the layer 'head'"):
+        models.with_feature_norm(scaled, "head")(torch.randn(2, 5))
+
+
+def test_only_the_first_call_is_checked():
+    model = models.with_feature_norm(Scaled(), "head")
+    model(torch.randn(2, 5))
+    model.factor = 2.0
+    model(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("eager_first", [False, True])
+def test_torch_compile_makes_one_graph_of_a_wrapped_model(eager_first):
+    """No graph break (fullgraph), and no second compilation when an eager call has done the check."""
+    torch._dynamo.reset()
+    model, x = models.with_feature_norm(HeadFirst(), "head"), torch.randn(2, 5)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    if eager_first:
+        model(x)
+    for _ in range(2):
+        for mine, expected in zip(compiled(x), model(x), strict=True):
+            torch.testing.assert_close(mine, expected)
+    assert counter.frame_count == 1
+
+
+# ----------------------------------------------------------------------------------------------- image sizes
+
+
+def takes(arch, size):
+    """Whether torchvision's model runs on images of that size: a forward pass without numbers."""
+    extra = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(arch, weights=None, num_classes=5, **extra).to("meta")
+    try:
+        model(torch.zeros(2, 3, size, size, device="meta"))
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
+def is_allowed(arch, size):
+    try:
+        models.check_image_size(arch, size)
+    except UsageError:
+        return False
+    return True
+
+
+#: One of each family with a limit, the sizes at its edge (8 is the smallest that --image_size takes), and one without.
+EDGES = {
+    "alexnet": (62, 63), "convnext_tiny": (31, 32), "densenet121": (28, 29), "googlenet": (14, 15),
+    "inception_v3": (74, 75), "vgg11": (31, 32), "vgg11_bn": (31, 32), "maxvit_t": (32, 224, 256),
+    "vit_b_32": (32, 223, 224, 256), "resnet18": (8,), "swin_t": (8,), "swin_v2_t": (8,), "regnet_y_400mf": (8,),
+    "efficientnet_b0": (8,), "mobilenet_v3_small": (8,), "mnasnet0_5": (8,), "shufflenet_v2_x0_5": (8,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "sizes"), EDGES.items())
+def test_image_sizes_are_allowed_where_the_model_runs(arch, sizes):
+    with torch.device("meta" if arch != "regnet_y_400mf" else "cpu"):
+        assert [is_allowed(arch, size) for size in sizes] == [takes(arch, size) for size in sizes]
+
+
+def test_every_family_of_torchvision_has_been_looked_at():
+    def families(archs):
+        return {arch.split("_")[0].rstrip("0123456789") for arch in archs}
+
+    alike = {"resnext", "wide"}  # ResNets
+    assert families(models.torchvision_archs()) - alike == families(EDGES)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "message"),
+    [
+        ("vit_b_16", 32, "--image_size 32: --arch vit_b_16 takes images of 224 pixels only"),
+        ("alexnet", 32, "--image_size 32: --arch alexnet needs images of at least 63 pixels"),
+        ("inception_v3", 64, "--image_size 64: --arch inception_v3 needs images of at least 75 pixels"),
+    ],
+)
+def test_an_image_size_that_a_model_cannot_take_is_one_clear_line(arch, size, message):
+    with pytest.raises(UsageError) as error:
+        models.check_image_size(arch, size)
+    assert str(error.value) == message
+
+
+def test_the_cifar_models_take_any_size():
+    for arch in models.CIFAR_MODELS:
+        models.check_image_size(arch, 8)

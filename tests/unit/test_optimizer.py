@@ -1,0 +1,96 @@
+"""SGD's momentum: from the first step on, where fp16 skips it, and from checkpoints of other layouts."""
+
+import copy
+
+import pytest
+import torch
+
+import models
+from training.optimizer import load_state, sgd
+
+
+def step(model, optimizer, images, target):
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(images)[0], target).backward()
+    optimizer.step()
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 3, 32, 32, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
+def fresh(channels_last=True):
+    torch.manual_seed(0)
+    model = models.resnet20()
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def assert_equal(one, two):
+    for (name, mine), theirs in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_zeroed_buffers_give_the_bits_of_buffers_made_by_the_first_step():
+    ours, plain = fresh(), fresh()
+    optimizer = sgd(ours, 0.1, 0.9, 2e-4)
+    plain_optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, weight_decay=2e-4, fused=True)
+    for seed in range(3):
+        step(ours, optimizer, *batch(seed))
+        step(plain, plain_optimizer, *batch(seed))
+    assert_equal(ours, plain)
+
+
+def test_a_first_step_that_overflows_is_skipped_and_leaves_zero_momentum():
+    """The scaler of fp16 skips the fused step; torch's own buffers would be memory that nobody wrote."""
+    model = torch.nn.Linear(4, 2)
+    before = copy.deepcopy(model.state_dict())
+    optimizer, scaler = sgd(model, 0.1, 0.9, 0.0), torch.amp.GradScaler("cpu", init_scale=2.0)
+    for value in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale((model(torch.ones(1, 4)) * value).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if value != 1.0:
+            assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+            assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
+    expected = before["weight"] - 0.1  # a gradient of ones, momentum 0 before it
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("source", ["contiguous", "official"])
+def test_a_loaded_state_stays_fused_and_takes_the_parameters_layout(source):
+    """A contiguous momentum under the fused step of channels-last parameters gives a wrong update, silently."""
+    plain = fresh(channels_last=False)
+    plain_optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
+    for seed in range(2):
+        step(plain, plain_optimizer, *batch(seed))
+    state = copy.deepcopy(plain_optimizer.state_dict())
+    if source == "official":  # written by an older torch
+        state["param_groups"] = [
+            {
+                k: v
+                for k, v in group.items()
+                if k in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
+            }
+            for group in state["param_groups"]
+        ]
+    ours = fresh()
+    ours.load_state_dict(plain.state_dict())
+    optimizer = sgd(ours, 0.1, 0.9, 2e-4)
+    load_state(optimizer, state)
+    for group in optimizer.param_groups:
+        assert group["fused"]
+        for parameter in group["params"]:
+            assert optimizer.state[parameter]["momentum_buffer"].stride() == parameter.stride()
+    step(ours, optimizer, *batch(2))
+    step(plain, plain_optimizer, *batch(2))
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_without_momentum_gets_zeros():
+    model = torch.nn.Linear(2, 2)
+    optimizer = sgd(model, 0.1, 0.9, 0.0)
+    load_state(optimizer, {**optimizer.state_dict(), "state": {}})
+    assert all((optimizer.state[p]["momentum_buffer"] == 0).all() for p in model.parameters())

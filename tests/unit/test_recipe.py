@@ -1,0 +1,172 @@
+"""What each epoch does, against the published settings."""
+
+import dataclasses
+import math
+import types
+
+import pytest
+from conftest import golden
+
+import losses
+from training.recipe import Recipe, Stage
+from training.registry import LOSSES, RULES, all_constants
+
+CONSTANTS = {
+    "alpha": 7.0, "epsilon": 1e-2, "ib_norm": "l2", "detach_ib": True, "auto_target": "ce", "gamma": 2.0,
+    "focal_scale": 3.0, "max_m": 0.4, "s": 20.0, "la_tau": 0.9, "vs_gamma": 0.1, "vs_tau": 0.6, "beta": 0.99,
+}  # fmt: skip
+
+
+def lrs(**fields):
+    return [stage.lr for stage in Recipe(**fields).stages()]
+
+
+def test_published_steps_of_ce():
+    lr = lrs()
+    assert lr[:6] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+    assert [lr[159], lr[160], lr[179], lr[180], lr[199]] == pytest.approx([0.1, 1e-3, 1e-3, 1e-5, 1e-5])
+
+
+@pytest.mark.parametrize("key", golden("lr.json"))
+def test_golden_learning_rates(key):
+    """Every epoch of the official scripts, exactly for Tiny ImageNet."""
+    script, loss, start = key.split("/")
+    fields = {"loss_type": loss, "start_ib_epoch": int(start)}
+    if script == "tinyimagenet":
+        fields |= {"epochs": 100, "milestones": (90,), "lr_factors": (0.1,)}
+    expected = golden("lr.json")[key]
+    assert lrs(**fields) == (expected if script == "tinyimagenet" else pytest.approx(expected, rel=1e-12))
+
+
+def test_the_ib_phase_falls_to_one_percent_and_keeps_the_milestones():
+    lr = lrs(loss_type="IB")
+    assert [lr[99], lr[100], lr[159], lr[160], lr[180]] == pytest.approx([0.1, 1e-3, 1e-3, 1e-5, 1e-7])
+
+
+def test_an_ib_phase_within_the_warmup_skips_its_rest_unless_asked():
+    assert lrs(loss_type="IB", start_ib_epoch=0)[:6] == pytest.approx([1e-3] * 6)
+    kept = lrs(loss_type="IB", start_ib_epoch=0, keep_warmup=True)
+    assert kept[:6] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3])
+
+
+def test_cosine_schedule():
+    lr = lrs(schedule="cosine", epochs=20)
+    assert lr[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])  # the same warm-up
+    half = [0.05 * (1 + math.cos(math.pi * e / 20)) for e in range(5, 20)]
+    assert lr[5:] == pytest.approx(half, rel=1e-12)
+    assert lr[10] == pytest.approx(0.05)  # half way, whatever the milestones are
+    assert lr == lrs(schedule="cosine", epochs=20, milestones=(10,), lr_factors=(0.5,))
+
+
+def test_cosine_schedule_of_an_ib_run_keeps_the_factor_of_the_ib_phase():
+    plain = lrs(schedule="cosine", epochs=20)
+    balanced = lrs(schedule="cosine", epochs=20, loss_type="IB", start_ib_epoch=12)
+    assert balanced[:12] == plain[:12]
+    assert balanced[12:] == pytest.approx([0.01 * lr for lr in plain[12:]], rel=1e-12)
+    skipped = lrs(schedule="cosine", epochs=20, loss_type="IB", start_ib_epoch=0)
+    assert skipped[1] == pytest.approx(5e-4 * (1 + math.cos(math.pi / 20)))
+    kept = lrs(schedule="cosine", epochs=20, loss_type="IB", start_ib_epoch=0, keep_warmup=True)
+    assert kept[1] == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize("loss", ["IB", "IBFocal"])
+@pytest.mark.parametrize(("rule", "weights"), [("None", "none"), ("CBReweight", "CB"), ("IBReweight", "IB")])
+def test_phase_one_is_plain_ce_without_weights(loss, rule, weights):
+    recipe = Recipe(loss_type=loss, train_rule=rule, epochs=4, start_ib_epoch=2)
+    assert [(s.loss, s.class_weights) for s in recipe.stages()] == [("CE", "none")] * 2 + [(loss, weights)] * 2
+
+
+@pytest.mark.parametrize("rule", ["DRW", "DRW-IB"])
+def test_phase_one_has_no_deferred_weights_either(rule):
+    recipe = Recipe(loss_type="IB", train_rule=rule, epochs=4, start_ib_epoch=2, drw_epoch=1)
+    weights = {"DRW": "CB", "DRW-IB": "IB"}[rule]
+    assert [s.class_weights for s in recipe.stages()] == ["none"] * 2 + [weights] * 2
+
+
+@pytest.mark.parametrize("loss", ["CE", "Focal", "LDAM", "BS", "LA", "VS"])
+def test_other_losses_have_one_phase_with_their_weights_throughout(loss):
+    stages = Recipe(loss_type=loss, train_rule="CBReweight", epochs=4, start_ib_epoch=2).stages()
+    assert {(s.loss, s.class_weights) for s in stages} == {(loss, "CB")}
+
+
+@pytest.mark.parametrize(("rule", "weights"), [("DRW", "CB"), ("DRW-IB", "IB")])
+def test_drw_weights_begin_at_drw_epoch_in_a_run_of_any_length(rule, weights):
+    stages = Recipe(loss_type="LDAM", train_rule=rule, epochs=400, drw_epoch=320).stages()
+    assert [s.class_weights for s in stages] == ["none"] * 320 + [weights] * 80
+    assert {s.sampler for s in stages} == {"none"}
+
+
+def test_resample_is_a_sampler_and_no_weight():
+    assert {(s.sampler, s.class_weights) for s in Recipe(train_rule="Resample").stages()} == {("Resample", "none")}
+
+
+def test_deferred_resampling_begins_at_drw_epoch():
+    stages = Recipe(train_rule="DRS", epochs=10, drw_epoch=7).stages()
+    assert [s.sampler for s in stages] == ["none"] * 7 + ["Resample"] * 3
+    assert {s.class_weights for s in stages} == {"none"}
+
+
+def test_the_defaults_are_the_published_settings():
+    assert dataclasses.asdict(Recipe()) == {
+        "loss_type": "CE", "train_rule": "None", "epochs": 200, "lr": 0.1, "start_ib_epoch": 100, "warmup_epochs": 5,
+        "milestones": (160, 180), "lr_factors": (0.01, 0.01), "ib_lr_factor": 0.01, "keep_warmup": False,
+        "drw_epoch": 160, "schedule": "step", "constants": {},
+    }  # fmt: skip
+    assert tuple(LOSSES) == ("CE", "Focal", "LDAM", "BS", "LA", "VS", "IB", "IBFocal")
+    assert tuple(RULES) == ("None", "Resample", "CBReweight", "IBReweight", "DRW", "DRW-IB", "DRS")
+
+
+def test_an_epoch_of_plain_ce_has_neither_weights_nor_sampler():
+    assert Recipe().stage(7) == Stage(lr=0.1, loss="CE", class_weights="none", sampler="none")
+
+
+def test_recipes_and_stages_are_values_that_do_not_change():
+    for value, name in ((Recipe(), "lr"), (Recipe().stage(0), "lr")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, 1.0)
+
+
+def test_every_milestone_needs_its_factor():
+    with pytest.raises(ValueError, match="zip"):
+        Recipe(milestones=(1, 2), lr_factors=(0.1,)).stage(0)
+
+
+def test_a_recipe_from_settings_takes_what_has_the_same_name():
+    fields = {f.name: getattr(Recipe(), f.name) for f in dataclasses.fields(Recipe) if f.name != "constants"}
+    fields |= {"loss_type": "IB", "epochs": 7, "schedule": "cosine", "milestones": (3,), "lr_factors": (0.1,)}
+    recipe = Recipe.from_settings(types.SimpleNamespace(**fields, **CONSTANTS, workers=4))
+    assert recipe == Recipe(**fields, constants=CONSTANTS)
+    assert set(recipe.constants) == set(all_constants())
+
+
+def test_the_constants_of_an_epoch_are_those_in_force():
+    fields = {"epochs": 6, "start_ib_epoch": 2, "drw_epoch": 4, "constants": CONSTANTS}
+    ib = ("alpha", "epsilon", "ib_norm", "detach_ib", "auto_target")
+
+    def names(epoch, loss, rule):
+        found = Recipe(loss_type=loss, train_rule=rule, **fields).constants_at(epoch)
+        assert found == {name: CONSTANTS[name] for name in found}
+        return tuple(found)
+
+    assert names(1, "IB", "IBReweight") == ()
+    assert names(2, "IB", "IBReweight") == ib
+    assert names(2, "IB", "CBReweight") == (*ib, "beta")
+    assert names(1, "IB", "Resample") == ("beta",)  # phase one samples too
+    assert set(names(2, "IBFocal", "None")) == {*ib, "gamma"}
+    assert [names(e, "CE", "DRS") for e in (3, 4)] == [(), ("beta",)]
+    assert [names(e, "VS", "DRW") for e in (3, 4)] == [("vs_gamma", "vs_tau"), ("vs_gamma", "vs_tau", "beta")]
+    assert names(5, "CE", "DRW-IB") == ()
+
+
+def test_criterion_and_rates_of_a_stage():
+    recipe = Recipe(loss_type="IB", train_rule="CBReweight", start_ib_epoch=1, constants=CONSTANTS)
+    first, second = recipe.criterion(recipe.stage(0), [5, 3, 1]), recipe.criterion(recipe.stage(1), [5, 3, 1])
+    assert type(first) is losses.CrossEntropyLoss
+    assert first.weight is None
+    assert (second.alpha, second.epsilon, second.norm, second.detach) == (7.0, 1e-2, "l2", True)
+    assert second.weight.tolist() == losses.effective_number_weights([5, 3, 1], 0.99).tolist()
+    assert recipe.sampling_rates(recipe.stage(0), [5, 3, 1]) is None
+    deferred = Recipe(train_rule="DRS", drw_epoch=3, constants=CONSTANTS)
+    rates = [deferred.sampling_rates(deferred.stage(e), [5, 3, 1]) for e in (2, 3)]
+    assert rates[0] is None
+    assert rates[1].tolist() == losses.effective_number_rates([5, 3, 1], 0.99).tolist()

@@ -1,0 +1,113 @@
+"""The registry of losses and rules: what an entry builds, on what it depends, and what a new entry needs."""
+
+from unittest import mock
+
+import pytest
+import torch
+from test_recipe import CONSTANTS
+
+import losses
+from training import registry
+from training.recipe import Recipe, Stage
+from training.registry import CLASS_WEIGHTS, LOSSES, RULES, SAMPLERS, LossEntry, RuleEntry
+
+COUNTS = [50, 10, 5]
+
+
+def stage(loss="CE", class_weights="none", sampler="none"):
+    return Stage(0.1, loss, class_weights, sampler)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_entry_says_what_its_criterion_needs(name):
+    entry = LOSSES[name]
+    criterion = registry.build_criterion(stage(name, "IB"), CONSTANTS, COUNTS)
+    assert criterion.needs_features == entry.needs_features
+    assert criterion.weight.tolist() == losses.inverse_frequency_weights(COUNTS).tolist()
+    assert set(entry.constants) <= set(CONSTANTS)
+    assert entry.help
+    assert criterion(torch.zeros(3, 3), torch.tensor([0, 1, 2]), torch.ones(3)).isfinite()
+
+
+def test_which_losses_have_a_first_phase_and_which_a_normalised_head():
+    assert [name for name, entry in LOSSES.items() if entry.first_phase_ce] == ["IB", "IBFocal"]
+    assert [name for name, entry in LOSSES.items() if entry.needs_features] == ["IB", "IBFocal"]
+    assert [name for name, entry in LOSSES.items() if entry.normalised_head] == ["LDAM"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "attributes"),
+    [
+        ("CE", losses.CrossEntropyLoss, {}),
+        ("Focal", losses.FocalLoss, {"gamma": 2.0, "scale": 3.0}),
+        ("LDAM", losses.LDAMLoss, {"s": 20.0}),
+        ("BS", losses.BalancedSoftmaxLoss, {"tau": 1.0}),
+        ("LA", losses.LogitAdjustedLoss, {"tau": 0.9}),
+        ("VS", losses.VSLoss, {"tau": 0.6}),
+        ("IB", losses.IBLoss, {"alpha": 7.0, "epsilon": 1e-2, "norm": "l2", "detach": True, "auto_target": "ce"}),
+        (
+            "IBFocal",
+            losses.IB_FocalLoss,
+            {"alpha": 7.0, "gamma": 2.0, "epsilon": 1e-2, "norm": "l2", "detach": True, "auto_target": "ce"},
+        ),
+    ],
+)
+def test_constants_reach_the_criterion(name, kind, attributes):
+    criterion = registry.build_criterion(stage(name), CONSTANTS, COUNTS)
+    assert type(criterion) is kind
+    assert criterion.weight is None
+    assert {key: getattr(criterion, key) for key in attributes} == attributes
+
+
+def test_constants_reach_the_buffers():
+    ldam = registry.build_criterion(stage("LDAM"), CONSTANTS, COUNTS)
+    assert torch.equal(ldam.margins, losses.ldam_margins(COUNTS, 0.4))
+    vs = registry.build_criterion(stage("VS"), CONSTANTS, COUNTS)
+    assert torch.equal(vs.scale, losses.vs_scales(COUNTS, 0.1).float())
+    control = registry.build_criterion(stage("IB"), {**CONSTANTS, "ib_norm": "none", "auto_target": "ib"}, COUNTS)
+    assert (control.norm, control.auto_target) == ("none", "ib")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_is_made_of_what_there_is(name):
+    rule = RULES[name]
+    assert rule.class_weights in CLASS_WEIGHTS
+    assert rule.sampler in SAMPLERS
+    assert rule.start is None or hasattr(Recipe(), rule.start)
+    assert rule.help
+
+
+def test_class_weights_and_rates():
+    weights = {name: registry.build_criterion(stage("CE", name), CONSTANTS, COUNTS).weight for name in CLASS_WEIGHTS}
+    assert weights["none"] is None
+    assert weights["CB"].tolist() == losses.effective_number_weights(COUNTS, 0.99).tolist()
+    assert weights["IB"].tolist() == losses.inverse_frequency_weights(COUNTS).tolist()
+    assert registry.sampling_rates(stage(), CONSTANTS, COUNTS) is None
+    rates = registry.sampling_rates(stage(sampler="Resample"), CONSTANTS, COUNTS)
+    assert rates.dtype == torch.float64
+    assert rates.tolist() == losses.effective_number_rates(COUNTS, 0.99).tolist()
+
+
+def test_a_stage_depends_on_each_constant_once():
+    assert registry.constants_of(stage("Focal", "CB", "Resample")) == ("gamma", "focal_scale", "beta")
+    assert registry.constants_of(stage("CE", "IB")) == ()
+    assert sorted(registry.all_constants()) == sorted(CONSTANTS)
+
+
+def test_a_new_loss_and_a_new_rule_are_entries():
+    """What docs/extending.md promises: nothing else than an entry makes a recipe, its constants and its criterion."""
+    loss = LossEntry(lambda counts, weight, power: losses.FocalLoss(weight, power), first_phase_ce=True, help="new")
+    rule = RuleEntry("root", start="drw_epoch", help="new")
+    with (
+        mock.patch.dict(LOSSES, New=loss),
+        mock.patch.dict(CLASS_WEIGHTS, root=lambda counts, root: torch.tensor(counts) ** root),
+        mock.patch.dict(RULES, Root=rule),
+    ):
+        recipe = Recipe("New", "Root", start_ib_epoch=2, drw_epoch=4, constants={"power": 3.0, "root": -0.5})
+        assert [recipe.stage(e).loss for e in (1, 2, 4)] == ["CE", "New", "New"]
+        assert [recipe.stage(e).class_weights for e in (1, 2, 4)] == ["none", "none", "root"]
+        assert recipe.constants_at(2) == {"power": 3.0}
+        assert recipe.constants_at(4) == {"power": 3.0, "root": -0.5}
+        criterion = recipe.criterion(recipe.stage(4), [4, 1])
+        assert (criterion.gamma, criterion.weight.tolist()) == (3.0, [0.5, 1.0])
+        assert {"power", "root"} <= set(registry.all_constants())

@@ -1,0 +1,282 @@
+"""The runs behind the paper's cells: how many, with which flags; every one passes --dry_run."""
+
+import collections
+import importlib
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import reproduce
+from experiment.parser import parse
+from paper import runs
+from paper.runs import Run
+from training.recipe import Recipe
+
+REPOSITORY = pathlib.Path(__file__).parent.parent.parent
+
+
+def listed(*args, capsys):
+    reproduce.main(["list", *map(str, args)])
+    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def refused(*args, capsys):
+    """The one line on standard error of a command that is refused."""
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main([*map(str, args)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def flag(line, name):
+    return line[line.index(name) + 1]
+
+
+def stages(run):
+    script, *argv = run.argv("out")
+    return Recipe.from_settings(parse(script, argv)).stages()
+
+
+def dry_run(line, capsys):
+    """The rows that the script of a listed command prints with --dry_run."""
+    importlib.import_module(line[1].removesuffix(".py")).main([*line[2:], "--dry_run"])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out.splitlines()
+
+
+# -------------------------------------------------------------------------------------------------- lists
+
+
+def test_table_4_is_116_runs_a_seed(capsys):
+    lines = listed("--table", 4, capsys=capsys)
+    assert len(lines) == len({tuple(line) for line in lines}) == 116
+    assert len(listed("--table", 4, "--seeds", 0, 1, 2, capsys=capsys)) == 3 * 116
+    assert len(listed("--table", 3, 4, capsys=capsys)) == 116 + 6  # LDAM, LDAM-DRW; on step Focal and CB too
+
+
+CELLS = {
+    ("cifar10", "exp", "200", "CE"): "--loss_type CE --train_rule None --imb_factor 0.005",
+    ("cifar100", "exp", "50", "CB"): "--loss_type Focal --train_rule CBReweight --imb_factor 0.02",
+    ("cifar100", "step", "10", "LDAM-DRW"): "--loss_type LDAM --train_rule DRW --imb_factor 0.1 --drw_epoch 160",
+    ("cifar10", "step", "20", "IB+CB"): "--loss_type IB --train_rule CBReweight --imb_factor 0.05",
+    ("cifar100", "exp", "100", "IB+Focal"): "--loss_type IBFocal --train_rule IBReweight --imb_factor 0.01",
+}
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=" ".join)
+def test_flags_of_five_cells(cell, capsys):
+    dataset, imb_type, ratio, method = cell
+    (line,) = listed(
+        "--table", 4, "--dataset", dataset, "--imb_type", imb_type, "--ratio", ratio, "--method", method,
+        capsys=capsys,
+    )  # fmt: skip
+    expected = f"{CELLS[cell]} --dataset {dataset} --imb_type {imb_type} -a resnet32 --epochs 200 --batch-size 128"
+    expected += " --lr 0.1 --start_ib_epoch 100 --rand_number 0 --seed 0 --exp_str full_s0 --resume auto"
+    words = expected.split()
+    assert line[:2] == ["python", "cifar_train.py"]
+    assert all(flag(line, name) == value for name, value in zip(words[::2], words[1::2], strict=True))
+    assert line[line.index("--milestones") : line.index("--milestones") + 3] == ["--milestones", "160", "180"]
+
+
+@pytest.mark.parametrize("protocol", ["full", "short"])
+@pytest.mark.parametrize("table", [1, 2, 3, 4, 5, 6])
+def test_every_line_passes_its_dry_run(table, protocol, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line in listed("--table", table, "--protocol", protocol, capsys=capsys):
+        assert len(dry_run(line, capsys)) == int(flag(line, "--epochs")) + 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def every_run():
+    found = [run for table in range(1, 7) for run in runs.cells_of_table(table)]
+    found += [run for figure in (2, 3) for run in runs.cells_of_figure(figure)]
+    found += runs.controls(runs.CONTROLS, [Run("cifar10", "exp", 100, "CE"), Run("tinyimagenet", "step", 10, "CE")])
+    found += runs.grid(["digits"], ["exp", "none"], [100], runs.METHODS)
+    return runs.spread_over(dict.fromkeys(found), [3], [0, 1], "full") + runs.spread_over(found, [0], [0], "short")
+
+
+def test_names_are_the_scripts_own_and_tell_runs_apart():
+    names = set()
+    for run in every_run():
+        script, *argv = run.argv("out")
+        assert parse(script, argv).name == run.name
+        names.add(run.name)
+    assert len(names) == len(set(every_run()))
+
+
+def test_names_of_runs_that_have_been_trained_stay():
+    assert Run("cifar10", "exp", 100, "CE").name == "cifar10_resnet32_CE_None_exp_0.01_full_s0"
+    assert Run("cifar100", "exp", 100, "IB+Focal").name == "cifar100_resnet32_IBFocal_IBReweight_exp_0.01_full_s0"
+    run = Run("cifar10", "exp", 100, "IB", "weights-only", seed=1, protocol="short")
+    assert run.name == "cifar10_resnet32_IB_IBReweight_exp_0.01_short_s1_weights-only"
+    assert (run.fork_epoch, run.trunk.name) == (20, "cifar10_resnet32_CE_None_exp_0.01_short_s1")
+
+
+def test_runs_of_a_family_train_their_shared_epochs_alike():
+    families = collections.defaultdict(list)
+    for run in every_run():
+        families[run.family].append(run)
+    shared = 0
+    for family in families.values():
+        trunk = stages(family[0].trunk)
+        for run in family:
+            own = stages(run)
+            assert own[: run.fork_epoch] == trunk[: run.fork_epoch]
+            if run != run.trunk:
+                shared += 1
+                assert own[run.fork_epoch] != trunk[run.fork_epoch], "they could share more"
+    assert shared > 100
+
+
+@pytest.mark.parametrize(
+    ("method", "trunk", "fork_epoch"),
+    [
+        ("CE+DRW", "CE", 160),
+        ("CE+DRW-IB", "CE", 160),
+        ("CE+DRS", "CE", 160),
+        ("LDAM-DRW", "LDAM", 160),
+        ("VS", "VS", 200),
+    ],
+)
+def test_what_the_baselines_share(method, trunk, fork_epoch):
+    run = Run("cifar100", "exp", 100, method)
+    assert (run.trunk.method, run.fork_epoch) == (trunk, fork_epoch)
+    last = stages(run)[-1]
+    expected = {"CE+DRW": ("CB", "none"), "CE+DRW-IB": ("IB", "none"), "CE+DRS": ("none", "Resample")}
+    assert (last.class_weights, last.sampler) == expected.get(method, (last.class_weights, "none"))
+
+
+def test_short_is_a_fifth_with_the_same_warm_up(capsys):
+    (line,) = listed("--figure", 3, "--ratio", 100, "--protocol", "short", capsys=capsys)[1:2]
+    names = ("--epochs", "--start_ib_epoch", "--exp_str")
+    assert [flag(line, name) for name in names] == ["40", "4", "short_s0_start020"]
+    assert "--keep_warmup" in line
+    settings = parse("cifar_train.py", line[2:])
+    assert settings.milestones == (32, 36)
+    assert settings.warmup_epochs == 5
+
+
+# ---------------------------------------------------------------------------------------- controls, variants
+
+
+@pytest.mark.parametrize("protocol", ["full", "short"])
+@pytest.mark.parametrize("dataset", runs.SETUPS)
+@pytest.mark.parametrize("control", runs.CONTROLS)
+def test_every_control_passes_its_dry_run_with_the_lr_of_ib(control, dataset, protocol, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (line,) = listed("--control", control, "--dataset", dataset, "--protocol", protocol, capsys=capsys)
+    rows = dry_run(line, capsys)[1:]
+    imb_type = flag(line, "--imb_type")
+    ib = stages(Run(dataset, imb_type, 1 if imb_type == "none" else 100, "IB", protocol=protocol))
+    assert [float(row.split(",")[1]) for row in rows] == [stage.lr for stage in ib]
+    assert {row.split(",")[2] for row in rows} == ({"CE"} if control == "ib-lr" else {"CE", "IB"})
+
+
+def test_the_two_by_two_is_what_it_says(capsys):
+    names = ("l1-auto", "weights-only", "weights-at-ib", "detached")
+    lines = {flag(line, "--exp_str"): line for line in listed("--control", *names, capsys=capsys)}
+    settings = {name: parse("cifar_train.py", lines[f"full_s0_{name}"][2:]) for name in names}
+    settings["ib"] = parse("cifar_train.py", Run("cifar10", "exp", 100, "IB").argv("out")[1:])
+    found = {name: (s.ib_norm, s.alpha, s.auto_target, s.detach_ib) for name, s in settings.items()}
+    assert found == {
+        "ib": ("l1", 1000.0, "ce", False),
+        "l1-auto": ("l1", "auto", "ce", False),
+        "weights-only": ("none", "auto", "ce", False),
+        "weights-at-ib": ("none", "auto", "ib", False),
+        "detached": ("l1", 1000.0, "ce", True),
+    }
+
+
+def test_controls_respect_the_method(capsys):
+    lines = listed("--control", "ib-lr", "weights-only", "--method", "IB", capsys=capsys)
+    assert [flag(line, "--exp_str") for line in lines] == ["full_s0_weights-only"]
+    assert "leave out" in refused("list", "--control", "ib-lr", "--method", "IB", capsys=capsys)
+
+
+def test_ce_has_ibs_lr_on_inaturalist_as_it_is(capsys):
+    (line,) = listed("--control", "ib-lr", "--dataset", "inaturalist", capsys=capsys)
+    assert (flag(line, "--exp_str"), flag(line, "--loss_type")) == ("full_s0", "CE")
+
+
+def test_ablations_and_subsets(capsys):
+    (no_factor,) = [line for line in listed("--table", 2, capsys=capsys) if "--ib_norm" in line]
+    assert flag(no_factor, "--ib_norm") == "none"
+    assert "--alpha" not in no_factor
+    (subset,) = listed("--ratio", 100, "--method", "IB", "--subsets", 4, capsys=capsys)
+    assert [flag(subset, "--rand_number"), flag(subset, "--exp_str")] == ["4", "full_s0_r4"]
+
+
+def test_table_5_has_the_official_lr_and_the_papers(capsys):
+    lines = listed("--table", 5, capsys=capsys)
+    assert len(lines) == 2 * 16 + 4
+    ldam = [line for line in lines if "LDAM" in line]
+    assert [(flag(line, "--recipe"), flag(line, "--epochs"), flag(line, "--train_rule")) for line in ldam] == [
+        ("ldam", "120", "DRW")
+    ] * 4
+    for method in ("CE", "IB"):
+        official, printed = (stages(Run("tinyimagenet", "exp", 100, method, v)) for v in ("", "paper-lr"))
+        assert [printed[epoch].lr for epoch in (49, 50, 89, 90)] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+        assert [official[epoch].lr for epoch in (49, 50, 90)] == pytest.approx(
+            [0.1, 0.1, 0.01] if method == "CE" else [0.1, 1e-3, 1e-4]
+        )
+    assert sum("paper" in line for line in lines) == 16
+
+
+def test_table_6(capsys):
+    lines = listed("--table", 6, capsys=capsys)
+    assert [line[1] for line in lines] == ["inat_train.py"] * 5
+    assert {flag(line, "--imb_type") for line in lines} == {"none"}
+
+
+# ------------------------------------------------------------------------------------------------ selections
+
+
+def test_what_is_not_imbalanced_is_listed_once(capsys):
+    lines = listed("--imb_type", "none", "--method", "CE", "IB", "--dataset", "cifar10", "inaturalist", capsys=capsys)
+    assert len(lines) == 4
+    assert {flag(line, "--imb_factor") for line in lines} == {"1.0"}
+
+
+def test_a_ratio_beyond_the_largest_class_is_left_out(capsys):
+    lines = listed("--dataset", "digits", "--method", "CE", capsys=capsys)
+    assert [flag(line, "--imb_factor") for line in lines] == ["0.01", "0.02", "0.05", "0.1"]
+
+
+def test_json_has_the_same_commands(capsys):
+    lines = listed("--table", 2, capsys=capsys)
+    reproduce.main(["list", "--table", "2", "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert [entry["command"] for entry in content] == lines
+    assert {entry["shared_epochs_with"] for entry in content} == {Run("cifar10", "exp", 100, "CE").name}
+    assert {entry["shared_epochs"] for entry in content} == {100}
+
+
+def test_list_is_quick_and_imports_no_torch():
+    code = "import sys, reproduce; reproduce.main(['list', '--table', '4']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 116
+
+
+BAD = {
+    "--ratio 0": "at least 1", "--ratio -5": "at least 1", "--seeds -1": "at least 0", "--subsets -2": "at least 0",
+    "--ratio x": "invalid", "--table 9": "invalid choice", "--table 2 --dataset cifar100": "leave out one",
+    "--dataset inaturalist --imb_type exp": "--imb_type none", "--dataset digits --ratio 200": "leave out one",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_selection_is_one_line(words, capsys):
+    assert BAD[words] in refused("list", *words.split(), capsys=capsys)
+
+
+@pytest.mark.parametrize("words", ["--gpus_per_run nan", "--gpus_per_run -1", "--jobs 0", "--threads 0"])
+def test_a_bad_execution_is_one_line(words, capsys, tmp_path):
+    line = refused("run", "--table", 2, "--out", tmp_path / "out", *words.split(), capsys=capsys)
+    assert "must be at least" in line
+    assert list(tmp_path.iterdir()) == []

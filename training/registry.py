@@ -1,0 +1,150 @@
+"""The losses and the rules by name: what each is made of, and on which constants it depends.
+
+To add a loss: write it in losses.py and name it in `LOSSES`. To add a rule: name it in `RULES`; new class weights or a
+new sampler go to `CLASS_WEIGHTS` or `SAMPLERS`. The names of a function's further parameters are those of the
+constants that it depends on, which are settings (experiment/settings.py).
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+import losses
+
+if TYPE_CHECKING:
+    from training.recipe import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class LossEntry:
+    """build: criterion from (class counts, class weights or None, the constants by name); needs_features: it is called
+    with the features too; first_phase_ce: plain CE before `start_ib_epoch`; normalised_head: for a cosine head.
+    """
+
+    build: Callable[..., losses.Loss]
+    needs_features: bool = False
+    first_phase_ce: bool = False
+    normalised_head: bool = False
+    help: str = ""
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of the constants on which the loss depends."""
+        return _further_parameters(self.build, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleEntry:
+    """class_weights: a key of `CLASS_WEIGHTS`; sampler: of `SAMPLERS`; start: the field of the recipe that says from
+    which epoch on they are in force, or None for all.
+    """
+
+    class_weights: str = "none"
+    sampler: str = "none"
+    start: str | None = None
+    help: str = ""
+
+
+LOSSES: dict[str, LossEntry] = {
+    "CE": LossEntry(
+        lambda counts, weight: losses.CrossEntropyLoss(weight),
+        help="cross entropy",
+    ),
+    "Focal": LossEntry(
+        lambda counts, weight, gamma, focal_scale: losses.FocalLoss(weight, gamma, focal_scale),
+        help="focal loss",
+    ),
+    "LDAM": LossEntry(
+        lambda counts, weight, max_m, s: losses.LDAMLoss(counts, max_m, weight, s),
+        normalised_head=True,
+        help="margins by class, normalised head",
+    ),
+    "BS": LossEntry(
+        lambda counts, weight: losses.BalancedSoftmaxLoss(counts, weight),
+        help="Balanced Softmax",
+    ),
+    "LA": LossEntry(
+        lambda counts, weight, la_tau: losses.LogitAdjustedLoss(counts, la_tau, weight),
+        help="logit adjustment",
+    ),
+    "VS": LossEntry(
+        lambda counts, weight, vs_gamma, vs_tau: losses.VSLoss(counts, vs_gamma, vs_tau, weight),
+        help="vector scaling",
+    ),
+    "IB": LossEntry(
+        lambda counts, weight, alpha, epsilon, ib_norm, detach_ib, auto_target: losses.IBLoss(
+            weight, alpha, epsilon, ib_norm, detach_ib, auto_target
+        ),
+        needs_features=True,
+        first_phase_ce=True,
+        help="influence-balanced loss after a phase of CE",
+    ),
+    "IBFocal": LossEntry(
+        lambda counts, weight, alpha, gamma, epsilon, ib_norm, detach_ib, auto_target: losses.IB_FocalLoss(
+            weight, alpha, gamma, epsilon, ib_norm, detach_ib, auto_target=auto_target
+        ),
+        needs_features=True,
+        first_phase_ce=True,
+        help="IB with the focal loss inside, after a phase of CE",
+    ),
+}
+
+#: name -> class weights (K,) float32, or None, from (class counts, the constants by name)
+CLASS_WEIGHTS: dict[str, Callable[..., Tensor | None]] = {
+    "none": lambda counts: None,
+    "CB": lambda counts, beta: losses.effective_number_weights(counts, beta),
+    "IB": lambda counts: losses.inverse_frequency_weights(counts),
+}
+
+#: name -> rate (K,) float64 at which an image of each class is drawn, or None for a shuffle, from (class counts, ...)
+SAMPLERS: dict[str, Callable[..., Tensor | None]] = {
+    "none": lambda counts: None,
+    "Resample": lambda counts, beta: losses.effective_number_rates(counts, beta),
+}
+
+RULES: dict[str, RuleEntry] = {
+    "None": RuleEntry(help="no weights, images shuffled"),
+    "Resample": RuleEntry(sampler="Resample", help="images drawn with effective-number rates"),
+    "CBReweight": RuleEntry("CB", help="effective-number class weights"),
+    "IBReweight": RuleEntry("IB", help="class weights 1 / n_k"),
+    "DRW": RuleEntry("CB", start="drw_epoch", help="CBReweight from drw_epoch on"),
+    "DRW-IB": RuleEntry("IB", start="drw_epoch", help="IBReweight from drw_epoch on"),
+    "DRS": RuleEntry(sampler="Resample", start="drw_epoch", help="Resample from drw_epoch on"),
+}
+
+
+def constants_of(stage: "Stage") -> tuple[str, ...]:
+    """Names of the constants on which the stage's loss, class weights and sampler depend, each once."""
+    names = [*LOSSES[stage.loss].constants]
+    for function in (CLASS_WEIGHTS[stage.class_weights], SAMPLERS[stage.sampler]):
+        names += _further_parameters(function, 1)
+    return tuple(dict.fromkeys(names))
+
+
+def all_constants() -> tuple[str, ...]:
+    """Names of the constants of all losses, class weights and samplers, each once."""
+    names = [name for entry in LOSSES.values() for name in entry.constants]
+    names += [name for f in (*CLASS_WEIGHTS.values(), *SAMPLERS.values()) for name in _further_parameters(f, 1)]
+    return tuple(dict.fromkeys(names))
+
+
+def build_criterion(stage: "Stage", constants: Mapping[str, Any], class_counts: Sequence[int]) -> losses.Loss:
+    """The criterion of a stage: criterion(logits, target, features), see losses.py."""
+    weights = _call(CLASS_WEIGHTS[stage.class_weights], constants, class_counts)
+    return _call(LOSSES[stage.loss].build, constants, class_counts, weights)
+
+
+def sampling_rates(stage: "Stage", constants: Mapping[str, Any], class_counts: Sequence[int]) -> Tensor | None:
+    """The rate at which an image of each class is drawn, (K,) float64, or None for a shuffle."""
+    return _call(SAMPLERS[stage.sampler], constants, class_counts)
+
+
+def _call(function, constants, *args):
+    return function(*args, **{name: constants[name] for name in _further_parameters(function, len(args))})
+
+
+def _further_parameters(function, skip):
+    return tuple(inspect.signature(function).parameters)[skip:]
