@@ -188,3 +188,20 @@ class LabelledImages:
     def _keep(self, positions):
         self.chosen = self.chosen[positions]
         self.targets = [self.targets[i] for i in positions]
+
+
+class InMemoryImages(LabelledImages):
+    """Images in memory: `data` (N, H, W, 3) uint8; `cls_num` is the number of classes (the published name)."""
+
+    cls_num: int
+    data: np.ndarray
+
+    def make_split(self, train: bool, imb_type: str, imb_factor: float, rand_number: int) -> None:
+        """Make the training part long-tailed, in place; the test part stays whole. Raises ValueError."""
+        self.chosen = np.arange(len(self.targets))
+        if train:
+            self.make_imbalanced(imb_type, imb_factor, rand_number)
+
+    def _keep(self, positions):
+        super()._keep(positions)
+        self.data = self.data[positions]

@@ -14,30 +14,13 @@ from torch.utils.data import Dataset
 from torchvision.datasets.utils import check_integrity
 
 from files import folder_lock
-from imbalance import LabelledImages
+from imbalance import InMemoryImages
 from utils import DataError, UsageError
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-class _InMemory(LabelledImages):
-    """`data` are the images, (N, 32, 32, 3) uint8; `cls_num` is the number of classes (the published name)."""
-
-    mean, std, image_size = CIFAR_MEAN, CIFAR_STD, 32
-    cls_num = 10
-    data: np.ndarray
-
-    def _make_split(self, train, imb_type, imb_factor, rand_number):
-        self.chosen = np.arange(len(self.targets))
-        if train:
-            self.make_imbalanced(imb_type, imb_factor, rand_number)
-
-    def _keep(self, positions):
-        super()._keep(positions)
-        self.data = self.data[positions]
-
-
-class IMBALANCECIFAR10(_InMemory, torchvision.datasets.CIFAR10):
+class IMBALANCECIFAR10(InMemoryImages, torchvision.datasets.CIFAR10):
     """CIFAR-10 (torchvision's, md5-checked) with a long-tailed training part.
 
     Args:
@@ -50,13 +33,16 @@ class IMBALANCECIFAR10(_InMemory, torchvision.datasets.CIFAR10):
         ValueError: see `imbalance.class_counts`. RuntimeError: the data are missing or damaged.
     """
 
+    mean, std, image_size = CIFAR_MEAN, CIFAR_STD, 32
+    cls_num = 10
+
     def __init__(
         self, root: str | os.PathLike, imb_type: str = "exp", imb_factor: float = 0.01, rand_number: int = 0,
         train: bool = True, transform: Callable | None = None, target_transform: Callable | None = None,
         download: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(root, train, transform, target_transform, download)
-        self._make_split(train, imb_type, imb_factor, rand_number)
+        self.make_split(train, imb_type, imb_factor, rand_number)
 
 
 class IMBALANCECIFAR100(IMBALANCECIFAR10):
@@ -72,12 +58,14 @@ class IMBALANCECIFAR100(IMBALANCECIFAR10):
     meta = torchvision.datasets.CIFAR100.meta
 
 
-class IMBALANCEDIGITS(_InMemory, Dataset):
+class IMBALANCEDIGITS(InMemoryImages, Dataset):
     """1,797 handwritten digits of 8 x 8 pixels as 32 x 32 x 3 uint8, 30 % of them (stratified, fixed) for testing.
 
     Arguments as IMBALANCECIFAR10; `root` and `download` are not used. CIFAR's mean and std serve these images too.
     """
 
+    mean, std, image_size = CIFAR_MEAN, CIFAR_STD, 32
+    cls_num = 10
     flip = False  # a mirrored 2 is no digit
     TEST_SHARE, SPLIT_SEED = 0.3, 0
 
@@ -90,7 +78,7 @@ class IMBALANCEDIGITS(_InMemory, Dataset):
         self.transform, self.target_transform = transform, target_transform
         self.classes = [str(digit) for digit in range(10)]
         self.data, self.targets = _digits(train, self.TEST_SHARE, self.SPLIT_SEED)
-        self._make_split(train, imb_type, imb_factor, rand_number)
+        self.make_split(train, imb_type, imb_factor, rand_number)
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -196,9 +196,9 @@ def _loss(function: Callable[..., PerSample]) -> Any:
 
 
 def _weighted_ce(logits, target, weight):
-    """w_y * CE of each sample."""
+    """w_y * CE of each sample. What is ignored is class 0 by now, so that torch's own -100 would hide a wrong target."""
     weight = None if weight is None else weight.to(logits.dtype)
-    return F.cross_entropy(logits, target, weight=weight, reduction="none", ignore_index=-100)
+    return F.cross_entropy(logits, target, weight=weight, reduction="none", ignore_index=-(2**31))
 
 
 def _class_weight(loss, target, weight):
@@ -341,9 +341,11 @@ def influence(
         ValueError: features of another shape. Which of the two they are is never guessed.
     """
     logits, target, _ = _checked(logits, target, ignore_index)
-    error, true = F.softmax(logits, dim=1), target.unsqueeze(1)
+    error = F.softmax(logits, dim=1)
     if target.is_floating_point():
         error, true = error - target, target.argmax(1, keepdim=True)
+    else:
+        true = target.unsqueeze(1)
     others = error.scatter(1, true, 0.0)
     error = others.scatter_add(1, true, -others.sum(1, keepdim=True))
     return row_norm(error, norm) * _feature_norm(logits, features, norm, raw_features)

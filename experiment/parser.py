@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import imbalance_cifar
+import imbalance_tinyimagenet
 import models
 from experiment.settings import FIELDS, Settings, check
 from utils import UsageError, one_line
@@ -38,24 +40,37 @@ class Script:
 
 SCRIPTS = {
     "cifar_train.py": Script(
-        {"cifar10": 10, "cifar100": 100, "digits": 10}, lambda: list(models.CIFAR_MODELS), frozenset(),
-        {"arch": "resnet32", "pretrained": "none"}, has_imagenet_weights=False,
+        datasets={name: dataset.cls_num for name, dataset in imbalance_cifar.DATASETS.items()},
+        archs=lambda: list(models.CIFAR_MODELS),
+        offers=frozenset(),
+        defaults={"arch": "resnet32", "pretrained": "none"},
+        has_imagenet_weights=False,
     ),
-    # the official code's 160 for DRW never comes in 100 epochs: here it starts where the lr falls, as on CIFAR
     "tinyimage_train.py": Script(
-        {"tinyimagenet": 200}, lambda: list(models.IMAGENET_MODELS), frozenset(("image_size", "crop", "recipe")),
-        {"arch": "resnet18", "pretrained": "imagenet", "image_size": 224, "crop": "resized", "recipe": "official",
-         "drw_epoch": 90, "epochs": 100, "milestones": (90,), "lr_factors": (0.1,)},
+        datasets={"tinyimagenet": imbalance_tinyimagenet.CLASSES},
+        archs=lambda: list(models.IMAGENET_MODELS),
+        offers=frozenset(("image_size", "crop", "recipe")),
+        # the official code's 160 for DRW never comes in 100 epochs: here it starts where the lr falls, as on CIFAR
+        defaults={
+            "arch": "resnet18", "pretrained": "imagenet", "image_size": 224, "crop": "resized", "recipe": "official",
+            "drw_epoch": 90, "epochs": 100, "milestones": (90,), "lr_factors": (0.1,),
+        },
     ),
     "inat_train.py": Script(
-        {"inaturalist": None}, models.torchvision_archs, frozenset(("image_size", "check_images")),
-        {"arch": "resnet50", "pretrained": "none", "image_size": 224, "drw_epoch": 180, "milestones": (30, 180),
-         "lr_factors": (0.1, 0.1), "imb_type": "none", "start_ib_epoch": 50, "lr": 0.01, "ib_lr_factor": 1.0,
-         "warmup_epochs": 0, "max_m": 0.3},
+        datasets={"inaturalist": None},
+        archs=models.torchvision_archs,
+        offers=frozenset(("image_size", "check_images")),
+        defaults={
+            "arch": "resnet50", "pretrained": "none", "image_size": 224, "imb_type": "none", "epochs": 200,
+            "start_ib_epoch": 50, "lr": 0.01, "milestones": (30, 180), "lr_factors": (0.1, 0.1), "ib_lr_factor": 1.0,
+            "warmup_epochs": 0, "drw_epoch": 180, "max_m": 0.3,
+        },
     ),
     "folder_train.py": Script(
-        {}, models.torchvision_archs, frozenset(("image_size", "check_images", "train_list", "val_list")),
-        {"arch": "resnet50", "pretrained": "none", "image_size": 224, "imb_type": "none"},
+        datasets={},
+        archs=models.torchvision_archs,
+        offers=frozenset(("image_size", "check_images", "train_list", "val_list")),
+        defaults={"arch": "resnet50", "pretrained": "none", "image_size": 224, "imb_type": "none"},
     ),
 }  # fmt: skip
 

@@ -191,6 +191,16 @@ def test_cross_entropy_is_torchs_in_every_form(soft, dense, reduction, weight):
     torch.testing.assert_close(losses.CrossEntropyLoss(weight, reduction=reduction)(logits, target), expected)
 
 
+@pytest.mark.parametrize("wrong", [5, -1, -100])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_target_that_is_no_class_is_an_error(loss, wrong):
+    """Also -100, where another index is the ignored one."""
+    logits, target, features = batch()
+    target[2] = wrong
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        build(loss, ignore_index=255)(logits, target, features)
+
+
 def test_everything_ignored_gives_what_torch_gives():
     logits, target = torch.zeros(2, 3), torch.full((2,), -100)
     assert losses.cross_entropy(logits, target, reduction="sum") == 0

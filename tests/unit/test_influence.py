@@ -1,0 +1,92 @@
+"""Fig. 2: the influence of a checkpoint's training images, against the gradient that it stands for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from script_runner import DIGITS, REAL, model_folder, run_ok
+
+import imbalance_cifar
+import models
+import reproduce
+from experiment import checkpoint
+from loaders.in_memory import InMemoryBatches
+from paper import influence
+
+ARGV = [*DIGITS, *REAL, "--epochs", "1", "--milestones", "--imb_factor", "0.1", "--rand_number", "2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The checkpoint of a digits run of one epoch, whose loss wants another norm than Fig. 2."""
+
+    class NoCapture:
+        def readouterr(self):
+            return "", ""
+
+    folder = tmp_path_factory.mktemp("trained")
+    run_ok([*ARGV, "--loss_type", "IB", "--ib_norm", "l2"], folder, NoCapture())
+    return str(model_folder(folder, loss="IB", arch="resnet20", imb="exp_0.1") / checkpoint.NEWEST)
+
+
+def digits():
+    return imbalance_cifar.IMBALANCEDIGITS(imb_factor=0.1, rand_number=2)
+
+
+def test_the_influence_is_the_l1_norm_of_the_gradient_in_the_last_layers_weights(trained):
+    model = models.resnet20(10, feature_norm="l1")
+    model.load_state_dict(checkpoint.load(trained)["state_dict"])
+    data = digits().subset(np.arange(0, 400, 40))
+    values, target = influence.influences(model.eval(), InMemoryBatches(data, 4).eval_epoch())
+    assert target.tolist() == data.targets
+    images = torch.cat([images for images, _ in InMemoryBatches(data, 4).eval_epoch()])
+    for image, label, value in zip(images, target, values, strict=True):
+        logits, _ = model(image[None])
+        loss = torch.nn.functional.cross_entropy(logits, label[None])
+        (gradient,) = torch.autograd.grad(loss, model.linear.weight)
+        assert value.item() == pytest.approx(gradient.abs().sum().item(), rel=1e-4, abs=1e-6)
+
+
+def test_the_most_influential_images_of_the_first_and_the_last_class(trained):
+    found = influence.of_checkpoint(trained, "nowhere")
+    model = models.resnet20(10)
+    model.load_state_dict(checkpoint.load(trained)["state_dict"])
+    values, target = influence.influences(model.eval(), InMemoryBatches(digits(), 64).eval_epoch())
+    parts = [values[target == label].sort(descending=True).values for label in (0, 9)]
+    largest = max(part.max() for part in parts)
+    assert found["classes"] == ["0", "9"]
+    assert found["images"] == [len(part) for part in parts] == [124, 12]
+    assert [len(part) for part in found["influence"]] == [50, 12]
+    for mine, part in zip(found["influence"], parts, strict=True):
+        assert mine == pytest.approx((part[:50] / largest).tolist(), abs=1e-5)
+    assert max(map(max, found["influence"])) == 1
+
+
+def test_the_report_draws_it(trained, tmp_path, capsys):
+    reproduce.main(["report", str(tmp_path), "--influence", trained, trained])
+    assert "figure2.png" in capsys.readouterr().out
+    content = json.loads((tmp_path / "figure2.json").read_text())
+    assert content["balanced"] == content["long-tailed"] == influence.of_checkpoint(trained, "nowhere")
+    assert "![figure2](figure2.png)" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "does not say on which data"),
+        ({"dataset": "tinyimagenet"}, "does not say"),
+        ({"alpha": "x"}, "alpha is 'x'"),
+    ],
+)
+def test_a_foreign_checkpoint_is_one_line(settings, reason, trained, tmp_path, capsys):
+    state = checkpoint.load(trained)
+    state["settings"] = {**({"dataset": "digits"} if "alpha" in settings else {}), **settings}
+    torch.save(state, tmp_path / "foreign.pth.tar")
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["report", str(tmp_path), "--influence", str(tmp_path / "foreign.pth.tar"), trained])
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "foreign.pth.tar" in line
+    assert reason in line
