@@ -196,16 +196,13 @@ def _loss(function: Callable[..., PerSample]) -> Any:
 
 
 def _weighted_ce(logits, target, weight):
-    """w_y * CE of each sample. What is ignored is class 0 by now, so that torch's own -100 would hide a wrong target."""
+    """(w_y * CE, w_y) of each sample; w_y is 1 without class weights, and for probabilities (as in torch).
+
+    Ignored targets are class 0 by now: with its -100 torch would hide a wrong one.
+    """
     weight = None if weight is None else weight.to(logits.dtype)
-    return F.cross_entropy(logits, target, weight=weight, reduction="none", ignore_index=-(2**31))
-
-
-def _class_weight(loss, target, weight):
-    """w_y of each sample; 1 without class weights, and for probabilities (as in torch)."""
-    if weight is None or target.is_floating_point():
-        return torch.ones_like(loss)
-    return weight.to(loss.dtype)[target]
+    loss = F.cross_entropy(logits, target, weight=weight, reduction="none", ignore_index=-(2**31))
+    return loss, torch.ones_like(loss) if weight is None or target.is_floating_point() else weight[target]
 
 
 def _by_class(values, logits):
@@ -240,8 +237,7 @@ def row_norm(rows: Tensor, norm: str = "l1") -> Tensor:
 @_loss
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> PerSample:
     """Cross entropy, weighted by class (torch's own)."""
-    loss = _weighted_ce(logits, target, weight)
-    return loss, _class_weight(loss, target, weight)
+    return _weighted_ce(logits, target, weight)
 
 
 @_loss
@@ -253,7 +249,7 @@ def focal_loss(
     The official IB code multiplies by 10 and takes p after the class weight; both are kept. Gamma 0 is `scale` times
     the plain mean of w_y * CE.
     """
-    ce = _weighted_ce(logits, target, weight)
+    ce, _ = _weighted_ce(logits, target, weight)
     return scale * (_focal_factor(ce, gamma) * ce), torch.ones_like(ce)
 
 
@@ -268,7 +264,7 @@ def ldam_loss(
         s: scale of the logits, which are cosines of a normalised head.
     """
     one_hot = target if target.is_floating_point() else torch.zeros_like(logits).scatter(1, target.unsqueeze(1), 1.0)
-    return cross_entropy.per_sample(s * (logits - one_hot * _by_class(margins, logits)), target, weight)
+    return _weighted_ce(s * (logits - one_hot * _by_class(margins, logits)), target, weight)
 
 
 # ---------------------------------------------------------------------------- logits with the class prior
@@ -316,8 +312,7 @@ def balanced_softmax(
 
 @_loss
 def _scaled_ce(logits, target, scale, shift, weight):
-    logits = logits * _by_class(scale, logits) + _by_class(shift, logits)
-    return cross_entropy.per_sample(logits, target, weight)
+    return _weighted_ce(logits * _by_class(scale, logits) + _by_class(shift, logits), target, weight)
 
 
 # ----------------------------------------------------------------------------------- influence-balanced
@@ -396,7 +391,8 @@ def ib_loss(
     0.3466
     """
     factor = ib_factor(logits, target, features, alpha, epsilon, norm, detach, raw_features)
-    return _weighted_ce(logits, target, weight) * factor, torch.ones_like(factor)
+    ce, _ = _weighted_ce(logits, target, weight)
+    return ce * factor, torch.ones_like(factor)
 
 
 @_loss
@@ -409,7 +405,7 @@ def ib_focal_loss(
     Arguments as `ib_factor`; `detach` is of the IB factor only. Gamma 0 is `ib_loss`.
     """
     factor = ib_factor(logits, target, features, alpha, epsilon, norm, detach, raw_features)
-    ce = _weighted_ce(logits, target, weight)
+    ce, _ = _weighted_ce(logits, target, weight)
     return _focal_factor(ce, gamma) * ce * factor, torch.ones_like(factor)
 
 
@@ -477,12 +473,9 @@ class FocalLoss(Loss):
 
 
 class LDAMLoss(Loss):
-    """`ldam_loss` as a Module, for logits of a normalised head.
+    """`ldam_loss` as a Module, with the `ldam_margins` of K training-set counts, for logits of a normalised head.
 
-    Args:
-        cls_num_list: K training-set counts.
-        max_m: largest margin.
-        s: scale, over 0.
+    Raises ValueError for an s that is not over 0.
     """
 
     def __init__(
@@ -499,12 +492,7 @@ class LDAMLoss(Loss):
 
 
 class VSLoss(Loss):
-    """`vs_loss` as a Module.
-
-    Args:
-        cls_num_list: K training-set counts.
-        gamma, tau: 0 or more.
-    """
+    """`vs_loss` as a Module, from K training-set counts. Raises ValueError for a negative gamma or tau."""
 
     def __init__(
         self, cls_num_list: ClassCounts, gamma: float = 0.2, tau: float = 1.2, weight: Weight = None, **options: Any

@@ -11,7 +11,7 @@ from imbalance_cifar import IMBALANCEDIGITS
 
 
 def digits(batch_size: int = 32) -> tuple[DataLoader, DataLoader, list[int]]:
-    """(training batches, test batches, images of each class): 309 images for training, 124 of class 0 and 1 of class 9."""
+    """(training batches, test batches, training images of each class: 124 of class 0 down to 1 of class 9)."""
     train = IMBALANCEDIGITS(imb_factor=0.01, transform=ToTensor())
     test = IMBALANCEDIGITS(train=False, transform=ToTensor())
     return DataLoader(train, batch_size, shuffle=True), DataLoader(test, 256), train.get_cls_num_list()

@@ -1,7 +1,7 @@
 """The influence-balanced loss in a LightningModule: python -m examples.lightning_example
 
-`alpha="auto"` measures the loss in its first 20 batches and gives it the size of the cross entropy that it replaces. What it
-finds is a buffer of the criterion, so Lightning's checkpoints keep it.
+`alpha="auto"` measures the loss in its first 20 batches and gives it the size of the cross entropy that it replaces.
+What it finds is a buffer of the criterion, so Lightning's checkpoints keep it.
 """
 
 import logging

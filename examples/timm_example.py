@@ -1,12 +1,14 @@
 """The influence-balanced loss with a model of timm: python -m examples.timm_example
 
 `forward_head(..., pre_logits=True)` gives h, the input of the classifier, for every timm model that ends in a linear
-layer. `models.with_feature_norm(model, model.get_classifier())` is the other way: the model then returns the norm of h itself.
+layer. The other way is `models.with_feature_norm(model, model.get_classifier())`: the model then returns the norm of h.
 """
+
+from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from examples.digits import class_mean, digits
 from losses import CrossEntropyLoss, IBLoss, inverse_frequency_weights
@@ -14,7 +16,7 @@ from losses import CrossEntropyLoss, IBLoss, inverse_frequency_weights
 EPOCHS, START_IB = 10, 7
 
 
-def logits_and_h(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def logits_and_h(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) and (N, D)."""
     h = model.forward_head(model.forward_features(images), pre_logits=True)
     return model.get_classifier()(h), h

@@ -12,7 +12,8 @@ from experiment.records import Progress, best_epoch, epoch_line
 from experiment.run import Run
 from imbalance import GROUP_RULE
 from training import distributed
-from training.loop import NonFiniteLoss, evaluate, raise_if_bad, train_one_epoch
+from training.loop import NonFiniteLoss, evaluate, finite_figures, for_evaluation, train_one_epoch
+from training.precision import Compiled
 from training.recipe import Recipe, Stage
 from utils import UsageError, duration, epoch_seed, format_metric, one_line, warn
 
@@ -38,6 +39,8 @@ def fit(
     if settings.gpu is not None and run.device.type == "cpu":
         _warn_of_cpu(run, model, recipe, test_batches, len(train_batches))
     trained = _as_trained(model, settings, run.device)
+    side = settings.image_size or 32
+    test_batches, val_batches = (b and for_evaluation(b, side) for b in (test_batches, val_batches))
     progress = Progress(epochs, settings.print_freq)
     criterion = Criterion(recipe, run.class_counts, run.device, run.start.criterion)
     with run.recording():
@@ -93,20 +96,15 @@ class Criterion:
 def _as_trained(model, settings, device):
     """The model as it is trained: gradients over all ranks, compiled if asked for. Its weights are `model`'s."""
     model = distributed.data_parallel(model, settings.sync_bn)
-    if not settings.compile:
-        return model
-    # CUDA graphs and data parallel do not go together (pytorch#139207)
-    mode = "reduce-overhead" if device.type == "cuda" and distributed.world_size() == 1 else None
-    return torch.compile(model, mode=mode, dynamic=False)
+    return Compiled(model, device) if settings.compile else model
 
 
 def _train(run, model, batches, criterion, optimizer, progress):
     """`train_one_epoch` with progress lines; its errors name the epoch, the batch and a way out."""
 
-    def on_batch(batch, metrics, first_bad):
+    def on_batch(batch, metrics):
         if progress.due(batch):
-            raise_if_bad(first_bad)
-            progress.show(batch, metrics.read())
+            progress.show(batch, finite_figures(metrics))
 
     try:
         return train_one_epoch(model, batches, criterion, optimizer, len(run.class_counts), run.precision, on_batch)

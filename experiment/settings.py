@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from imbalance import IMB_TYPES
-from losses import NORMS
+from losses import AUTO_TARGETS, NORMS
 from training.precision import AMP_TYPES
+from training.recipe import SCHEDULES
 from training.registry import LOSSES, RULES
 from utils import UsageError, warn
 
@@ -158,7 +159,7 @@ class Settings:
         help="scale of the IB loss; auto: set in the first 20 IB batches (default: 1000)",
     )  # fmt: skip
     auto_target: str = setting(
-        "ce", "--auto_target", affects="schedule", group="method", choices=("ce", "ib"),
+        "ce", "--auto_target", affects="schedule", group="method", choices=AUTO_TARGETS,
         help="size that --alpha auto gives the loss. ce: of plain CE; ib: of the IB loss with L1 norm and alpha 1000 "
         "(default: %(default)s)",
     )  # fmt: skip
@@ -198,11 +199,11 @@ class Settings:
         help="LA's weight of the log prior (default: %(default)s)",
     )  # fmt: skip
     vs_gamma: float = setting(
-        0.15, "--vs_gamma", affects="schedule", group="method", type=number(float, low=0), metavar="G",
+        0.2, "--vs_gamma", affects="schedule", group="method", type=number(float, low=0), metavar="G",
         help="VS's exponent of n_k / n_max, which multiplies the logits (default: %(default)s)",
     )  # fmt: skip
     vs_tau: float = setting(
-        1.25, "--vs_tau", affects="schedule", group="method", type=number(float, low=0), metavar="T",
+        1.2, "--vs_tau", affects="schedule", group="method", type=number(float, low=0), metavar="T",
         help="VS's weight of the log prior (default: %(default)s)",
     )  # fmt: skip
     drw_epoch: int = setting(
@@ -232,7 +233,7 @@ class Settings:
         help="default: %(default)s",
     )  # fmt: skip
     schedule: str = setting(
-        "step", "--schedule", affects="schedule", group="training", choices=("step", "cosine"),
+        "step", "--schedule", affects="schedule", group="training", choices=SCHEDULES,
         help="step: the lr falls at the milestones; cosine: half a cosine over all epochs (default: %(default)s)",
     )  # fmt: skip
     warmup_epochs: int = setting(
@@ -473,6 +474,8 @@ def check(settings: Settings) -> Settings:
         )
     if loss.needs_features and settings.ib_norm == "none" and settings.epsilon == 0:
         raise UsageError("--ib_norm none needs an --epsilon over 0: the factor is alpha / epsilon")
+    if settings.auto_target == "ib" and settings.ib_norm not in ("l1", "none"):
+        raise UsageError(f"--auto_target ib needs L1 norms: it does not go with --ib_norm {settings.ib_norm}")
     if rule.start and getattr(settings, rule.start) >= epochs:
         warn(f"--{rule.start} {getattr(settings, rule.start)} never comes in {epochs} epochs: the rule does nothing")
     if settings.start_epoch >= epochs:

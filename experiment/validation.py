@@ -39,7 +39,7 @@ def check_state(state: Any, path: str) -> None:
         "settings": _is_settings(state.get("settings") or {}),
         "split_sha256": isinstance(state.get("split_sha256"), (str, type(None))),
         "files_sha256": isinstance(state.get("files_sha256"), (str, type(None))),
-        "history": isinstance(history, list) and len(history) <= epoch and all(map(_is_record, history)),
+        "history": isinstance(history, list) and _is_count(epoch) and len(history) <= epoch and all(map(_is_record, history)),
     }
     bad = [name for name, is_good in good.items() if not is_good]
     if bad:

@@ -133,7 +133,7 @@ def describe(settings: dict[str, Any]) -> tuple[runs.Run | None, tuple[Differenc
     ]
     differing = [(run, differences(command_settings(run), found)) for run in candidates]
     run, difference = min(differing, key=lambda pair: len(pair[1]))
-    return dataclasses.replace(run, seed=found.seed), difference
+    return dataclasses.replace(run, seed=found.seed or 0), difference
 
 
 def settings_of(settings: dict[str, Any]) -> Settings:

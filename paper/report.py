@@ -42,12 +42,16 @@ is unknown (no row of the data set has two seeds). Figures of another experiment
 
 
 def write(folders: Sequence[str | pathlib.Path], to: str | pathlib.Path) -> list[str]:
-    """report.md and figures in the folder `to`, from the records below `folders`. Returns the paths."""
+    """report.md and figures in the folder `to`, from the records below `folders`. Returns the paths.
+
+    A folder may hold notes.md, what a reader must know of its runs: its text comes first.
+    """
     to = pathlib.Path(to)
     to.mkdir(parents=True, exist_ok=True)
-    found, left_out = [], []
-    for folder in folders:
+    found, left_out, notes = [], [], []
+    for folder in map(pathlib.Path, folders):
         good, bad = records.read(folder)
+        notes += [(folder / "notes.md").read_text().strip(), ""] if (folder / "notes.md").exists() else []
         found += good
         left_out += bad
     rows, doubtful = group(found)
@@ -55,7 +59,7 @@ def write(folders: Sequence[str | pathlib.Path], to: str | pathlib.Path) -> list
     for line in left_out:
         warn(f"left out: {line}")
     images = figures.draw(rows, to)
-    parts = ["# What has run", "", RULE, "", *against_the_paper(rows), *per_class(rows), *others(rows)]
+    parts = ["# What has run", "", *notes, RULE, "", *against_the_paper(rows), *per_class(rows), *others(rows)]
     parts += runs_and_commands(rows)
     parts += ["## Left out", "", *(f"- {line}" for line in left_out), ""] if left_out else []
     images += [to / "figure2.png"] if (to / "figure2.png").exists() else []
@@ -64,11 +68,11 @@ def write(folders: Sequence[str | pathlib.Path], to: str | pathlib.Path) -> list
     return [str(to / "report.md"), *map(str, images)]
 
 
-def mean_and_spread(values: Sequence[float | None], digits: int = 2) -> str:
+def mean_and_spread(of_seeds: Sequence[float | None], digits: int = 2) -> str:
     """'78.17 ± 0.57', one value alone, 'n/a' where a value is missing."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return "n/a" if values else ""
+    known = [value for value in of_seeds if value is not None]
+    if not known or len(known) < len(of_seeds):
+        return "n/a" if of_seeds else ""
     spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
     return f"{fmean(known):.{digits}f}{spread}"
 

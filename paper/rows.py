@@ -50,7 +50,7 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
             continue
         curve = tuple(round(epoch["test"]["acc1"], 4) for epoch in record["history"])
         same[run, difference].setdefault(curve, (path, record))
-    for (run, difference), curves in sorted(same.items(), key=lambda item: item[0][0].seed or 0):
+    for (run, difference), curves in sorted(same.items(), key=lambda item: item[0][0].seed):
         if len(curves) > 1:
             paths = " and ".join(path for path, _ in curves.values())
             left_out.append(f"{paths}: different runs of one seed; keep one of them")

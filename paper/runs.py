@@ -158,21 +158,21 @@ class Run:
     def argv(self, out: str | pathlib.Path) -> list[str]:
         """Script and flags; everything that the paper sets is named. Logs and checkpoints go below `out`."""
         setup, settings = self.setup, self.settings
-        flags = ["--dataset", self.dataset, "-a", setup.arch, "--imb_type", self.imb_type]
+        flags: list[Any] = ["--dataset", self.dataset, "-a", setup.arch, "--imb_type", self.imb_type]
         flags += ["--imb_factor", 1 / self.ratio, "--rand_number", self.subset, "--seed", self.seed]
         flags += ["--batch-size", setup.batch_size]
         # what a loss alone decides is left to the script's default unless the variant changes it
         wanted = {
-            "lr",
-            "ib_lr_factor",
             "loss_type",
             "train_rule",
             "epochs",
+            "lr",
             "milestones",
+            "lr_factors",
             "start_ib_epoch",
-            *self.changes,
+            "ib_lr_factor",
         }
-        wanted |= {"drw_epoch"} if settings["train_rule"] in DEFERRED else set()
+        wanted |= {*self.changes} | ({"drw_epoch"} if settings["train_rule"] in DEFERRED else set())
         for name in sorted(wanted):
             flags += _flag(name, settings[name])
         flags += ["--keep_warmup"] if settings["keep_warmup"] else []

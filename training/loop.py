@@ -1,18 +1,25 @@
 """An epoch of training and an evaluation: what every script shares. Knows no flags and no files."""
 
+import contextlib
+import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from training import distributed
 from training.metrics import MetricAccumulator, group_accuracy
 from training.precision import Precision
 from utils import DataError
 
-#: called with the batch's number, the metrics so far, and the number of the first bad batch (-1: none)
-OnBatch = Callable[[int, MetricAccumulator, torch.Tensor], None]
+#: called with the batch's number and the metrics so far
+OnBatch = Callable[[int, MetricAccumulator], None]
+
+#: On CUDA images are evaluated so many pixels at a time (2048 of 32 x 32), or by the training batch if that is larger.
+EVALUATION_PIXELS = 2**21
 
 
 class NonFiniteLoss(DataError):
@@ -42,28 +49,45 @@ def train_one_epoch(
     model.train()
     precision = precision or Precision()
     device = next(model.parameters()).device
-    metrics = MetricAccumulator(num_classes, device, confusion=False)
+    metrics = MetricAccumulator(num_classes, device, by_class=False)
     factors = torch.zeros(2, num_classes, device=device, dtype=torch.float64)
-    first_bad = torch.full((), -1, device=device)
     takes_empty = any(isinstance(part, torch.nn.SyncBatchNorm) for part in model.modules())
-    for batch, (images, target) in enumerate(batches):
-        n = len(target)
-        if n == 0 and not takes_empty:  # a last batch smaller than the number of ranks: blank images count nothing
-            images, target = images.new_zeros((2, *images.shape[1:])), target.new_zeros(2)
-        with precision.autocast():
-            logits, features = model(images)
-        logits, target, features = logits[:n], target[:n], features[:n]
-        loss, samples = mean_over_ranks(criterion, logits, target, features)
-        precision.step(loss * distributed.world_size(), optimizer)  # data parallel averages the gradients
-        first_bad = torch.where((first_bad < 0) & ~torch.isfinite(loss.detach()), batch, first_bad)
-        metrics.add(logits.detach(), target, loss * samples)
-        if criterion.needs_features:
-            factor = criterion.factor(logits.detach(), target, features.detach()).double()
-            factors.index_add_(1, target, torch.stack([factor, torch.ones_like(factor)]))
-        if on_batch is not None:
-            on_batch(batch, metrics, first_bad)
-    raise_if_bad(first_bad)
-    return {**metrics.read(), "ib_factor": _mean_factors(factors) if criterion.needs_features else None}
+    ranks = distributed.world_size()
+    with _batches_counted_once(model, metrics):
+        for batch, (images, target) in enumerate(batches):
+            # a last batch smaller than the number of ranks: blank images that count nothing
+            is_blank = len(target) == 0 and not takes_empty
+            if is_blank:
+                images = images.new_zeros((2, *images.shape[1:]))
+            with precision.autocast():
+                logits, features = model(images)
+            if is_blank:
+                logits, features = logits[:0], features[:0]
+            loss, samples = mean_over_ranks(criterion, logits, target, features)
+            # data parallel averages the gradients
+            precision.step(loss if ranks == 1 else loss * ranks, optimizer)
+            metrics.add(logits.detach(), target, loss.detach() * samples)
+            if criterion.needs_features:
+                factor = criterion.factor(logits.detach(), target, features.detach()).double()
+                factors.index_add_(1, target, torch.stack([factor, torch.ones_like(factor)]))
+            if on_batch is not None:
+                on_batch(batch, metrics)
+    figures = finite_figures(metrics)
+    return {**figures, "ib_factor": _mean_factors(factors) if criterion.needs_features else None}
+
+
+@contextlib.contextmanager
+def _batches_counted_once(model, metrics):
+    """Let batch norm's counters of batches, which nothing reads meanwhile, rise at the end: a kernel a layer less."""
+    layers = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.momentum is not None]
+    counters = [layer.num_batches_tracked for layer in layers]
+    for layer in layers:
+        layer.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for layer, counter in zip(layers, counters, strict=True):
+            layer.num_batches_tracked = None if counter is None else counter.add_(metrics.batches)
 
 
 def mean_over_ranks(
@@ -85,16 +109,25 @@ def mean_over_ranks(
     return (loss.sum() + logits.sum() * 0) / counted.to(loss.dtype), samples  # an empty slice takes part too
 
 
-def raise_if_bad(first_bad: torch.Tensor) -> None:
-    """Raise NonFiniteLoss, on every rank, if a batch was noted on any."""
-    none = torch.iinfo(torch.int64).max
-    first = distributed.all_reduce_min(torch.where(first_bad < 0, none, first_bad)).item()
-    if first < none:
-        raise NonFiniteLoss(str(first))
+def finite_figures(metrics: MetricAccumulator) -> dict[str, Any]:
+    """`metrics.read()`; raises NonFiniteLoss, on every rank, if a loss was not finite on any."""
+    figures = metrics.read()
+    if not math.isfinite(figures["loss"]):
+        raise NonFiniteLoss(str(metrics.first_bad()))
+    return figures
 
 
 def _mean_factors(factors):
     return [s / n if n else None for s, n in zip(*distributed.all_reduce_sum(factors).tolist(), strict=True)]
+
+
+def for_evaluation(batches: Any, image_size: int) -> Any:
+    """The batches with more images in each on CUDA, see `EVALUATION_PIXELS`; on the CPU the same ones."""
+    if not batches.targets.is_cuda:
+        return batches
+    larger = copy.copy(batches)
+    larger.batch_size = max(batches.batch_size, EVALUATION_PIXELS // image_size**2)
+    return larger
 
 
 @torch.no_grad()

@@ -16,27 +16,36 @@ class MetricAccumulator:
     """Hits and losses summed on the device; `read()` is the only synchronisation, with the other ranks too.
 
     All accuracies are percentages.
+
+    Args:
+        confusion: keep the confusion matrix, up to `MAX_CONFUSION_CLASSES` classes.
+        by_class: count each class; without it there is no `per_class()`, and no confusion matrix.
     """
 
-    def __init__(self, num_classes: int, device: torch.device | str, confusion: bool = True) -> None:
-        self.num_classes = num_classes
+    def __init__(
+        self, num_classes: int, device: torch.device | str, confusion: bool = True, by_class: bool = True
+    ) -> None:
+        self.num_classes, self.by_class = num_classes, by_class
+        self.batches = self.seen = 0
         self.loss = torch.zeros((), device=device, dtype=torch.float64)
-        # seen, hits at top-1, hits at top-5
-        self.hits = torch.zeros(3, device=device, dtype=torch.int64)
-        confusion = confusion and num_classes <= MAX_CONFUSION_CLASSES
-        rows = num_classes if confusion else 2
+        self.hits = torch.zeros(min(5, num_classes), device=device, dtype=torch.int64)  # of each place in the ranking
+        self.finite = torch.zeros((), device=device, dtype=torch.int64)  # batches before the first non-finite loss
+        self.confusion = confusion and num_classes <= MAX_CONFUSION_CLASSES
+        rows = num_classes if self.confusion else 2
         self.table = torch.zeros(rows * num_classes, device=device, dtype=torch.int64)
-        self.confusion = confusion
 
     @torch.no_grad()
     def add(self, logits: torch.Tensor, target: torch.Tensor, loss: torch.Tensor) -> None:
         """Count a batch: logits (N, K), target (N,), loss 0-d: this rank's share of N times the batch's mean."""
-        top = logits.topk(min(5, self.num_classes), dim=1).indices
+        top = logits.topk(len(self.hits), dim=1).indices
         hit = top == target[:, None]
-        self.loss += loss.detach().double()
-        self.hits[0] += len(target)
-        self.hits[1] += hit[:, 0].sum()
-        self.hits[2] += hit.sum()
+        self.batches += 1
+        self.seen += len(target)
+        self.hits += hit.sum(0)
+        self.loss += loss.detach()
+        self.finite += self.loss - self.loss == 0  # NaN and infinity stay in a sum
+        if not self.by_class:
+            return
         if self.confusion:
             cell = target * self.num_classes + top[:, 0]
         else:  # row 0: misses, row 1: hits
@@ -45,15 +54,15 @@ class MetricAccumulator:
 
     def read(self) -> dict[str, Any]:
         """dict(loss, acc1, acc5, seen)."""
-        sums = torch.cat([self.hits.double(), self.loss[None]])  # one read from the device
-        seen, top1, top5, loss = distributed.all_reduce_sum(sums).tolist()
+        # one read from the device
+        sums = torch.cat([self.loss.new_full((1,), self.seen), self.loss[None], self.hits.double()])
+        seen, loss, *hits = distributed.all_reduce_sum(sums).tolist()
         n = max(seen, 1)
-        return {
-            "loss": loss / n,
-            "acc1": 100 * top1 / n,
-            "acc5": 100 * top5 / n,
-            "seen": int(seen),
-        }
+        return {"loss": loss / n, "acc1": 100 * hits[0] / n, "acc5": 100 * sum(hits) / n, "seen": int(seen)}
+
+    def first_bad(self) -> int:
+        """Number of the first batch whose loss was not finite on some rank; the number of batches where all were."""
+        return int(distributed.all_reduce_min(self.finite).item())
 
     def per_class(self) -> tuple[list[float | None], list[list[int]] | None]:
         """(accuracy of each class, a list with None for a class without images; confusion matrix or None)."""

@@ -1,9 +1,11 @@
-"""--amp and --deterministic: how numbers are computed on the device."""
+"""--amp, --compile and --deterministic: how numbers are computed on the device."""
 
 import contextlib
 import os
 
 import torch
+
+from training import distributed
 
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,6 +46,24 @@ class Precision:
     def load_state_dict(self, state: dict | None) -> None:
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
+
+
+class Compiled(torch.nn.Module):
+    """--compile: `model` compiled for the size of the first batch.
+
+    A batch of another size, the last one of an epoch, runs eagerly: a graph of its own would take longer to compile.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        super().__init__()
+        # CUDA graphs and data parallel do not go together (pytorch#139207)
+        mode = "reduce-overhead" if device.type == "cuda" and distributed.world_size() == 1 else None
+        self.model, self.compiled = model, torch.compile(model, mode=mode, dynamic=False)
+        self.batch_size = 0
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.batch_size = self.batch_size or len(images)
+        return self.compiled(images) if len(images) == self.batch_size else self.model(images)
 
 
 def set_determinism(deterministic: bool, tf32: bool = True) -> None:

@@ -23,9 +23,9 @@ from script_runner import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from conftest import golden
 from experiment.records import Progress
 
-GOLDEN = Path(__file__).parent / "golden"
 FIGURES = ["class_accuracy.png", "confusion.png", "curves.png"]
 FOUR = [*DIGITS, *TINY, "--epochs", "4", "--start_ib_epoch", "2", "--milestones", "3", "--loss_type", "IB"]
 
@@ -86,7 +86,7 @@ def test_without_the_ib_loss_there_is_no_ib_factor(tmp_path, capsys):
 
 
 def assert_drawn(path):
-    """A picture of a sensible size, with something on it in every third of its width."""
+    """An image of a sensible size, with something on it in every third of its width."""
     with Image.open(path) as image:
         assert min(image.size) > 300
         pixels = np.asarray(image.convert("L"), dtype=float)
@@ -125,12 +125,14 @@ def test_the_curves_mark_the_switch_to_ib(with_figures, tmp_path, capsys):
     summary = json.loads((log_folder(cwd, "IB") / "summary.json").read_text())
     for record in summary["history"]:
         record["stage"]["loss"] = "CE"
-    (path,) = plots.of_history(summary["history"], summary["settings"], str(tmp_path))
+    settings = summary["settings"]
+    (path,) = plots.of_history(summary["history"], settings["start_ib_epoch"], str(tmp_path), summary["name"])
     with Image.open(path) as without, Image.open(log_folder(cwd, "IB") / "curves.png") as marked:
         assert without.size == marked.size
         differs = np.asarray(without.convert("L")) != np.asarray(marked.convert("L"))
     columns = differs.sum(0)
     assert columns.max() > 0.2 * differs.shape[0], "no vertical line"
+    assert (columns == 0).mean() > 0.5, "the rest of the figure is the same"
 
 
 def test_without_matplotlib_a_run_ends_well_and_says_so(tmp_path, capsys, monkeypatch):
@@ -154,8 +156,8 @@ def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_fi
     after = snapshot(cwd)
     assert {name: after[name] for name in before} == before
     new = {Path(name).name for name in after.keys() - before.keys()}
-    assert new == {"evaluate", "evaluation.json", "confusion.png", "class_accuracy.png"}
-    for name in ("confusion.png", "class_accuracy.png"):
+    assert new == {"evaluate", "evaluation.json", "confusion.png", "class_accuracy.png", "calibration.png"}
+    for name in ("confusion.png", "class_accuracy.png", "calibration.png"):
         assert_drawn(folder / "evaluate" / name)
 
     best = json.loads((folder / "summary.json").read_text())["best"]
@@ -167,7 +169,7 @@ def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_fi
     assert confusion.sum() == 540
     assert 100 * np.trace(confusion) / 540 == pytest.approx(result["acc1"])
     assert 100 * confusion.diagonal() / confusion.sum(1) == pytest.approx(result["per_class"])
-    assert f"acc1 {best['acc1']:.2f}  acc5 {best['acc5']:.2f}" in out
+    assert f"\ntop-1 {best['acc1']:.2f}  top-5 {best['acc5']:.2f}" in out
     assert "epoch 1/" not in out
 
 
@@ -189,7 +191,7 @@ def test_evaluating_an_ldam_run_knows_its_head(flags, tmp_path, capsys):
     path = model_folder(tmp_path, "LDAM") / "ckpt.pth.tar"
     out = run_ok([*TWO_EPOCHS, *TINY, *flags, "-e", "--resume", path], tmp_path, capsys)
     acc1 = float(read_csv(log_folder(tmp_path, "LDAM") / "log_test.csv")[-1]["acc1"])
-    assert f"acc1 {acc1:.2f}" in out
+    assert f"\ntop-1 {acc1:.2f}  " in out
 
 
 # ------------------------------------------------------------------------------------ published checkpoints
@@ -217,7 +219,7 @@ def published(tmp_path, capsys):
 def test_a_published_checkpoint_is_evaluated(published, tmp_path, capsys):
     out = run_ok([*TWO_EPOCHS, *TINY, "-e", "--resume", published], tmp_path, capsys)
     recorded = read_csv(next((tmp_path / "ours" / "log").iterdir()) / "log_test.csv")[0]
-    assert f"acc1 {float(recorded['acc1']):.2f}  acc5 {float(recorded['acc5']):.2f}" in out
+    assert f"\ntop-1 {float(recorded['acc1']):.2f}  top-5 {float(recorded['acc5']):.2f}" in out
 
 
 def test_a_published_checkpoint_is_resumed(published, tmp_path, capsys):
@@ -271,7 +273,7 @@ def test_pretrained_weights_are_what_training_starts_from(published, tmp_path, c
 def test_empty_groups_read_na_everywhere(tmp_path, capsys):
     args = [*TWO_EPOCHS, *TINY, "--imb_type", "none", "--imb_factor", "1"]
     out = run_ok(args, tmp_path, capsys)
-    folder = log_folder(tmp_path, imb="none_1.0")
+    folder = log_folder(tmp_path, imb="none")
     assert "classes by group: many 10, medium n/a, few n/a" in out
     for row in read_csv(folder / "log_test.csv"):
         assert (row["medium"], row["few"]) == ("n/a", "n/a")
@@ -296,7 +298,7 @@ def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tm
     for epoch, row in enumerate(rows):
         so_far = scores[: epoch + 1]
         assert float(row["best_acc1"]) == float(rows[so_far.index(max(so_far))]["acc1"])
-    # the held-out pictures are not trained on, and every class keeps some
+    # the held-out images are not trained on, and every class keeps some
     whole = run_ok([*args[:-4], "--imb_factor", "0.1", "--exp_str", "whole"], tmp_path, capsys)
     total = int(whole.split(", total ")[1].split()[0])
     seen = [record["train"]["seen"] for record in summary["history"]]
@@ -319,7 +321,7 @@ def test_without_val_fraction_the_best_is_the_first_of_the_highest_top1(tmp_path
 
 
 def golden_rates():
-    return {k: v for k, v in json.loads((GOLDEN / "lr.json").read_text()).items() if k.startswith("cifar/")}
+    return {k: v for k, v in golden("lr.json").items() if k.startswith("cifar/")}
 
 
 @pytest.mark.parametrize("loss", ["CE", "Focal", "LDAM", "IB", "IBFocal"])
@@ -332,7 +334,7 @@ def test_dry_run_prints_the_official_rates_without_any_data(loss, tmp_path, caps
         out = run_ok([*args, "--dry_run", "--num_classes", "100", "--gpu", "0"], tmp_path, capsys)
         assert out.startswith("epoch,lr,loss,class_weights,sampler\n")
         rows = list(csv.DictReader(io.StringIO(out)))
-        assert [int(row["epoch_from_0"]) for row in rows] == list(range(200))
+        assert [int(row["epoch"]) for row in rows] == list(range(200))
         np.testing.assert_allclose([float(row["lr"]) for row in rows], expected, rtol=1e-12, atol=0)
         is_ib = loss in ("IB", "IBFocal")
         assert [row["loss"] for row in rows] == [("CE" if is_ib and e < start else loss) for e in range(200)]

@@ -18,18 +18,18 @@ from script_runner import (
     run_process,
 )
 
-LOSSES = ["CE", "Focal", "LDAM", "IB", "IBFocal"]
-RULES = ["None", "Resample", "CBReweight", "IBReweight", "DRW"]
+from training.registry import LOSSES, RULES
+
 COUNTS = [124, 76, 46, 27, 16, 9, 5, 3, 2, 1]
 
 
 def expected_stages(loss, rule):
     """(loss, class weights, sampler) of the two epochs: the IB losses start, and DRW weighs, in the second."""
     is_ib = loss in ("IB", "IBFocal")
-    late = {"CBReweight": "CB", "IBReweight": "IB", "DRW": "CB"}.get(rule, "none")
-    early = "none" if is_ib or rule == "DRW" else late
-    sampler = "Resample" if rule == "Resample" else "none"
-    return [("CE" if is_ib else loss, early, sampler), (loss, late, sampler)]
+    late = {"CBReweight": "CB", "IBReweight": "IB", "DRW": "CB", "DRW-IB": "IB"}.get(rule, "none")
+    early = "none" if is_ib or rule.startswith("DRW") else late
+    samplers = {"Resample": ["Resample"] * 2, "DRS": ["none", "Resample"]}.get(rule, ["none"] * 2)
+    return [("CE" if is_ib else loss, early, samplers[0]), (loss, late, samplers[1])]
 
 
 def check_run(cwd, loss, rule, arch, out):
@@ -127,9 +127,11 @@ FLAGS = {
     "lr": ["--lr", "0.01"],
     "momentum": ["--momentum", "0.5"],
     "weight decay": ["--wd", "0.05"],
+    "cosine": ["--schedule", "cosine"],
     "warm-up": ["--warmup_epochs", "0"],
     "kept warm-up": ["--keep_warmup"],
     "images": ["--rand_number", "1"],
+    "flips": ["--flip", "on"],
     "seed": ["--seed", "1"],
     "batch": ["-b", "32"],
 }
@@ -152,7 +154,8 @@ def plain_weights(tmp_path_factory):
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
 def test_every_flag_of_the_method_reaches_the_training(flags, plain_weights, tmp_path, capsys):
-    run_ok([*TWO_EPOCHS, *TINY, "--loss_type", "IBFocal", *flags], tmp_path, capsys)
+    given = TWO_EPOCHS[:-2] if "cosine" in flags else TWO_EPOCHS  # a cosine has no milestones
+    run_ok([*given, *TINY, "--loss_type", "IBFocal", *flags], tmp_path, capsys)
     state = load_checkpoint(model_folder(tmp_path, "IBFocal") / "ckpt.pth.tar")
     assert not state["state_dict"]["conv1.weight"].equal(plain_weights(capsys))
 
@@ -165,6 +168,10 @@ def test_every_flag_of_the_method_reaches_the_training(flags, plain_weights, tmp
         ("LDAM", "None", ["--max_m", "0.1"]),
         ("LDAM", "None", ["--s", "10"]),
         ("CE", "CBReweight", ["--beta", "0.9"]),
+        ("LA", "None", ["--la_tau", "2"]),
+        ("VS", "None", ["--vs_gamma", "0.3"]),
+        ("VS", "None", ["--vs_tau", "0.5"]),
+        ("IB", "None", ["--alpha", "auto", "--auto_target", "ib"]),
         ("CE", "Resample", ["--beta", "0.5"]),
         ("CE", "DRW", ["--drw_epoch", "0"]),
     ],
@@ -192,9 +199,8 @@ def test_gpu_0_without_cuda_is_the_same_run_after_a_warning(tmp_path, capsys):
     run_ok([*args, "--exp_str", "a"], tmp_path, capsys)
     status, _, err = run_main([*args, "--exp_str", "b", "--gpu", "0"], tmp_path, capsys)
     assert status == 0
-    assert "WARNING: --gpu 0" in err
-    assert "no CUDA device" in err
-    assert "(h:mm:ss) for the run" in err
+    assert "warning: --gpu 0: there is no CUDA device" in err
+    assert "(h:mm:ss) in all" in err
     one, two = (load_checkpoint(model_folder(tmp_path, exp=e) / "ckpt.pth.tar")["state_dict"] for e in ("a", "b"))
     assert all(one[name].equal(two[name]) for name in one)
 
@@ -203,7 +209,7 @@ def test_gpu_0_without_cuda_is_the_same_run_after_a_warning(tmp_path, capsys):
 def test_other_shapes_of_the_tail(imb, tmp_path, capsys):
     args = [*TWO_EPOCHS, *TINY, "--imb_type", imb, "--imb_factor", "0.1"]
     out = run_ok(args, tmp_path, capsys)
-    folder = log_folder(tmp_path, imb=f"{imb}_0.1")
+    folder = log_folder(tmp_path, imb={"step": "step_0.1", "none": "none"}[imb])
     counts = json.loads((folder / "summary.json").read_text())["class_counts"]
     assert f"class counts: {' '.join(map(str, counts))}, total {sum(counts)}" in out
     if imb == "step":

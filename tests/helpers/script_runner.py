@@ -68,8 +68,8 @@ def quiet_folder(cwd, figures=False, cuda=False):
         if not cuda:
             stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
         if not figures:
-            stack.enter_context(mock.patch.object(plots, "of_evaluation", return_value=[]))
-            stack.enter_context(mock.patch.object(plots, "of_history", return_value=[]))
+            for name in ("of_evaluation", "of_history", "of_calibration"):
+                stack.enter_context(mock.patch.object(plots, name, return_value=[]))
             stack.enter_context(mock.patch.object(plots, "available", return_value=False))
         os.chdir(cwd)
         try:

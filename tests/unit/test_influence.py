@@ -5,29 +5,31 @@ import json
 import numpy as np
 import pytest
 import torch
-from script_runner import DIGITS, REAL, model_folder, run_ok
 
 import imbalance_cifar
 import models
 import reproduce
 from experiment import checkpoint
+from experiment.parser import parse
+from experiment.settings import recorded
 from loaders.in_memory import InMemoryBatches
 from paper import influence
 
-ARGV = [*DIGITS, *REAL, "--epochs", "1", "--milestones", "--imb_factor", "0.1", "--rand_number", "2"]
+ARGV = ["--dataset", "digits", "-a", "resnet20", "--imb_factor", "0.1", "--rand_number", "2", "--ib_norm", "l2"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The checkpoint of a digits run of one epoch, whose loss wants another norm than Fig. 2."""
-
-    class NoCapture:
-        def readouterr(self):
-            return "", ""
-
+    """A checkpoint of a digits run whose loss wants another norm than Fig. 2; its weights are drawn, not trained."""
     folder = tmp_path_factory.mktemp("trained")
-    run_ok([*ARGV, "--loss_type", "IB", "--ib_norm", "l2"], folder, NoCapture())
-    return str(model_folder(folder, loss="IB", arch="resnet20", imb="exp_0.1") / checkpoint.NEWEST)
+    torch.manual_seed(0)
+    state = {
+        "epoch": 1,
+        "state_dict": models.resnet20(10).state_dict(),
+        "settings": recorded(parse("cifar_train.py", ARGV)),
+    }
+    checkpoint.save(str(folder), [checkpoint.NEWEST], state)
+    return str(folder / checkpoint.NEWEST)
 
 
 def digits():
@@ -45,7 +47,7 @@ def test_the_influence_is_the_l1_norm_of_the_gradient_in_the_last_layers_weights
         logits, _ = model(image[None])
         loss = torch.nn.functional.cross_entropy(logits, label[None])
         (gradient,) = torch.autograd.grad(loss, model.linear.weight)
-        assert value.item() == pytest.approx(gradient.abs().sum().item(), rel=1e-4, abs=1e-6)
+        assert value.item() == pytest.approx(gradient.abs().sum().item(), rel=1e-3)
 
 
 def test_the_most_influential_images_of_the_first_and_the_last_class(trained):

@@ -348,6 +348,13 @@ def test_a_run_that_is_found_twice_counts_once(write_record, tmp_path, capsys):
     assert "Left out" not in text
 
 
+def test_the_notes_of_a_folder_come_first(write_record, tmp_path, capsys):
+    write_record(IB, 78.0, 78.0)
+    (tmp_path / "notes.md").write_text("The images are real, the files are not the official ones.\n")
+    lines = written(tmp_path, capsys).splitlines()
+    assert lines[:4] == ["# What has run", "", "The images are real, the files are not the official ones.", ""]
+
+
 def test_a_folder_without_records_and_no_folder(tmp_path, capsys):
     assert "nothing has run" in written(tmp_path, capsys)
     with pytest.raises(SystemExit) as stop:

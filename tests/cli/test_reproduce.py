@@ -11,13 +11,14 @@ import time
 
 import pytest
 import script_runner
-from training.folders import claimed
 
+import models
 import reproduce
-from paper import driver, executors, runs
+from files import run_lock
+from paper import driver, executors, records, runs
 from paper.runs import Run
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
+REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 #: Flags after a run's own: three epochs, the IB phase in the last one.
 EXTRA = ["-a", "resnet20", "--batch-size", "128", "--epochs", "3", "--start_ib_epoch", "2"]
 EXTRA += ["--milestones", "2", "--lr_factors", "0.1"]
@@ -25,10 +26,13 @@ EXTRA += ["--milestones", "2", "--lr_factors", "0.1"]
 
 @pytest.fixture
 def three_epochs(monkeypatch):
-    """The digits' runs in three epochs, with the tiny net."""
-    setup = runs.Setup("cifar_train.py", "tiny", 3, 2, (2,), 2, batch_size=64, lr_factors=(0.1,))
+    """The digits' runs in three epochs, with the tiny model; the rules that are deferred start with the third."""
+    setup = runs.Setup("cifar_train.py", "tiny", 3, 2, (1,), 2, batch_size=64, lr_factors=(0.1,), ib_lr_factor=0.1)
     monkeypatch.setitem(runs.SETUPS, "digits", setup)
-    monkeypatch.setitem(runs.VARIANTS, "ib-lr", {"milestones": (1, 2), "lr_factors": (0.01, 0.1)})
+    monkeypatch.setitem(models.CIFAR_MODELS, "tiny", script_runner.tiny)
+    records.command_settings.cache_clear()
+    yield
+    records.command_settings.cache_clear()
 
 
 class InProcess:
@@ -57,10 +61,10 @@ class InProcess:
         pass
 
 
-def drive(chosen, out, executor):
+def drive(chosen, out, executor, extra=()):
     """(driver, failed runs, what it printed)."""
     text = io.StringIO()
-    work = driver.Driver(chosen, out, out / "results", executor, threads=1, stream=text)
+    work = driver.Driver(chosen, out, out / "results", executor, extra, threads=1, stream=text)
     return work, work.run(), text.getvalue()
 
 
@@ -69,6 +73,7 @@ def cell(methods, variants=("",)):
 
 
 FOUR = ("CE", "IB", "IB+CB", "IB+Focal")
+DEFERRED = ("CE+DRW-IB", "CE+DRS", "LDAM", "LDAM-DRW")
 
 
 def newest(out, run):
@@ -79,7 +84,7 @@ def newest(out, run):
 def separate(three_epochs, tmp_path, capsys):
     """Every run of the cell and its controls trained alone, from its own listed command."""
     out = tmp_path / "separate"
-    for run in [*cell(FOUR), *cell(["CE"], ["ib-lr"]), *cell(["LDAM", "LDAM-DRW"])]:
+    for run in [*cell(FOUR), *cell(["CE"], ["ib-lr"]), *cell(DEFERRED)]:
         script_runner.run_ok([*run.argv(out)[1:], "--threads", "1"], tmp_path, capsys)
     return out
 
@@ -87,18 +92,18 @@ def separate(three_epochs, tmp_path, capsys):
 @pytest.mark.parametrize("with_ce", [True, False], ids=["from CE", "from an IB run"])
 def test_shared_epochs_are_trained_once_with_the_same_bits(with_ce, separate, tmp_path, capsys, three_epochs):
     chosen = cell(FOUR if with_ce else FOUR[1:])
-    chosen += [*cell(["CE"], ["ib-lr"]), *cell(["LDAM", "LDAM-DRW"])] if with_ce else []
+    chosen += [*cell(["CE"], ["ib-lr"]), *cell(DEFERRED)] if with_ce else []
     executor = InProcess(capsys)
     work, failed, text = drive(chosen, tmp_path / "shared", executor)
     assert failed == []
     forks = [name for name, command in executor.commands if command[command.index("--resume") + 1] != "auto"]
-    assert len(forks) == (5 if with_ce else 2)
+    assert len(forks) == (7 if with_ce else 2)
     for run in chosen:
         script_runner.assert_same_weights(newest(tmp_path / "shared", run), newest(separate, run))
         logs = [script_runner.read_logs(out / "log" / run.name) for out in (tmp_path / "shared", separate)]
         assert logs[0] == logs[1]
     epochs = sum("done in" in line for run in chosen for line in work.output(run).read_text().splitlines())
-    assert epochs == (3 + 3 * 1 + 2 + 3 + 1 if with_ce else 3 + 1 + 1)
+    assert epochs == (3 + 3 * 1 + 1 + 2 * 1 + 3 + 1 if with_ce else 3 + 1 + 1)
     assert text.count("done ") == len(chosen)
 
 
@@ -108,17 +113,80 @@ def test_finished_runs_are_skipped_and_their_records_are_small_and_complete(thre
     executor = InProcess(capsys)
     assert drive(chosen, tmp_path, executor)[1] == []
     assert executor.commands == []
-    summary = driver.records.read(tmp_path / "log")[0]
-    record = driver.records.read(tmp_path / "results")[0]
+    (_, summary), (_, record) = (records.read(tmp_path / folder)[0][0] for folder in ("log", "results"))
     assert [r["test"]["acc1"] for r in record["history"]] == pytest.approx(
         [r["test"]["acc1"] for r in summary["history"]], abs=1e-4
     )
     assert record["split"] == summary["split"]
     assert record["last"]["per_class"] == pytest.approx(summary["last"]["per_class"], abs=1e-4)
+    assert record["code"] == summary["code"]
     assert str(tmp_path) not in (tmp_path / "results" / f"{chosen[0].name}.json").read_text()
 
 
-def test_a_failed_run_is_named_the_rest_goes_on_and_the_next_time_it_runs(three_epochs, tmp_path, capsys):
+DAMAGED = {
+    "cut short": (lambda text: text[:2000], "is damaged or cut short"),
+    "emptied": (lambda text: "{}", "not this run"),
+    "of other settings": (lambda text: text.replace('"momentum": 0.9', '"momentum": 0.5'), "(momentum 0.5)"),
+    "of another seed": (lambda text: text.replace('"seed": 0', '"seed": 7'), "not this run"),
+    "of half a run": (lambda text: text.replace('"epochs_done": 3', '"epochs_done": 2'), "unfinished, 2 of 3 epochs"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_record_that_is_not_the_runs_is_noticed_and_made_again(damage, three_epochs, tmp_path, capsys):
+    (run,) = chosen = cell(["CE"])
+    drive(chosen, tmp_path, InProcess(capsys))
+    path = tmp_path / "results" / f"{run.name}.json"
+    before = path.read_text()
+    change, reason = DAMAGED[damage]
+    path.write_text(change(before))
+    assert path.read_text() != before
+    executor = InProcess(capsys)
+    work, failed, text = drive(chosen, tmp_path, executor)
+    assert failed == []
+    assert reason in text
+    assert len(executor.commands) == 1
+    assert "nothing to do" in work.output(run).read_text(), "the run is there: only its record was not"
+    assert path.read_text() == before
+
+
+def test_a_run_with_other_flags_than_its_record_is_not_taken_for_done(three_epochs, tmp_path, capsys):
+    chosen = cell(["CE"])
+    drive(chosen, tmp_path, InProcess(capsys))
+    work, failed, text = drive(chosen, tmp_path, InProcess(capsys), ["--momentum", "0.5"])
+    assert failed == chosen
+    assert "(momentum 0.9)" in text
+    assert "holds a run with other settings (momentum" in work.output(chosen[0]).read_text()
+
+
+REFUSED = {
+    "exp_str": "--exp_str foo", "root_log": "--root_log X", "root_model": "--root_m X", "dry_run": "--dry_run",
+    "evaluate": "-e --resume X", "resume": "--resume auto", "keep_epochs": "--keep_epochs 3", "threads": "--threads 2",
+    "seed": "--seed 1", "arch": "-a resnet44", "dataset": "--dataset cifar10", "imb_factor": "--imb_factor 0.5",
+    "loss_type": "--loss_type BS", "overwrite": "--overwrite", "rand_number": "--rand_number 3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_flags_that_reproduce_py_sets_itself_are_refused_before_anything_runs(name, tmp_path, capsys):
+    select = ["--dataset", "digits", "--ratio", "20", "--method", "CE", "IB"]
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["run", *select, "--out", str(tmp_path / "out"), "--", *REFUSED[name].split()])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"reproduce.py sets --{'resume' if name == 'evaluate' else name} itself" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_flags_are_refused_before_anything_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["run", "--table", "2", "--out", str(tmp_path / "out"), "--", "--no_such_flag"])
+    assert stop.value.code == 2
+    assert "--no_such_flag" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_is_named_the_rest_continues_and_the_next_time_it_runs(three_epochs, tmp_path, capsys):
     chosen = cell(FOUR)
     work, failed, text = drive(chosen, tmp_path, InProcess(capsys, broken=["_CE_", "IBFocal"]))
     assert failed == [chosen[0], chosen[3]]
@@ -129,7 +197,7 @@ def test_a_failed_run_is_named_the_rest_goes_on_and_the_next_time_it_runs(three_
     assert [name for name, _ in executor.commands] == [chosen[0].name, chosen[3].name]
 
 
-def test_a_run_whose_machine_goes_away_goes_on_and_is_given_up_in_the_end(three_epochs, tmp_path, capsys):
+def test_a_run_whose_machine_goes_away_continues_and_is_given_up_in_the_end(three_epochs, tmp_path, capsys):
     class Losing(InProcess):
         def wait(self, seconds):
             return [(run, executors.LOST) for run, _ in super().wait(seconds)]
@@ -138,7 +206,7 @@ def test_a_run_whose_machine_goes_away_goes_on_and_is_given_up_in_the_end(three_
     executor = Losing(capsys)
     _, failed, text = drive(chosen, tmp_path, executor)
     assert failed == [run]
-    assert text.count("it goes on elsewhere") == driver.MAX_LOSSES
+    assert text.count("it continues elsewhere") == driver.MAX_LOSSES
     assert len(executor.commands) == driver.MAX_LOSSES + 1
 
 
@@ -150,11 +218,11 @@ def test_starts_of_figure_3_fork_from_one_run(three_epochs, tmp_path, capsys, mo
     command = work.command(chosen[1])
     assert "--keep_warmup" in command
     assert (tmp_path / "checkpoint" / chosen[1].name / "ckpt.epoch001.pth.tar").exists()
-    assert "goes on from" in work.output(chosen[1]).read_text()
+    assert "resumes from" in work.output(chosen[1]).read_text()
 
 
 def test_only_one_driver_works_in_a_folder(tmp_path, capsys):
-    with claimed(tmp_path), pytest.raises(SystemExit) as stop:
+    with run_lock(tmp_path), pytest.raises(SystemExit) as stop:
         reproduce.main(["run", "--table", "2", "--out", str(tmp_path)])
     assert stop.value.code == 1
     assert "is in use by process" in capsys.readouterr().err
@@ -194,7 +262,7 @@ def wait_for(condition):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="needs Linux's /proc")
-def test_a_killed_driver_takes_its_children_along_and_goes_on_afterwards(tmp_path):
+def test_a_killed_driver_takes_its_children_along_and_continues_afterwards(tmp_path):
     command = arguments(tmp_path, ["CE"])
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=script_runner.environment())
     run = Run("digits", "exp", 20, "CE", protocol="short")
@@ -206,7 +274,7 @@ def test_a_killed_driver_takes_its_children_along_and_goes_on_afterwards(tmp_pat
     wait_for(lambda: not is_alive(child))
     assert 2 <= log.read_text().count("\n") < 4, "stopped in the middle"
     subprocess.run(command, check=True, env=script_runner.environment(), capture_output=True)
-    assert "goes on from" in (tmp_path / "output" / f"{run.name}.txt").read_text()
+    assert "resumes from" in (tmp_path / "output" / f"{run.name}.txt").read_text()
     whole = run.argv(tmp_path / "whole")[1:]
     assert script_runner.run_process([*whole, "--threads", "1", *EXTRA], tmp_path).returncode == 0
     script_runner.assert_same_weights(newest(tmp_path, run), newest(tmp_path / "whole", run))

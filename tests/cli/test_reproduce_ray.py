@@ -49,7 +49,7 @@ def parents(pid):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux's /proc")
-def test_runs_of_a_lost_node_go_on_on_the_other_and_equal_the_local_ones(cluster, tmp_path, capsys):
+def test_runs_of_a_lost_node_continue_on_the_other_and_equal_the_local_ones(cluster, tmp_path, capsys):
     out, local = tmp_path / "ray", tmp_path / "local"
     flags = ["--executor", "ray", "--address", cluster.address]
     environment = script_runner.environment()
@@ -76,7 +76,7 @@ def test_runs_of_a_lost_node_go_on_on_the_other_and_equal_the_local_ones(cluster
     assert driver.wait(600) == 0, (tmp_path / "printed").read_text()
     text = (tmp_path / "printed").read_text()
     assert f"lost   {lost}" in text
-    assert "goes on from" in (out / "output" / f"{lost}.txt").read_text()
+    assert "resumes from" in (out / "output" / f"{lost}.txt").read_text()
     for run in CHOSEN:  # alone, without a fork, in this process: the same bits as of the local executor
         script_runner.run_ok([*run.argv(local)[1:], "--threads", "1", *EXTRA], tmp_path, capsys)
         script_runner.assert_same_weights(newest(out, run), newest(local, run))

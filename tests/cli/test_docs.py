@@ -1,0 +1,251 @@
+"""README and docs/ tell the truth: commands, flags, defaults, figures, links and snippets."""
+
+import importlib
+import json
+import pathlib
+import re
+import shlex
+
+import pytest
+import torch
+
+import reproduce
+from experiment.parser import SCRIPTS, build_parser, parse
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]}
+PAGES |= {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.glob("docs/*.md"))}
+FLAGS_PAGE, RESULTS = PAGES["docs/flags.md"], re.compile(r"^<!-- (results/\S+) -->\n((?:\|.*\n)+)", flags=re.M)
+
+
+def blocks(language):
+    """(page, text) of every fenced block."""
+    return [
+        (page, b) for page, text in PAGES.items() for b in re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+    ]
+
+
+def commands(*launchers):
+    """(page, script, arguments) of every command in a block; placeholders in <...> and '...' are left out."""
+    lines = [(page, line) for page, block in blocks("") for line in block.splitlines()]
+    words = [(page, shlex.split(line.split("  #")[0])) for page, line in lines if line.startswith(launchers)]
+    for page, command in words:
+        script = next((i for i, word in enumerate(command) if word.endswith(".py")), None)
+        if script is not None and "..." not in command and not any("<" in word for word in command):
+            yield pytest.param(command[script], command[script + 1 :], id=f"{page}:{' '.join(command)[:60]}")
+
+
+def cells(table):
+    """The rows of a Markdown table, lists of cells, without the line below the heads."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.strip().splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+def tables_of(text):
+    return [cells(table) for table in re.findall(r"(?:^\|.*\n)+", text + "\n", flags=re.M)]
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def test_there_are_the_four_published_commands():
+    assert sum("--num_classes 100 " in line for line in PAGES["README.md"].splitlines()) == 4
+
+
+@pytest.mark.parametrize(("script", "arguments"), list(commands("python ", "torchrun ")))
+def test_every_command_is_one(script, arguments, capsys, tmp_path, monkeypatch):
+    assert (ROOT / script).is_file()
+    if script == "reproduce.py":
+        options = reproduce.build_parser().parse_args(arguments)
+        assert options.command == "report" or reproduce.select(options)
+        return
+    if script not in SCRIPTS:
+        source = (ROOT / script).read_text() + (ROOT / "prepare_tinyimagenet.py").read_text()
+        assert [flag for flag in arguments if flag.startswith("--") and f'"{flag}"' not in source] == []
+        return
+    monkeypatch.chdir(tmp_path)
+    settings = parse(script, arguments)
+    importlib.import_module(script.removesuffix(".py")).main([*arguments, "--dry_run"])
+    rows = capsys.readouterr().out.split()
+    assert rows[0] == "epoch,lr,loss,class_weights,sampler"
+    assert len(rows) == settings.epochs + 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_make_targets_and_modules_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    text = "\n".join(PAGES.values())
+    for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.M)):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    for module in set(re.findall(r"python -m (examples\.\w+)", text)):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+
+
+# ------------------------------------------------------------------------------------------------- flags
+
+
+def actions(script):
+    """{flags: action} of a script, without --help."""
+    return {tuple(a.option_strings): a for a in build_parser(script)._actions if a.dest != "help"}
+
+
+def shown(action):
+    """A default as the page has it."""
+    default = action.default
+    if action.nargs == 0:
+        return "off"
+    if action.dest == "workers":
+        return "cores, at most 4"
+    if default is None or default in ("", ()):
+        return "none" if action.dest != "train_rule" else "None"
+    if isinstance(default, (tuple, list)):
+        return " ".join(f"{item:g}" for item in default)
+    return f"{default:g}" if isinstance(default, (int, float)) else str(default)
+
+
+ALL_FLAGS = {
+    flags: {s: actions(s)[flags] for s in SCRIPTS if flags in actions(s)} for s in SCRIPTS for flags in actions(s)
+}
+
+
+def flag_rows():
+    """{flags: (default, text)} of the tables of flags.md."""
+    rows = [row for table in tables_of(FLAGS_PAGE) if table[0][:2] == ["flag", "default"] for row in table[1:]]
+    return {tuple(re.findall(r"`(-[^`]+)`", row[0])): row[1:] for row in rows}
+
+
+def test_the_page_of_flags_has_every_flag_and_no_other():
+    assert set(flag_rows()) == set(ALL_FLAGS)
+
+
+@pytest.mark.parametrize("flags", ALL_FLAGS, ids=lambda flags: flags[-1])
+def test_defaults_and_choices_are_those_of_the_parsers(flags):
+    default, text = flag_rows()[flags]
+    of = ALL_FLAGS[flags]
+    defaults = {shown(action) for action in of.values()}
+    differs = next(
+        (row for row in tables_of(FLAGS_PAGE[FLAGS_PAGE.index("## Where") :])[0] if row[0].strip("`") in flags), None
+    )
+    if differs:
+        assert differs[1:] == [shown(of[script]) if script in of else "no flag" for script in SCRIPTS]
+    if default == "differs":
+        assert differs
+    else:
+        assert {default} == defaults
+    for action in of.values():
+        if action.choices and len(action.choices) < 12:
+            assert set(map(str, action.choices)) <= set(re.findall(r"`([^`]+)`", text)) | {
+                "tinyimagenet",
+                "inaturalist",
+            }
+
+
+def test_flags_named_on_the_pages_exist():
+    """In running text and tables; commands are tested above."""
+    known = {flag for flags in ALL_FLAGS for flag in flags}
+    subparsers = next(a for a in reproduce.build_parser()._actions if a.choices and "run" in a.choices).choices
+    known |= {flag for p in subparsers.values() for a in p._actions for flag in a.option_strings}
+    known |= {"--help", "--max-restarts"}  # torchrun's
+    for page, text in PAGES.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        code = re.findall(r"`([^`\n]+)`", prose)
+        named = {
+            flag for span in code for flag in re.findall(r"(?<![\w-])(--?[a-zA-Z][\w-]*)", span) if "pip " not in span
+        }
+        named -= {"-m", "-r"}
+        assert named - known == set(), page
+
+
+# ------------------------------------------------------------------------------------- figures and tables
+
+
+def figures():
+    found = [(page, path, table) for page, text in PAGES.items() for path, table in RESULTS.findall(text)]
+    return [pytest.param(path, table, id=f"{page}:{path}:{i}") for i, (page, path, table) in enumerate(found)]
+
+
+def test_every_table_of_results_says_its_file():
+    for page, text in PAGES.items():
+        for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+            if "top-1" in table.splitlines()[0]:
+                assert any(table == marked for _, marked in RESULTS.findall(text)), (page, table)
+
+
+@pytest.mark.parametrize(("path", "table"), figures())
+def test_tables_are_those_of_the_results(path, table):
+    rows = cells(table)
+    if path.endswith(".json"):
+        _check_speed(rows, json.loads((ROOT / path).read_text())["spread"])
+        return
+    reported = tables_of((ROOT / path).read_text())
+    for row in rows[1:]:
+        wanted = dict(zip(rows[0], row, strict=True))
+        method = wanted.pop("method")
+        assert any(
+            line[heads.index("method")].split(", but ")[0] == method
+            and wanted.items() <= dict(zip(heads, line, strict=True)).items()
+            for heads, *lines in reported
+            if "method" in heads
+            for line in lines
+        ), row
+
+
+def _check_speed(rows, spread):
+    for name, _, text, n in rows[1:]:
+        of = spread[name.strip("`")]
+        numbers = re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", text).groups()
+        for number, part in zip(numbers, ("median", "low", "high"), strict=True):
+            assert number == f"{of[part]:.{len(number.split('.')[1])}f}", (name, part)
+        assert int(n) == of["n"]
+
+
+# --------------------------------------------------------------------------------------- links and snippets
+
+
+def anchors(text):
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        assert path.is_file(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
+
+
+@pytest.mark.parametrize(("page", "snippet"), blocks("python"))
+def test_snippets_run(page, snippet, capsys):
+    torch.manual_seed(0)
+    body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 16), torch.nn.ReLU())
+    names = {
+        "torch": torch, "class_counts": [50, 20, 10, 9, 8, 7, 6, 5, 4, 3], "images": torch.randn(4, 3, 32, 32),
+        "target": torch.tensor([0, 1, 2, 9]), "body": body, "head": torch.nn.Linear(16, 10),
+    }  # fmt: skip
+    exec(snippet, names)
+    names["loss"].sum().backward()
+    trained = names.get("model", names["head"])
+    assert all(torch.isfinite(p.grad).all() for p in trained.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in trained.parameters())
+
+
+# ------------------------------------------------------------------------------------------------- form
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) < 8000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_use_the_words_of_the_field(page):
+    text = re.sub(r"https://\S+", "", PAGES[page].lower())
+    assert re.findall(r"\b(pictures?|nets?|adopts?|goes on|go on|stands twice|the way of the data)\b", text) == []
+
+
+def test_readme_links_every_page():
+    linked = set(re.findall(r"\]\((docs/[\w.]+)", PAGES["README.md"]))
+    assert linked == {page for page in PAGES if page.startswith("docs/")}

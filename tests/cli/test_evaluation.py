@@ -1,0 +1,140 @@
+"""-e: what a checkpoint records holds, post-hoc corrections against a slow formula, logits, calibration, the split."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from script_runner import DIGITS, TINY, load_checkpoint, log_folder, messages, model_folder, read_csv, run_main, run_ok
+
+from experiment.evaluation import expected_calibration_error, reliability
+
+RUN = [*DIGITS, *TINY, "--epochs", "3", "--milestones", "2", "--val_fraction", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a finished run that has a held-out part; made once, by whoever asks first."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    def get(capsys):
+        if not (folder / "log").exists():
+            run_ok(RUN, folder, capsys)
+        return folder
+
+    return get
+
+
+def evaluate(folder, capsys, *flags):
+    """(what was printed, evaluation.json) of an evaluation that must succeed; without a single flag of the run."""
+    out = run_ok(["-e", "--resume", model_folder(folder) / "ckpt.pth.tar", "--threads", "1", *flags], folder, capsys)
+    return out, json.loads((log_folder(folder) / "evaluate" / "evaluation.json").read_text())
+
+
+def logits_of(folder):
+    with np.load(log_folder(folder) / "evaluate" / "logits.npz") as saved:
+        return torch.from_numpy(saved["logits"]), torch.from_numpy(saved["target"])
+
+
+def accuracy(logits, target):
+    return 100 * (logits.argmax(1) == target).double().mean().item()
+
+
+def test_without_flags_the_figures_are_those_of_the_runs_last_epoch(trained, capsys):
+    folder = trained(capsys)
+    _, found = evaluate(folder, capsys)
+    last = read_csv(log_folder(folder) / "log_test.csv")[-1]
+    assert found["acc1"] == float(last["acc1"])
+    assert found["class_mean"] == pytest.approx(float(last["class_mean"]))
+    assert found["loss"] == pytest.approx(float(last["loss"]), rel=1e-5)
+
+
+def test_saved_logits_give_the_figures(trained, capsys):
+    folder = trained(capsys)
+    _, found = evaluate(folder, capsys, "--save_logits")
+    logits, target = logits_of(folder)
+    assert logits.shape == (540, 10)
+    assert accuracy(logits, target) == pytest.approx(found["acc1"])
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-5)
+
+
+def test_posthoc_logit_adjustment_subtracts_the_log_prior(trained, capsys):
+    folder = trained(capsys)
+    evaluate(folder, capsys, "--save_logits")
+    plain, target = logits_of(folder)
+    counts = torch.tensor(json.loads((log_folder(folder) / "summary.json").read_text())["class_counts"]).double()
+    expected = plain - 1.5 * (counts / counts.sum()).log().float()
+    out, found = evaluate(folder, capsys, "--posthoc_la", "1.5", "--save_logits")
+    torch.testing.assert_close(logits_of(folder)[0], expected, rtol=1e-4, atol=1e-4)
+    assert found["acc1"] == pytest.approx(accuracy(expected, target))
+    assert found["posthoc_la"] == 1.5
+    assert "--posthoc_la 1.5 applied" in out
+
+
+def test_tau_norm_divides_by_the_length_of_the_class_vectors_and_drops_the_bias(trained, capsys):
+    folder = trained(capsys)
+    evaluate(folder, capsys, "--save_logits")
+    plain, _ = logits_of(folder)
+    state = load_checkpoint(model_folder(folder) / "ckpt.pth.tar")["state_dict"]
+    weight, bias = state["linear.weight"], state["linear.bias"]
+    expected = (plain - bias) / weight.norm(dim=1) ** 0.7
+    _, found = evaluate(folder, capsys, "--tau_norm", "0.7", "--save_logits")
+    torch.testing.assert_close(logits_of(folder)[0], expected, rtol=1e-4, atol=1e-4)
+    assert found["tau_norm"] == 0.7
+
+
+def test_of_several_values_the_held_out_part_picks_one(trained, capsys):
+    out, found = evaluate(trained(capsys), capsys, "--posthoc_la", "0", "1", "2")
+    scores = {
+        line.split()[1].rstrip(":"): float(line.split()[4]) for line in out.splitlines() if "on the held-out part" in line
+    }
+    assert list(scores) == ["0", "1", "2"]
+    assert found["posthoc_la"] == float(max(scores, key=scores.get))
+
+
+def test_several_values_without_a_held_out_part_are_refused(tmp_path, capsys):
+    run_ok([*DIGITS, *TINY, "--epochs", "1", "--milestones"], tmp_path, capsys)
+    args = ["-e", "--resume", model_folder(tmp_path) / "ckpt.pth.tar", "--tau_norm", "0.5", "1"]
+    status, _, err = run_main(args, tmp_path, capsys)
+    assert status == 2
+    assert "--val_fraction" in messages(err)[0]
+
+
+@pytest.mark.parametrize("flag", [["--val_fraction", "0.1"], ["--imb_factor", "0.1"], ["--dataset", "cifar10"]])
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(flag, trained, capsys):
+    args = ["-e", "--resume", model_folder(trained(capsys)) / "ckpt.pth.tar", *flag]
+    status, _, err = run_main(args, trained(capsys), capsys)
+    assert status == 2
+    assert f"{flag[0].removeprefix('--')} is " in messages(err)[0]
+
+
+def test_an_ib_checkpoint_is_evaluated_under_its_own_name(tmp_path, capsys):
+    run_ok([*DIGITS, *TINY, "--epochs", "2", "--milestones", "--start_ib_epoch", "1", "--loss_type", "IB"], tmp_path, capsys)
+    run_ok(["-e", "--resume", model_folder(tmp_path, "IB") / "ckpt.pth.tar"], tmp_path, capsys)
+    assert (log_folder(tmp_path, "IB") / "evaluate" / "evaluation.json").exists()
+    assert [path.name for path in (tmp_path / "log").iterdir()] == [log_folder(tmp_path, "IB").name]
+
+
+def test_export_split_writes_the_indices_and_trains_nothing(tmp_path, capsys):
+    out = run_ok([*DIGITS, *TINY, "--export_split", "split.txt"], tmp_path, capsys)
+    indices = [int(line) for line in (tmp_path / "split.txt").read_text().splitlines()]
+    assert len(indices) == len(set(indices)) == 309
+    assert "309" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["split.txt"]
+
+
+def test_calibration_against_a_slow_count():
+    generator = torch.Generator().manual_seed(0)
+    logits, target = 3 * torch.randn(200, 4, generator=generator), torch.randint(4, (200,), generator=generator)
+    rows = reliability(logits, target, bins=5)
+    confidence, predicted = logits.double().softmax(1).max(1)
+    error = 0.0
+    for k, row in enumerate(rows):
+        inside = [i for i in range(200) if k / 5 < confidence[i] <= (k + 1) / 5]
+        assert row["images"] == len(inside)
+        if inside:
+            hits = 100 * sum(int(predicted[i] == target[i]) for i in inside) / len(inside)
+            mean = 100 * sum(confidence[i].item() for i in inside) / len(inside)
+            assert (row["accuracy"], row["confidence"]) == (pytest.approx(hits), pytest.approx(mean))
+            error += len(inside) / 200 * abs(hits - mean)
+    assert expected_calibration_error(rows) == pytest.approx(error)
