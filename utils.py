@@ -166,11 +166,11 @@ def choose_device(gpu: int | None = None) -> "torch.device":
 
 
 def versions() -> dict[str, str]:
-    """Versions and machine facts that a run records."""
+    """Versions and machine facts that a run records; with a GPU also CUDA's, and whether convolutions use TF32."""
     import torch
     import torchvision
 
-    return {
+    facts = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -178,6 +178,21 @@ def versions() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+    if torch.cuda.is_available():
+        tf32 = "on" if torch.backends.cudnn.allow_tf32 else "off"
+        cuda, cudnn = str(torch.version.cuda), str(torch.backends.cudnn.version())
+        facts |= {"cuda": cuda, "cudnn": cudnn, "driver": _driver_version(), "tf32": tf32}
+    return facts
+
+
+def _driver_version():
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def code_version() -> dict[str, str | bool] | None:

@@ -131,7 +131,7 @@ class Loops:
         self.plain_model = plain.out_of_place(models.resnet32(CLASSES)).to(device)
         self.plain_optimizer = torch.optim.SGD(self.plain_model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4)
         torch.manual_seed(0)
-        model = models.resnet32(CLASSES).to(device, memory_format=torch.channels_last)
+        model = models.resnet32(CLASSES).to(device).to(memory_format=torch.channels_last)
         self.ways: dict[str, tuple[Any, Any]] = {"": (model, Precision())}
         if device.type == "cuda":
             self.ways[", bf16"] = model, Precision("bf16", "cuda")
@@ -230,7 +230,9 @@ def measure_profile(bench: Bench) -> None:
 def measure_pipeline(bench: Bench) -> None:
     """Images per second, on one thread; two workers are two threads."""
     loops = bench.loops
-    variants = {f"plain, {n} workers": lambda n=n: iterate(loops.plain.loader(loops.train_set, True, n)) for n in (0, 2)}
+    variants = {
+        f"plain, {n} workers": lambda n=n: iterate(loops.plain.loader(loops.train_set, True, n)) for n in (0, 2)
+    }
     variants["ours"] = lambda: iterate(loops.train_batches.train_epoch(0))
     with bench.one_thread():
         times = bench.interleave(variants)

@@ -195,8 +195,6 @@ class Run:
                 raise DataError(f"{start.path} does not fit this model's optimizer: {error}") from None
         self._print_info()
         distributed.barrier()  # until every rank has read what rank 0 is about to write
-        if settings.overwrite and distributed.is_main():
-            clear(settings.log_folder, settings.model_folder)
 
     def _print_info(self):
         info, counts = self.info, self.class_counts
@@ -214,11 +212,13 @@ class Run:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep logs while epochs are trained; rank 0 does."""
+        """Keep logs while epochs are trained; rank 0 does. With --overwrite the old run is deleted now, not earlier."""
         if not distributed.is_main():
             yield
             return
         settings = self.settings
+        if settings.overwrite:
+            clear(settings.log_folder, settings.model_folder)
         take_over_checkpoint(self.start, settings.model_folder)
         self._records = Records(settings.log_folder, self.class_names, self.info, self.history)
         try:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from imbalance import IMB_TYPES
-from losses import AUTO_TARGETS, NORMS
+from losses import NORMS
 from training.precision import AMP_TYPES
 from training.recipe import SCHEDULES
 from training.registry import LOSSES, RULES
@@ -159,7 +159,7 @@ class Settings:
         help="scale of the IB loss; auto: set in the first 20 IB batches (default: 1000)",
     )  # fmt: skip
     auto_target: str = setting(
-        "ce", "--auto_target", affects="schedule", group="method", choices=AUTO_TARGETS,
+        "ce", "--auto_target", affects="schedule", group="method", choices=("ce", "ib"),
         help="size that --alpha auto gives the loss. ce: of plain CE; ib: of the IB loss with L1 norm and alpha 1000 "
         "(default: %(default)s)",
     )  # fmt: skip

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from training import distributed
 from training.metrics import MetricAccumulator, group_accuracy
@@ -79,7 +78,7 @@ def train_one_epoch(
 @contextlib.contextmanager
 def _batches_counted_once(model, metrics):
     """Let batch norm's counters of batches, which nothing reads meanwhile, rise at the end: a kernel a layer less."""
-    layers = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.momentum is not None]
+    layers = [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d) and part.momentum is not None]
     counters = [layer.num_batches_tracked for layer in layers]
     for layer in layers:
         layer.num_batches_tracked = None

@@ -1,5 +1,6 @@
-"""folder_train.py and its pictures from files, through main(argv): any folder, any of torchvision's nets, errors."""
+"""folder_train.py through main(argv): any folder of images, any of torchvision's classifiers, errors."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,13 +10,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, run_script
-from tinyimagenet_maker import SUBSET, tiles
-from torchvision import transforms
+from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, run_script, snapshot
+from tinyimagenet_maker import SUBSET, image_of
 
 import folder_train
 import models
+import prepare_tinyimagenet
 
 COUNTS = (20, 10, 4)
 RUN = [
@@ -26,14 +26,14 @@ IB = ["--loss_type", "IB", "--train_rule", "IBReweight"]
 
 
 def make_folder(root, counts=COUNTS, val=3, names=None):
-    """root/train and root/val with a folder for each class; the pictures have different sizes."""
+    """root/train and root/val with a folder for each class; the images have different sizes."""
     names = names or [f"class{k}" for k in range(len(counts))]
     for part, sizes, first in (("train", counts, 0), ("val", [val] * len(counts), 30)):
         for label, (name, size) in enumerate(zip(names, sizes, strict=True)):
             folder = Path(root) / part / name
             folder.mkdir(parents=True)
             for number in range(size):
-                image = picture(label, first + number)
+                image = image_of(label, first + number)
                 image.resize((64 + 8 * (number % 3), 64)).save(folder / f"{number}.jpg", quality=95)
     return Path(root)
 
@@ -63,68 +63,13 @@ def fails(cwd, *args, status=1, **how):
     return lines[0]
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# -------------------------------------------------------------------------------------------------- images
 
 
-def paths_of(folder):
-    return [str(p) for p in sorted(folder.glob("train/*/*.jpg"))]
-
-
-def test_epoch_is_the_same_with_and_without_workers(folder):
-    paths = paths_of(folder)
-    batches = [FileBatches(paths, range(len(paths)), 8, image_size=24, seed=3, workers=n) for n in (0, 2)]
-    for one, two in zip(batches[0].train_epoch(5), batches[1].train_epoch(5), strict=True):
-        assert torch.equal(one[0], two[0])
-        assert torch.equal(one[1], two[1])
-    first, other = (next(iter(batches[0].train_epoch(epoch))) for epoch in (5, 6))
-    assert not torch.equal(first[1], other[1])
-
-
-def test_epoch_deals_every_picture_once(folder):
-    paths = paths_of(folder)
-    targets = torch.cat([t for _, t in FileBatches(paths, range(len(paths)), 8, image_size=8).train_epoch(0)])
-    assert sorted(targets.tolist()) == list(range(len(paths)))
-
-
-def test_resample_draws_in_proportion(folder):
-    paths = paths_of(folder)
-    rates = torch.zeros(len(paths), dtype=torch.float64)
-    rates[[3, 7]] = 1.0
-    drawn = torch.cat([t for _, t in FileBatches(paths, range(len(paths)), 8, image_size=8).train_epoch(0, rates)])
-    assert len(drawn) == len(paths)
-    assert set(drawn.tolist()) == {3, 7}
-
-
-def test_evaluation_equals_torchvisions_transform(folder):
-    paths = paths_of(folder)[:3]
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    expected = transforms.Compose([
-        transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(), transforms.Normalize(mean, std),
-    ])  # fmt: skip
-    images, _ = next(iter(FileBatches(paths, range(3), 3, mean, std, image_size=28).eval_epoch()))
-    for image, path in zip(images, paths, strict=True):
-        torch.testing.assert_close(image, expected(Image.open(path).convert("RGB")), rtol=1e-5, atol=1e-5)
-    assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_training_crop_of_a_whole_box_is_a_resize(tmp_path):
-    """Where the crop box is the whole picture, the crop is torchvision's resize of it, flipped or not."""
-    Image.fromarray(tiles()[3]).save(tmp_path / "a.png")
-    source = FileBatches([str(tmp_path / "a.png")], [0], 1, (0, 0, 0), (1, 1, 1), image_size=32)
-    whole = torch.tensor([[0, 0, 64, 64]])
-    with mock.patch("loaders.image_folder.draw_boxes", return_value=whole):
-        crops = [next(iter(source.train_epoch(epoch)))[0][0] for epoch in range(8)]
-    resized = transforms.ToTensor()(transforms.Resize((32, 32))(Image.open(tmp_path / "a.png")))
-    kinds = [
-        torch.allclose(crop, resized, atol=1e-6) - torch.allclose(crop, resized.flip(2), atol=1e-6) for crop in crops
-    ]
-    assert set(kinds) == {1, -1}
-
-
-def test_unreadable_picture_in_a_worker_is_one_line(folder, tmp_path):
+def test_unreadable_image_in_a_worker_is_one_line(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     broken = copy / "train" / "class1" / "bad\x1b[31m.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     status, _, err = run(tmp_path, "--data_dir", copy, *RUN, "-j", "2")
     assert status == 1
     (line,) = messages(err)
@@ -143,7 +88,7 @@ def test_names_of_classes_reach_neither_the_terminal_nor_the_figures_raw(tmp_pat
         "a\\x1b[31mred", 'b\\nline, "q"', "c$\\frac$",
     ]  # fmt: skip
     logs = next((tmp_path / "log").iterdir())
-    assert list(read_csv(logs / "class_accuracy.csv")[0]) == ["epoch", *names]
+    assert list(read_csv(logs / "class_accuracy.csv")[0]) == ["epoch_from_0", *names]
     assert {"confusion.png", "class_accuracy.png", "curves.png"} <= {path.name for path in logs.iterdir()}
 
 
@@ -162,20 +107,19 @@ def test_dead_worker_is_one_line(folder, tmp_path):
 def test_ib_loss_is_finite_and_falls(folder, tmp_path, arch):
     small = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
 
-    def net(name, num_classes, use_norm, feature_norm):
-        if name != "vit_b_16":
-            return models.torchvision_net(name, num_classes, use_norm, feature_norm)
-        from torchvision.models import VisionTransformer  # the same net, smaller
+    def small_vit(name, num_classes, use_norm, feature_norm):
+        from torchvision.models import VisionTransformer  # the same model, smaller
 
         return models.with_feature_norm(VisionTransformer(**small, num_classes=num_classes), norm=feature_norm)
 
-    with mock.patch.object(folder_train, "build_model", lambda o: net(o.arch, o.num_classes, o.use_norm, o.ib_norm)):
+    replaced = {"torchvision_model": small_vit, "check_image_size": lambda *_: None} if arch == "vit_b_16" else {}
+    with mock.patch.multiple(models, **replaced) if replaced else contextlib.nullcontext():
         out = run_ok(
             tmp_path, "--data_dir", folder, *RUN, *IB, "-a", arch, "--epochs", "6", "--milestones", "5", "--lr", "0.02",
             "--ib_lr_factor", "0.1",
         )  # fmt: skip
     assert "class counts: 20 10 4, total 34" in out
-    rows = read_csv(tmp_path / "log" / f"digits3_{arch}_IB_IBReweight_none_0.01_0" / "log_train.csv")
+    rows = read_csv(tmp_path / "log" / f"digits3_{arch}_IB_IBReweight_none_0" / "log_train.csv")
     losses = [float(row["loss"]) for row in rows if row["criterion"] == "IB"]
     assert len(losses) == 5
     assert np.isfinite(losses).all()
@@ -186,17 +130,16 @@ def test_fork_resume_and_evaluation(folder, tmp_path):
     data = ["--data_dir", folder]
     run_ok(tmp_path, *data, *RUN, *IB, "--exp_str", "whole")
     run_ok(tmp_path, *data, *RUN)
-    trunk = tmp_path / "checkpoint" / "digits3_shufflenet_v2_x0_5_CE_None_none_0.01_0" / "ckpt.epoch001.pth.tar"
+    trunk = tmp_path / "checkpoint" / "digits3_shufflenet_v2_x0_5_CE_None_none_0" / "ckpt.epoch001.pth.tar"
     run_ok(tmp_path, *data, *RUN, *IB, "--resume", trunk)
-    folders = [
-        tmp_path / "checkpoint" / f"digits3_shufflenet_v2_x0_5_IB_IBReweight_none_0.01_{exp}" for exp in ("0", "whole")
-    ]
+    names = [f"digits3_shufflenet_v2_x0_5_IB_IBReweight_none_{exp}" for exp in ("0", "whole")]
+    folders = [tmp_path / "checkpoint" / name for name in names]
     assert_same_weights(*(f / "ckpt.pth.tar" for f in folders))
     logs = [tmp_path / "log" / f.name for f in folders]
     assert read_logs(logs[0]) == read_logs(logs[1])
     out = run_ok(tmp_path, *data, *RUN, *IB, "-e", "--resume", "auto")
     last = read_csv(logs[0] / "log_test.csv")[-1]
-    assert f"acc1 {float(last['acc1']):.2f}" in out
+    assert f"\ntop-1 {float(last['acc1']):.2f}  " in out
     assert "nothing to do" in run_ok(tmp_path, *data, *RUN, *IB)
 
 
@@ -204,11 +147,12 @@ def test_ldam_gets_a_normalised_head_and_is_evaluated_with_it(folder, tmp_path):
     args = ["--data_dir", folder, *RUN, "-a", "mobilenet_v3_small", "--loss_type", "LDAM", "--epochs", "1"]
     args += ["--milestones"]
     run_ok(tmp_path, *args)
-    path = tmp_path / "checkpoint" / "digits3_mobilenet_v3_small_LDAM_None_none_0.01_0" / "ckpt.pth.tar"
+    path = tmp_path / "checkpoint" / "digits3_mobilenet_v3_small_LDAM_None_none_0" / "ckpt.pth.tar"
     state = load_checkpoint(path)["state_dict"]
     assert state["classifier.3.weight"].shape == (1024, 3)
     assert "classifier.3.bias" not in state
-    assert "acc1" in run_ok(tmp_path, *args, "-e", "--resume", path)
+    last = read_csv(tmp_path / "log" / path.parent.name / "log_test.csv")[-1]
+    assert f"\ntop-1 {float(last['acc1']):.2f}  " in run_ok(tmp_path, *args, "-e", "--resume", path)
 
 
 def test_made_imbalance_and_a_part_of_train_for_testing(folder, tmp_path):
@@ -223,25 +167,13 @@ def test_made_imbalance_and_a_part_of_train_for_testing(folder, tmp_path):
 
 
 def test_weights_of_another_number_of_classes_keep_the_new_head(folder, tmp_path):
-    net = models.torchvision_net("resnet18", 7)
-    torch.save(net.state_dict(), tmp_path / "seven.pth")
-    args = [
-        "--data_dir",
-        folder,
-        *RUN,
-        "--epochs",
-        "1",
-        "--milestones",
-        "--lr",
-        "0",
-        "--pretrained",
-        "seven.pth",
-        "-a",
-        "resnet18",
-    ]
+    model = models.torchvision_model("resnet18", 7)
+    torch.save(model.state_dict(), tmp_path / "seven.pth")
+    args = ["--data_dir", folder, *RUN, "--epochs", "1", "--milestones", "--lr", "0", "--pretrained", "seven.pth"]
+    args += ["-a", "resnet18"]
     run_ok(tmp_path, *args)
     state = load_checkpoint(next((tmp_path / "checkpoint").glob("*/ckpt.pth.tar")))["state_dict"]
-    assert torch.equal(state["layer4.1.conv2.weight"], net.state_dict()["layer4.1.conv2.weight"])
+    assert torch.equal(state["layer4.1.conv2.weight"], model.state_dict()["layer4.1.conv2.weight"])
     assert state["fc.weight"].shape == (3, 512)
 
 
@@ -249,7 +181,7 @@ def test_weights_of_another_number_of_classes_keep_the_new_head(folder, tmp_path
 
 
 def test_no_folder(tmp_path):
-    assert "no val folder in nowhere" in fails(tmp_path, "--data_dir", "nowhere", status=2)
+    assert "no folder nowhere: --data_dir" in fails(tmp_path, "--data_dir", "nowhere", status=2)
     (tmp_path / "some" / "val").mkdir(parents=True)
     assert "no folder some/train" in fails(tmp_path, "--data_dir", "some")
 
@@ -272,11 +204,15 @@ def test_wrong_number_of_classes(folder, tmp_path):
     assert "has 3 classes" in fails(tmp_path, "--data_dir", folder, "--num_classes", "4", status=2)
 
 
-def test_last_batch_of_one_picture(folder, tmp_path):
+def test_last_batch_of_one_image(folder, tmp_path):
     args = ["--data_dir", folder, *RUN, "--batch-size", "11", "--image_size", "32"]  # 34 = 3 * 11 + 1
     status, _, err = run(tmp_path, *args)
     assert status == 2
     assert "--batch-size 11 leaves a last batch of one image" in messages(err)[0]
+    run_ok(tmp_path, "--data_dir", folder, *RUN, "--batch-size", "8")
+    before = snapshot(tmp_path)
+    assert run(tmp_path, *args, "--overwrite")[0] == 2
+    assert snapshot(tmp_path) == before, "a refused --overwrite deletes nothing"
 
 
 def test_dry_run_needs_no_data(tmp_path):
@@ -286,10 +222,8 @@ def test_dry_run_needs_no_data(tmp_path):
 
 
 @pytest.mark.skipif(not SUBSET.exists(), reason="the piece of Tiny ImageNet is not here")
-def test_real_pictures(tmp_path):
-    import imbalance_tinyimagenet as tiny
-
-    arranged, _ = tiny.arrange(str(tmp_path / "tiny"), str(SUBSET))
+def test_real_images(tmp_path):
+    arranged, _ = prepare_tinyimagenet.arrange(str(tmp_path / "tiny"), str(SUBSET))
     for name in sorted(os.listdir(Path(arranged) / "train"))[:4]:
         for part in ("train", "val"):
             shutil.copytree(Path(arranged) / part / name, tmp_path / "four" / part / name)

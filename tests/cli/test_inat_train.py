@@ -1,4 +1,4 @@
-"""inat_train.py on small real pictures in iNaturalist 2018's official layout: recipe, runs, what the check finds."""
+"""inat_train.py on small real images in iNaturalist 2018's official layout: recipe, runs, what the check finds."""
 
 import json
 import shutil
@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from script_runner import assert_same_weights, messages, read_csv, read_logs
 from test_folder_train import IB, fails, run, run_ok
-from tinyimagenet_maker import picture
+from tinyimagenet_maker import image_of
 
 import imbalance_inat
 import inat_train
+from experiment.parser import parse
 from utils import DataError
 
-#: Training pictures of each class: a natural long tail. The ids of the classes have gaps, as in parts of the real data.
+#: Training images of each class: a natural long tail. The ids of the classes have gaps, as in parts of the real data.
 TAIL, IDS = (24, 11, 5, 2), (3, 10, 4000, 8141)
 RUN = [
     "-a", "shufflenet_v2_x0_5", "--image_size", "32", "--batch-size", "9", "--epochs", "3", "--start_ib_epoch", "1",
@@ -22,7 +23,7 @@ RUN = [
 
 
 def make_inat(root):
-    """The official layout below `root`: pictures, train2018.json, val2018.json."""
+    """The official layout below `root`: images, train2018.json, val2018.json."""
     root = Path(root)
     for part, counts, first in (("train", TAIL, 0), ("val", (2,) * len(TAIL), 40)):
         images, annotations = [], []
@@ -31,7 +32,7 @@ def make_inat(root):
                 key = len(images) + (0 if part == "train" else 1000)
                 name = f"train_val2018/Plantae/{number_of_class}/{part}{number}.jpg"
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
-                picture(label, first + number).save(root / name, quality=95)
+                image_of(label, first + number).save(root / name, quality=95)
                 images.append({"id": key, "file_name": name, "width": 64, "height": 64})
                 annotations.append({"id": key, "image_id": key, "category_id": number_of_class})
         categories = [{"id": k, "name": f"species {k}", "supercategory": "Plantae"} for k in IDS]
@@ -65,7 +66,7 @@ def test_papers_recipe_is_the_default(tmp_path):
     ]  # fmt: skip
     assert [row[2] for row in recipe].index("IB") == 50
     assert [float(recipe[e][1]) for e in (50, 179, 180, 199)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
-    assert inat_train.build_parser().parse_args([]).arch == "resnet50"
+    assert parse("inat_train.py", []).arch == "resnet50"
 
 
 def test_load_orders_classes_by_id_and_keeps_the_natural_tail(data, capsys):
@@ -84,37 +85,36 @@ def test_run_resume_and_evaluation(data, tmp_path):
     out = run_ok(tmp_path, *args, "--exp_str", "whole", script=inat_train)
     assert "class counts: 24 11 5 2, total 42" in out
     run_ok(tmp_path, "--data_dir", data, *RUN, script=inat_train)
-    trunk = tmp_path / "checkpoint" / "inaturalist_shufflenet_v2_x0_5_CE_None_none_0.01_0" / "ckpt.epoch001.pth.tar"
+    trunk = tmp_path / "checkpoint" / "inaturalist_shufflenet_v2_x0_5_CE_None_none_0" / "ckpt.epoch001.pth.tar"
     run_ok(tmp_path, *args, "--resume", trunk, script=inat_train)
-    names = [f"inaturalist_shufflenet_v2_x0_5_IB_IBReweight_none_0.01_{exp}" for exp in ("0", "whole")]
+    names = [f"inaturalist_shufflenet_v2_x0_5_IB_IBReweight_none_{exp}" for exp in ("0", "whole")]
     assert_same_weights(*(tmp_path / "checkpoint" / name / "ckpt.pth.tar" for name in names))
     assert read_logs(tmp_path / "log" / names[0]) == read_logs(tmp_path / "log" / names[1])
     last = read_csv(tmp_path / "log" / names[0] / "log_test.csv")[-1]
     assert (last["many"], float(last["medium"]) >= 0, float(last["few"]) >= 0) == ("n/a", True, True)
     out = run_ok(tmp_path, *args, "-e", "--resume", "auto", script=inat_train)
-    assert f"acc1 {float(last['acc1']):.2f}" in out
+    assert f"\ntop-1 {float(last['acc1']):.2f}  " in out
 
 
-def test_missing_pictures_are_named(copy, tmp_path):
+def test_missing_images_are_named(copy, tmp_path):
     for name in ("train0.jpg", "val1.jpg"):
         (copy / "train_val2018" / "Plantae" / "4000" / name).unlink()
     line = fails(tmp_path, "--data_dir", copy, *RUN, script=inat_train)
-    assert (
-        "2 of 50 pictures are not there: train_val2018/Plantae/4000/train0.jpg, train_val2018/Plantae/4000/val1" in line
-    )
+    folder = "train_val2018/Plantae/4000"
+    assert f"2 of 50 images are missing: {folder}/train0.jpg, {folder}/val1" in line
 
 
-def test_picture_in_no_class_is_named(copy, tmp_path):
+def test_image_in_no_class_is_named(copy, tmp_path):
     change(copy / "train2018.json", lambda content: content["annotations"].pop(5))
     line = fails(tmp_path, "--data_dir", copy, *RUN, script=inat_train)
-    assert "1 pictures in no class: train_val2018/Plantae/3/train5.jpg" in line
+    assert "1 images in no class: train_val2018/Plantae/3/train5.jpg" in line
 
 
-def test_picture_that_no_annotation_names_is_left_out(copy, tmp_path):
-    picture(0, 9).save(copy / "train_val2018" / "Plantae" / "3" / "stray.jpg")
+def test_image_that_no_annotation_names_is_left_out(copy, tmp_path):
+    image_of(0, 9).save(copy / "train_val2018" / "Plantae" / "3" / "stray.jpg")
     status, out, err = run(tmp_path, "--data_dir", copy, *RUN, "--epochs", "1", "--milestones", script=inat_train)
     assert status == 0
-    assert "1 pictures that no annotation names are left out: train_val2018/Plantae/3/stray.jpg" in err
+    assert "1 images that no annotation names are left out: train_val2018/Plantae/3/stray.jpg" in err
     assert "total 42" in out
 
 
@@ -124,17 +124,17 @@ def test_picture_that_no_annotation_names_is_left_out(copy, tmp_path):
 def test_paths_outside_the_data_are_refused(copy, tmp_path, name):
     change(copy / "val2018.json", lambda content: content["images"][0].update(file_name=name))
     line = fails(tmp_path, "--data_dir", copy, *RUN, script=inat_train)
-    assert "names pictures outside train_val2018" in line
+    assert "names images outside train_val2018" in line
 
 
-def test_class_without_training_pictures_is_named(copy, tmp_path):
+def test_class_without_training_images_is_named(copy, tmp_path):
     def remove(content):
         gone = {row["image_id"] for row in content["annotations"] if row["category_id"] == 10}
         content["annotations"] = [row for row in content["annotations"] if row["image_id"] not in gone]
         content["images"] = [image for image in content["images"] if image["id"] not in gone]
 
     change(copy / "train2018.json", remove)
-    assert "classes without training pictures: species 10" in fails(
+    assert "classes without training images: species 10" in fails(
         tmp_path, "--data_dir", copy, *RUN, script=inat_train
     )
 
@@ -147,7 +147,7 @@ def test_class_without_training_pictures_is_named(copy, tmp_path):
         ('{"images": [], "annotations": [{"id": 1}]}', "is no annotation file"),
         (
             '{"images": [], "annotations": [{"image_id": 4, "category_id": 1}]}',
-            "annotations of pictures that it does not",
+            "annotations of images that it does not",
         ),
     ],
 )

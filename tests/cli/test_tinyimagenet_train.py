@@ -16,13 +16,16 @@ from tinyimagenet_maker import FOLDER, SUBSET, make_layout, pack
 from torch import nn
 from torchvision.models import WeightsEnum
 
-import imbalance_tinyimagenet as tiny
 import models
+import prepare_tinyimagenet as prepare
 import tinyimage_train
+from conftest import golden
+from experiment.parser import parse
 from models.resnet_cifar import NormedLinear
 
-#: A run on 200 classes of 1 to 3 training pictures, 290 in all, and one validation picture each.
+#: A run on 200 classes of 1 to 3 training images, 290 in all, and one validation image each.
 RUN = ["--imb_factor", "0.4", "--image_size", "16", "--epochs", "3", "--threads", "1", "--seed", "0", "-j", "1"]
+SCRIPT = "tinyimage_train.py"
 IB = ["--loss_type", "IB", "--train_rule", "IBReweight", "--start_ib_epoch", "2"]
 #: What the official README's two commands share.
 PUBLISHED = (
@@ -31,8 +34,8 @@ PUBLISHED = (
 NO_WEIGHTS = ["--pretrained", "none"]
 
 
-class SmallNet(nn.Module):
-    """Stands for resnet18 where the net does not matter: a convolution, a batch norm, a head named fc."""
+class SmallModel(nn.Module):
+    """Stands for resnet18 where the model does not matter: a convolution, a batch norm, a head named fc."""
 
     def __init__(self, num_classes, use_norm):
         super().__init__()
@@ -45,13 +48,12 @@ class SmallNet(nn.Module):
 
 
 def small(num_classes=1000, use_norm=False, feature_norm="l1"):
-    return models.with_feature_norm(SmallNet(num_classes, use_norm), "fc", feature_norm)
+    return models.with_feature_norm(SmallModel(num_classes, use_norm), "fc", feature_norm)
 
 
-def run(cwd, *args, net=small):
-    """tinyimage_train.main in the folder `cwd`: (status, out, err). net=None: the real resnet18."""
-    nets = mock.patch.dict(models.IMAGENET_MODELS, {} if net is None else {"resnet18": net})
-    with nets:
+def run(cwd, *args, model=small):
+    """tinyimage_train.main in the folder `cwd`: (status, out, err). model=None: the real resnet18."""
+    with mock.patch.dict(models.IMAGENET_MODELS, {} if model is None else {"resnet18": model}):
         return run_script(tinyimage_train, args, cwd)
 
 
@@ -74,14 +76,14 @@ def raw(tmp_path_factory):
     """The archive of 200 classes."""
     root = tmp_path_factory.mktemp("raw")
     make_layout(root, classes=200, train=3, val=1)
-    return pack(root, root / tiny.ARCHIVE)
+    return pack(root, root / prepare.ARCHIVE)
 
 
 @pytest.fixture(scope="module")
 def data(raw, tmp_path_factory):
-    """A data folder that is arranged, and its pictures decoded, by the first run."""
+    """A data folder that is arranged, and its images decoded, by the first run."""
     folder = tmp_path_factory.mktemp("work") / "data"
-    tiny.arrange(folder, raw)
+    prepare.arrange(folder, raw)
     return folder
 
 
@@ -107,14 +109,13 @@ def dry_run(tmp_path, *args):
 
 
 def test_golden_learning_rates(tmp_path):
-    golden = json.loads((Path(__file__).parent / "golden" / "lr.json").read_text())
-    rows = {key: value for key, value in golden.items() if key.startswith("tinyimagenet/")}
+    rows = {key: value for key, value in golden("lr.json").items() if key.startswith("tinyimagenet/")}
     assert len(rows) == 10
     for key, expected in rows.items():
         _, loss, start = key.split("/")
         found = dry_run(tmp_path, "--loss_type", loss, "--start_ib_epoch", start)
         assert [float(row["lr"]) for row in found] == expected, key
-        assert [int(row["epoch_from_0"]) for row in found] == list(range(100))
+        assert [int(row["epoch"]) for row in found] == list(range(100))
 
 
 def test_published_commands(tmp_path):
@@ -147,20 +148,20 @@ def test_ldam_recipe(tmp_path):
     assert len(rows) == 120
     assert lr_at(rows, 4, 89, 90, 119) == [0.1, 0.1, 0.01, 0.01]
     assert [rows[89]["class_weights"], rows[90]["class_weights"]] == ["none", "CB"]
-    options = tinyimage_train.parse(["--recipe", "ldam"])
-    assert (options.image_size, options.crop, options.pretrained) == (64, "padded", None)
-    assert tinyimage_train.parse(["--recipe", "ldam", "--image_size", "48"]).image_size == 48
+    settings = parse(SCRIPT, ["--recipe", "ldam"])
+    assert (settings.image_size, settings.crop, settings.pretrained) == (64, "padded", None)
+    assert parse(SCRIPT, ["--recipe", "ldam", "--image_size", "48"]).image_size == 48
 
 
 def test_defaults():
-    options = tinyimage_train.parse([])
-    assert (options.arch, options.pretrained, options.image_size, options.crop) == (
+    settings = parse(SCRIPT, [])
+    assert (settings.arch, settings.pretrained, settings.image_size, settings.crop) == (
         "resnet18", "imagenet", 224, "resized",
     )  # fmt: skip
-    assert (options.epochs, options.start_ib_epoch, options.batch_size) == (100, 100, 128)
-    assert (options.weight_decay, options.warmup_epochs) == (2e-4, 5)
-    assert tinyimage_train.parse(["--pretrained"]).pretrained == "imagenet"
-    assert tinyimage_train.parse(["--pretrained", "none"]).pretrained is None
+    assert (settings.epochs, settings.start_ib_epoch, settings.batch_size) == (100, 100, 128)
+    assert (settings.weight_decay, settings.warmup_epochs) == (2e-4, 5)
+    assert parse(SCRIPT, ["--pretrained"]).pretrained == "imagenet"
+    assert parse(SCRIPT, ["--pretrained", "none"]).pretrained is None
 
 
 def test_ib_that_never_starts_is_said(tmp_path):
@@ -172,10 +173,10 @@ def test_ib_that_never_starts_is_said(tmp_path):
 
 
 def test_from_the_raw_archive_to_a_model(raw, tmp_path):
-    """The real net: two epochs of CE and one of IB, records, evaluation; the archive arranged on the way."""
+    """The real model: two epochs of CE and one of IB, records, evaluation; the archive arranged on the way."""
     (tmp_path / "data").mkdir()
     shutil.copy(raw, tmp_path / "data")
-    out = run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, net=None)
+    out = run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, model=None)
     assert "total 290" in out
     assert (tmp_path / "data" / FOLDER / "val" / "n00001000").is_dir()
     log, saved = folders(tmp_path, "IB", "IBReweight")
@@ -188,11 +189,11 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     assert state["epoch"] == 3
     assert state["state_dict"]["fc.weight"].shape == (200, 512)
     assert json.loads((log / "summary.json").read_text())["split"]["total"] == 290
-    run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, "-e", "--resume", "auto", net=None)
+    run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, "-e", "--resume", "auto", model=None)
     evaluation = json.loads((log / "evaluate" / "evaluation.json").read_text())
     assert evaluation["acc1"] == float(test[2]["acc1"])
     assert evaluation["seen"] == 200
-    assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, net=None)
+    assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, model=None)
 
 
 def test_resume_and_fork_are_the_run_itself(work):
@@ -242,12 +243,12 @@ def test_losses_rules_and_crops(work, args):
     assert ("fc.bias" not in state["state_dict"]) == ("LDAM" in args)
 
 
-def test_ldam_with_the_real_net_has_a_normalised_head():
-    options = tinyimage_train.parse(["--loss_type", "LDAM", "--pretrained", "none"])
-    options.num_classes = 200
-    net = tinyimage_train.build_model(options).eval()
+def test_ldam_with_the_real_model_has_a_normalised_head():
+    settings = parse(SCRIPT, ["--loss_type", "LDAM", "--pretrained", "none"])
+    assert settings.use_norm
+    model = models.IMAGENET_MODELS[settings.arch](200, use_norm=settings.use_norm).eval()
     with torch.no_grad():
-        logits, features = net(torch.randn(2, 3, 32, 32))
+        logits, features = model(torch.randn(2, 3, 32, 32))
     assert logits.abs().max() <= 1
     assert features.shape == (2, 1)
 
@@ -259,7 +260,7 @@ def imagenet_like(num_classes=1000):
     """A state dict as in torchvision's files: 1000 classes, no counters of batch norm."""
     with torch.random.fork_rng():
         torch.manual_seed(9)
-        state = SmallNet(num_classes, False).state_dict()
+        state = SmallModel(num_classes, False).state_dict()
     return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
@@ -313,9 +314,9 @@ def test_real_resnet18_takes_torchvisions_state_dict():
     from torchvision.models import resnet18
 
     with mock.patch.object(WeightsEnum, "get_state_dict", return_value=resnet18().state_dict()) as get:
-        net = models.resnet18(200, pretrained=True)
-    assert net.conv1.weight.equal(get.return_value["conv1.weight"])
-    assert net.fc.weight.shape == (200, 512)
+        model = models.resnet18(200, pretrained=True)
+    assert model.conv1.weight.equal(get.return_value["conv1.weight"])
+    assert model.fc.weight.shape == (200, 512)
 
 
 # --------------------------------------------------------------------------------------------------- errors
@@ -325,17 +326,20 @@ def test_usage_errors(work):
     for args, named in (
         (["--num_classes", "100"], "200 classes"),
         (["--imb_factor", "0.01"], "empty"),
-        (["--batch-size", "17"], "--batch-size 17"),
         (["--image_size", "4"], "--image_size"),
         (["--recipe", "other"], "--recipe"),
         (["-a", "resnet32"], "resnet32"),
     ):
         assert named in run_bad(work, *RUN, *NO_WEIGHTS, *args, status=2)
+    # 290 = 17 * 17 + 1; batch norm takes a single image where its last layers see more than a pixel of it
+    line = run_bad(work, *RUN, *NO_WEIGHTS, "--batch-size", "17", status=2, model=None)
+    assert "--batch-size 17 leaves a last batch of one image" in line
     assert not (work / "log").exists()
+    run_ok(work, *RUN, *NO_WEIGHTS, "--batch-size", "17", "--epochs", "1")
 
 
 def test_no_data_and_no_network(tmp_path):
-    with mock.patch.object(tiny, "URL", "file:///nowhere/tiny-imagenet-200.zip"):
+    with mock.patch.object(prepare, "URL", "file:///nowhere/tiny-imagenet-200.zip"):
         line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
     for text in ("cannot be downloaded", "tiny-imagenet-200.zip", "--zip PATH"):
         assert text in line
@@ -344,10 +348,10 @@ def test_no_data_and_no_network(tmp_path):
 def test_damaged_data(data, tmp_path):
     shutil.copytree(data / FOLDER, tmp_path / "data" / FOLDER, ignore=shutil.ignore_patterns("decoded"))
     folder = tmp_path / "data" / FOLDER
-    picture = next((folder / "train" / "n00001007").rglob("*_1.JPEG"))
-    picture.write_bytes(picture.read_bytes()[:200])
+    image = next((folder / "train" / "n00001007").rglob("*_1.JPEG"))
+    image.write_bytes(image.read_bytes()[:200])
     line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
-    assert picture.name in line
+    assert image.name in line
     shutil.rmtree(folder / "train" / "n00001007")
     line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
     assert "n00001007" in line
@@ -365,8 +369,8 @@ def test_damaged_data(data, tmp_path):
 
 @pytest.mark.skipif(not SUBSET.exists(), reason=f"no {SUBSET.name} in ../shared/data")
 def test_real_subset(tmp_path):
-    """Real pictures: two epochs of CE, one of IB, evaluation, resume."""
-    tiny.arrange(tmp_path / "data", SUBSET)
+    """Real images: two epochs of CE, one of IB, evaluation, resume."""
+    prepare.arrange(tmp_path / "data", SUBSET)
     args = [*RUN, *IB, *NO_WEIGHTS, "--imb_factor", "0.1"]
     out = run_ok(tmp_path, *args)
     assert "total 692" in out
