@@ -80,14 +80,7 @@ def _add_selection(parser):
     number("--ratio", nargs="+", type=_at_least(1), metavar="R", help="largest class over smallest")
     number("--method", nargs="+", choices=list(runs.METHODS))
     number("--seeds", nargs="+", type=_at_least(0), default=[0], metavar="N", help="default: 0")
-    number(
-        "--subsets",
-        nargs="+",
-        type=_at_least(0),
-        default=[0],
-        metavar="N",
-        help="--rand_number of the scripts (default: 0)",
-    )
+    number("--subsets", nargs="+", type=_at_least(0), default=[0], metavar="N", help="--rand_number (default: 0)")
     number("--protocol", choices=list(runs.SHORTENING), default="full", help="short: every length divided by five")
     number("--out", default="reproduced", metavar="DIR", help="folder of logs and checkpoints (default: %(default)s)")
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="flags for every training script")
@@ -101,9 +94,7 @@ def _add_execution(parser):
     number("--threads", type=_at_least(1), default=1, metavar="T", help="CPU threads of a run (default: %(default)s)")
     number("--executor", choices=("local", "ray"), default="local", help="default: %(default)s")
     number("--address", metavar="HOST:PORT", help="of the Ray cluster (default: a new one on this machine)")
-    number(
-        "--gpus_per_run", type=_at_least(0, float), default=0, metavar="F", help="with Ray: share of a GPU (default: 0)"
-    )
+    number("--gpus_per_run", type=_at_least(0, float), default=0, metavar="F", help="Ray: share of a GPU (default: 0)")
 
 
 def select(options: argparse.Namespace) -> list[runs.Run]:

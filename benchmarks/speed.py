@@ -230,9 +230,11 @@ def measure_profile(bench: Bench) -> None:
 def measure_pipeline(bench: Bench) -> None:
     """Images per second, on one thread; two workers are two threads."""
     loops = bench.loops
-    variants = {
-        f"plain, {n} workers": lambda n=n: iterate(loops.plain.loader(loops.train_set, True, n)) for n in (0, 2)
-    }
+
+    def plain(workers):
+        iterate(loops.plain.loader(loops.train_set, True, workers))
+
+    variants: dict[str, Callable[[], Any]] = {f"plain, {n} workers": functools.partial(plain, n) for n in (0, 2)}
     variants["ours"] = lambda: iterate(loops.train_batches.train_epoch(0))
     with bench.one_thread():
         times = bench.interleave(variants)

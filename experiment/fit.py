@@ -104,6 +104,7 @@ def _train(run, model, batches, criterion, optimizer, progress):
 
     def on_batch(batch, metrics):
         if progress.due(batch):
+            run.raise_write_error()
             progress.show(batch, finite_figures(metrics))
 
     try:

@@ -6,7 +6,6 @@ do; what people read on the screen and in figures counts from 1.
 """
 
 import csv
-import functools
 import glob
 import io
 import json
@@ -17,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from files import write_atomically
+from files import write_text
 from utils import duration, format_metric
 
 #: Scalars of each class go to TensorBoard up to this many classes.
@@ -67,12 +66,12 @@ class Records:
     def __init__(self, folder: str, class_names: Sequence[str], info: dict, history: Sequence[dict] = ()) -> None:
         self.folder, self.class_names, self.info = folder, class_names, info
         self.history = list(history)
+        self._json = [to_json(record).rstrip() for record in history]  # made once: it is most of summary.json
         self._writer: Any = None
         os.makedirs(folder, exist_ok=True)
-        self._write_json("args.json", info["settings"], indent=1)
+        write_text(self._path("args.json"), to_json(info["settings"], indent=1))
         for name, header, row in self._tables():
-            text = _csv([header, *(row(record) for record in self.history)])
-            write_atomically(self._path(name), functools.partial(_write, text=text))
+            write_text(self._path(name), _csv([header, *(row(record) for record in self.history)]))
         if self.history:
             self._summary()
             self._tensorboard()
@@ -80,8 +79,9 @@ class Records:
     def add(self, record: dict) -> None:
         """Add an epoch's record to every file."""
         self.history.append(record)
+        self._json.append(to_json(record).rstrip())
         for name, _, row in self._tables():
-            with open(self._path(name), "ab") as file:
+            with open(self._path(name), "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 file.write(_csv([row(record)]))
         self._tensorboard()
         self._summary()
@@ -101,16 +101,16 @@ class Records:
             ("class_accuracy.csv", ("epoch_from_0", *self.class_names), _class_row),
         )
 
-    def _write_json(self, name, content, indent=None):
-        text = to_json(content, indent)
-        write_atomically(self._path(name), lambda file: file.write(text.encode()))
-
     def _summary(self):
         best, last = best_epoch(self.history), self.history[-1]
-        content = {**self.info, "epochs_count_from": 0, "epochs_done": len(self.history), "history": self.history}
-        content["best"] = {"epoch": best["epoch"], **_without_matrix(best["test"])}
-        content["last"] = {"epoch": last["epoch"], **_without_matrix(last["test"])}
-        self._write_json("summary.json", content)
+        head = {**self.info, "epochs_count_from": 0, "epochs_done": len(self.history)}
+        tail = {
+            "best": {"epoch": best["epoch"], **_without_matrix(best["test"])},
+            "last": {"epoch": last["epoch"], **_without_matrix(last["test"])},
+        }
+        history = ", ".join(self._json)
+        text = f'{to_json(head)[:-2]}, "history": [{history}], {to_json(tail)[1:]}'
+        write_text(self._path("summary.json"), text)
 
     def _tensorboard(self):
         if self._writer is not None:
@@ -167,10 +167,6 @@ def _class_row(record):
     return [record["epoch"], *map(_cell, record["test"]["per_class"])]
 
 
-def _write(file, text):
-    file.write(text)
-
-
 def _without_matrix(test):
     return {name: value for name, value in test.items() if name != "confusion"}
 
@@ -178,7 +174,7 @@ def _without_matrix(test):
 def _csv(rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode(errors="surrogateescape")
+    return text.getvalue()
 
 
 class Progress:

@@ -1,11 +1,12 @@
 """The open run: device, ranks, folders and their lock, where it starts; what it is; its checkpoints and records."""
 
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Run:
         self.precision = Precision(settings.amp, device.type)
         self.precision.load_state_dict(start.scaler)
         self.history = list(start.history)
-        self._records: Records | None = None
+        self._writer: Writer | None = None
 
     @property
     def seed(self) -> int:
@@ -212,7 +213,10 @@ class Run:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep logs while epochs are trained; rank 0 does. With --overwrite the old run is deleted now, not earlier."""
+        """Keep checkpoints and logs while epochs are trained; rank 0 does. All is written when it ends.
+
+        With --overwrite the old run is deleted now, not earlier.
+        """
         if not distributed.is_main():
             yield
             return
@@ -220,38 +224,50 @@ class Run:
         if settings.overwrite:
             clear(settings.log_folder, settings.model_folder)
         take_over_checkpoint(self.start, settings.model_folder)
-        self._records = Records(settings.log_folder, self.class_names, self.info, self.history)
-        try:
+        records = Records(settings.log_folder, self.class_names, self.info, self.history)
+        with contextlib.closing(records) as self._records, contextlib.closing(Writer()) as self._writer:
             yield
-        finally:
-            self._records.close()
 
     def save(
         self, record: dict, model: torch.nn.Module, optim: torch.optim.Optimizer, criterion: torch.nn.Module
     ) -> None:
-        """Add an epoch's record to the history, write the checkpoints, then the logs."""
-        self.history = [*self.history, record]
-        if self._records is not None:
-            self._save_checkpoint(model, optim, criterion)
-            self._records.add(record)
+        """Add an epoch's record to the history; write checkpoints and logs while the next epoch is trained.
 
-    def _save_checkpoint(self, model, optim, criterion):
-        """The newest checkpoint; beside it the best, and those asked for."""
-        settings, history, folder = self.settings, self.history, self.settings.model_folder
-        best, done = best_epoch(history), history[-1]["epoch"] + 1
-        state = {
+        Raises:
+            Exception: what went wrong in the writing of the epoch before.
+        """
+        self.history = [*self.history, record]
+        if self._writer is not None:
+            self._writer.wait()
+            state = self._state(model, optim, criterion)
+            self._writer.start(self._write, state)
+
+    def raise_write_error(self) -> None:
+        """Raise what went wrong in the writing, if anything has by now; never waits."""
+        if self._writer is not None and self._writer.is_done():
+            self._writer.wait()
+
+    def _state(self, model, optim, criterion):
+        """A checkpoint's content; its tensors are copies on the CPU."""
+        best, done = best_epoch(self.history), self.history[-1]["epoch"] + 1
+        return {
             "epoch": done,
-            "arch": settings.arch,
-            "state_dict": model.state_dict(),
+            "arch": self.settings.arch,
+            "state_dict": on_cpu(model.state_dict()),
             "best_acc1": max(best["test"]["acc1"], self.start.best_acc1),
-            "optimizer": optim.state_dict(),
-            "criterion": criterion.state_dict(),
+            "optimizer": on_cpu(optim.state_dict()),
+            "criterion": on_cpu(criterion.state_dict()),
             "scaler": self.precision.state_dict(),
             "settings": self.info["settings"],
             "split_sha256": self.info["split"]["sha256"],
             "files_sha256": self.info["split"]["files_sha256"],
-            "history": history,
+            "history": self.history,
         }
+
+    def _write(self, state):
+        """The newest checkpoint; beside it the best, and those asked for; then the logs."""
+        settings, history, folder = self.settings, state["history"], self.settings.model_folder
+        best, done = best_epoch(history), state["epoch"]
         names = [checkpoint.NEWEST]
         if best is history[-1] and best["test"]["acc1"] > self.start.best_acc1:
             names.append(checkpoint.BEST)
@@ -262,6 +278,54 @@ class Run:
         best_path = os.path.join(folder, checkpoint.BEST)
         if keep and os.path.exists(best_path):
             checkpoint.copy(best_path, os.path.join(folder, checkpoint.best_name(done)))
+        self._records.add(history[-1])
+
+
+class Writer:
+    """One thread that writes while the main one trains, one job at a time."""
+
+    def __init__(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._job: concurrent.futures.Future | None = None
+
+    def start(self, write: Callable, *args: Any) -> None:
+        """Have `write(*args)` called in the thread; `wait()` comes before the next one."""
+        self._job = self._thread.submit(write, *args)
+
+    def is_done(self) -> bool:
+        return self._job is None or self._job.done()
+
+    def wait(self) -> None:
+        """Wait for the job and raise its error. Ctrl-C and SIGTERM are raised once it is done."""
+        job, stopped = self._job, None
+        while job is not None and not job.done():
+            try:
+                concurrent.futures.wait([job])
+            except KeyboardInterrupt as stop:
+                stopped = stop
+        self._job = None
+        if job is not None:
+            job.result()
+        if stopped is not None:
+            raise stopped
+
+    def close(self) -> None:
+        """Wait for the job, end the thread, raise the job's error."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+def on_cpu(value: Any) -> Any:
+    """The same nested dicts and lists with a copy on the CPU of every tensor."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # keeps what a state dict carries beside its items
+        copied.update((name, on_cpu(item)) for name, item in value.items())
+        return copied
+    return [on_cpu(item) for item in value] if isinstance(value, list) else value
 
 
 def _hold_out(train_set, fraction):

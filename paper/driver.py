@@ -58,15 +58,9 @@ class Driver:
     """
 
     def __init__(
-        self,
-        runs: Sequence[Run],
-        out: str | pathlib.Path,
-        results: str | pathlib.Path,
-        executor: executors.Executor,
-        extra: Sequence[str] = (),
-        threads: int = 1,
-        stream: TextIO | None = None,
-    ) -> None:
+        self, runs: Sequence[Run], out: str | pathlib.Path, results: str | pathlib.Path, executor: executors.Executor,
+        extra: Sequence[str] = (), threads: int = 1, stream: TextIO | None = None,
+    ) -> None:  # fmt: skip
         self.runs, self.executor = runs, executor
         self.out, self.results = pathlib.Path(out).resolve(), pathlib.Path(results).resolve()
         self.extra, self.threads = list(extra), threads
@@ -103,17 +97,16 @@ class Driver:
             return False
         try:
             record = records.load(path)
-            settings = records.settings_of(record["settings"]) if record else None
+            settings = records.settings_of(record["settings"] if record else {})
         except ValueError as error:
-            self.view.line(f"{path} is {error}: the run is looked at again")
-            return False
-        wanted = records.command_settings(run, tuple(self.extra))
-        differs = records.differences(wanted, settings) if settings else ()
-        if settings is None or differs or settings.seed != run.seed:
-            names = ", ".join(f"{name} {value}" for name, value in differs) or "not this run"
-            self.view.line(f"{path} is of another run ({names}): this one is looked at again")
-            return False
-        return True
+            reason = str(error)
+        else:
+            differs = records.differences(records.command_settings(run, tuple(self.extra)), settings)
+            reason = ", ".join(f"{name} {value}" for name, value in differs)
+            reason = reason or f"seed {settings.seed}" * (settings.seed != run.seed)
+        if reason:
+            self.view.line(f"{path} is not the record of this run ({reason}): the run is looked at again")
+        return not reason
 
     def _ready(self) -> Iterator[Run]:
         """Runs to start now, one by one while there is room."""

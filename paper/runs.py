@@ -161,21 +161,8 @@ class Run:
         flags: list[Any] = ["--dataset", self.dataset, "-a", setup.arch, "--imb_type", self.imb_type]
         flags += ["--imb_factor", 1 / self.ratio, "--rand_number", self.subset, "--seed", self.seed]
         flags += ["--batch-size", setup.batch_size]
-        # what a loss alone decides is left to the script's default unless the variant changes it
-        wanted = {
-            "loss_type",
-            "train_rule",
-            "epochs",
-            "lr",
-            "milestones",
-            "lr_factors",
-            "start_ib_epoch",
-            "ib_lr_factor",
-        }
-        wanted |= {*self.changes} | ({"drw_epoch"} if settings["train_rule"] in DEFERRED else set())
-        for name in sorted(wanted):
+        for name in sorted(settings):  # other constants of a loss are left to the script's defaults
             flags += _flag(name, settings[name])
-        flags += ["--keep_warmup"] if settings["keep_warmup"] else []
         roots = ["--root_log", f"{out}/log", "--root_model", f"{out}/checkpoint"]
         return [setup.script, *map(str, [*flags, "--exp_str", self.exp_str, *roots])]
 
@@ -216,8 +203,8 @@ def titled(method: str, variant: str) -> str:
 
 
 def _flag(name, value):
-    if value is True:
-        return [f"--{name}"]
+    if isinstance(value, bool):
+        return [f"--{name}"] * value
     return [f"--{name}", *(value if isinstance(value, tuple) else (value,))]
 
 
@@ -259,7 +246,11 @@ def runs_of(row: dict[str, Any]) -> list[Run]:
 
 
 def cells_of_figure(figure: int, datasets: Sequence[str] = ("cifar10",), ratios: Sequence[int] = ()) -> list[Run]:
-    """2: CE, balanced and long-tailed at ratio 100; 3: IB at ratios 10 and 100 over the start of its phase."""
+    """2: CE, balanced and long-tailed at ratio 100; 3: IB at ratios 10 and 100 over the start of its phase.
+
+    The lengths are CIFAR's: data sets of other scripts are left out.
+    """
+    datasets = [dataset for dataset in datasets if SETUPS[dataset].script == CIFAR.script]
     if figure == 2:
         places = [("none", 1), *(("exp", ratio) for ratio in ratios or (100,))]
         return [Run(dataset, imb_type, ratio, "CE") for dataset in datasets for imb_type, ratio in places]

@@ -65,7 +65,7 @@ def sources():
     data = types.SimpleNamespace(
         data=images, targets=list(range(23)), mean=(0.5,) * 3, std=(0.2,) * 3, flip=True, chosen=np.arange(23)
     )
-    return {"tensors": InMemoryBatches(data, 10), "crops": ResizedCropBatches(images, data, 10, image_size=8)}
+    return {"tensors": InMemoryBatches(data, 10), "crops": ResizedCropBatches(data, images, 10, image_size=8)}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -86,7 +86,7 @@ def test_ranks_batches_put_together_are_the_single_processes(ranks, name, part):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("loss", ["CE", "Focal", "LDAM", "IB", "IBFocal", "BS", "LA"])
+@pytest.mark.parametrize("loss", ["CE", "Focal", "LDAM", "IB", "IBFocal", "BS", "LA", "VS"])
 def test_per_sample_losses_put_a_loss_together_from_parts(loss, weighted):
     torch.manual_seed(0)
     counts, weight = [5, 3, 2], torch.tensor([0.5, 1.0, 1.5]) if weighted else None
@@ -98,6 +98,7 @@ def test_per_sample_losses_put_a_loss_together_from_parts(loss, weighted):
         "IBFocal": lambda: losses.IB_FocalLoss(weight, gamma=1.0),
         "BS": lambda: losses.BalancedSoftmaxLoss(counts, weight),
         "LA": lambda: losses.LogitAdjustedLoss(counts, 0.7, weight),
+        "VS": lambda: losses.VSLoss(counts, 0.3, 0.7, weight),
     }[loss]()
     inputs = [torch.randn(9, 3), torch.tensor([0, 1, 2] * 3), torch.rand(9, 1) + 1]
     inputs = inputs if criterion.needs_features else inputs[:2]
@@ -118,7 +119,7 @@ def test_per_sample_losses_put_a_loss_together_from_parts(loss, weighted):
     ],
     ids=["IB", "CE+CB", "IB auto Resample"],
 )
-def test_net_without_batch_norm_is_the_single_processes(tmp_path, extra, name):
+def test_model_without_batch_norm_is_the_single_processes(tmp_path, extra, name):
     cwd = [tmp_path / "one", tmp_path / "two"]
     for ranks, folder in enumerate(cwd, 1):
         folder.mkdir()
@@ -137,8 +138,8 @@ def test_net_without_batch_norm_is_the_single_processes(tmp_path, extra, name):
         assert mine["acc1"] == theirs["acc1"]
 
 
-def test_rank_that_is_killed_ends_the_job_or_with_restarts_goes_on(tmp_path):
-    """With batch norm: both ranks end with the same bits, and every epoch stands in the log once."""
+def test_rank_that_is_killed_ends_the_job_or_with_restarts_continues(tmp_path):
+    """With batch norm: both ranks end with the same bits, and every epoch is in the log once."""
     status, _, _ = run(tmp_path, *BASE, *IB, "-a", "tiny", DIE_AT="1")
     assert status != 0
     folder = tmp_path / "log" / "digits_tiny_IB_IBReweight_exp_0.01_0"
@@ -157,20 +158,7 @@ def test_rank_that_is_killed_ends_the_job_or_with_restarts_goes_on(tmp_path):
 
 def test_inat_train_counts_the_same_with_one_and_two_ranks(tmp_path):
     make_inat(tmp_path / "data")
-    flags = [
-        "--data_dir",
-        "data",
-        "-a",
-        "shufflenet_v2_x0_5",
-        "--image_size",
-        48,
-        "--batch-size",
-        9,
-        "--seed",
-        0,
-        "-j",
-        1,
-    ]
+    flags = ["--data_dir", "data", "-a", "shufflenet_v2_x0_5", "--image_size", 48, "--batch-size", 9, "--seed", 0, "-j", 1]
     flags += ["--epochs", 2, "--start_ib_epoch", 1, "--milestones", *IB]
     status, _, err = run(tmp_path, *flags, script=REPOSITORY / "inat_train.py")
     assert status == 0, err

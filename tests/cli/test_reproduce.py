@@ -124,10 +124,10 @@ def test_finished_runs_are_skipped_and_their_records_are_small_and_complete(thre
 
 
 DAMAGED = {
-    "cut short": (lambda text: text[:2000], "is damaged or cut short"),
-    "emptied": (lambda text: "{}", "not this run"),
+    "cut short": (lambda text: text[:2000], "(damaged or cut short)"),
+    "emptied": (lambda text: "{}", "(arch None, batch_size 128, dataset None"),
     "of other settings": (lambda text: text.replace('"momentum": 0.9', '"momentum": 0.5'), "(momentum 0.5)"),
-    "of another seed": (lambda text: text.replace('"seed": 0', '"seed": 7'), "not this run"),
+    "of another seed": (lambda text: text.replace('"seed": 0', '"seed": 7'), "(seed 7)"),
     "of half a run": (lambda text: text.replace('"epochs_done": 3', '"epochs_done": 2'), "unfinished, 2 of 3 epochs"),
 }
 

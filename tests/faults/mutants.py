@@ -44,7 +44,7 @@ TESTS = {
 }  # fmt: skip
 PROCESSES = (
     "not killed_in_mid and not as_a_process and not sigterm_in_mid and not may_not_grow and not threads_that"
-    " and not net_without and not rank_that and not one_and_two_ranks"
+    " and not model_without and not rank_that and not one_and_two_ranks"
 )
 SECONDS = 300
 

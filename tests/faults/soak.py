@@ -1,6 +1,6 @@
 """Memory and open files of a long run: python tests/faults/soak.py --epochs 1000
 
-A thousand epochs of a small net on the digits in one process, with logs, TensorBoard and checkpoints.
+A thousand epochs of a small model on the digits in one process, with logs, TensorBoard and checkpoints.
 """
 
 import argparse

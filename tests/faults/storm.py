@@ -70,7 +70,7 @@ def check(folder, reference):
     assert script_runner.read_logs(names[0][0]) == script_runner.read_logs(names[1][0]), "the logs differ"
     script_runner.assert_same_weights(names[0][1] / "ckpt.pth.tar", names[1][1] / "ckpt.pth.tar")
     summary = json.loads((names[0][0] / "summary.json").read_text())
-    assert [record["epoch"] for record in summary["history"]] == list(range(4)), "an epoch is missing or stands twice"
+    assert [record["epoch"] for record in summary["history"]] == list(range(4)), "an epoch is missing or duplicated"
 
 
 def storm(kills, seed):

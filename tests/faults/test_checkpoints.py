@@ -150,7 +150,7 @@ def test_what_cannot_be_read_back_replaces_nothing(tmp_path):
 @pytest.mark.parametrize(
     "names", [[checkpoint.NEWEST], [checkpoint.PREVIOUS], [checkpoint.NEWEST, checkpoint.PREVIOUS]]
 )
-def test_a_folder_with_the_newest_or_the_one_before_can_be_gone_on_from(names, tmp_path):
+def test_a_folder_with_the_newest_or_the_one_before_can_be_continued_from(names, tmp_path):
     assert not checkpoint.exists(tmp_path)
     (tmp_path / checkpoint.BEST).touch()
     assert not checkpoint.exists(tmp_path)
@@ -166,17 +166,17 @@ def test_the_one_before_is_kept_and_no_more(tmp_path):
     assert [load_checkpoint(tmp_path / name)["epoch"] for name in sorted(os.listdir(tmp_path))] == [3, 4]
 
 
-# -------------------------------------------------------------------------------------- weights into a net
+# -------------------------------------------------------------------------------------- weights into a model
 
 
-def net(classes):
+def model_of(classes):
     layers = {"body": torch.nn.Linear(3, 4), "bn": torch.nn.BatchNorm1d(4), "fc": torch.nn.Linear(4, classes)}
     return torch.nn.Sequential(collections.OrderedDict(layers))
 
 
 @pytest.mark.parametrize(("classes", "taken"), [(2, ["body", "fc"]), (5, ["body"])])
-def test_a_head_of_another_form_stays_as_the_net_has_it(classes, taken):
-    own, source = net(2), net(classes).state_dict()
+def test_a_head_of_another_form_stays_as_the_model_has_it(classes, taken):
+    own, source = model_of(2), model_of(classes).state_dict()
     before = copy.deepcopy(own.state_dict())
     checkpoint.load_weights(own, source, "PATH", new_head="fc")
     for name in ("body", "fc"):
@@ -185,10 +185,10 @@ def test_a_head_of_another_form_stays_as_the_net_has_it(classes, taken):
 
 
 def test_weights_without_batch_norms_counter_are_taken_for_a_new_head_only():
-    own, source = net(2), net(2).state_dict()
+    own, source = model_of(2), model_of(2).state_dict()
     own.bn.num_batches_tracked.fill_(7)
     del source["bn.num_batches_tracked"]
-    with pytest.raises(DataError, match=r"PATH does not fit this net: the checkpoint lacks bn\.num_batches_tracked"):
+    with pytest.raises(DataError, match=r"PATH does not fit this model: the checkpoint lacks bn\.num_batches_tracked"):
         checkpoint.load_weights(own, source, "PATH")
     checkpoint.load_weights(own, source, "PATH", new_head="fc")
     assert torch.equal(own.body.weight, source["body.weight"])
@@ -196,7 +196,7 @@ def test_weights_without_batch_norms_counter_are_taken_for_a_new_head_only():
 
 
 def test_bare_weights_are_taken_only_where_they_are_asked_for(tmp_path):
-    torch.save(net(2).state_dict(), tmp_path / "bare.pth")
+    torch.save(model_of(2).state_dict(), tmp_path / "bare.pth")
     with pytest.raises(DataError, match="it has no 'state_dict'"):
         checkpoint.load(tmp_path / "bare.pth")
     assert list(checkpoint.load(tmp_path / "bare.pth", bare=True)) == ["state_dict"]
@@ -210,14 +210,14 @@ def test_ldams_head_is_known_by_its_missing_bias():
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_weights_that_do_not_fit_are_named(prefix):
-    source = {prefix + name: tensor for name, tensor in net(5).state_dict().items()}
+    source = {prefix + name: tensor for name, tensor in model_of(5).state_dict().items()}
     with pytest.raises(DataError, match=re.escape("fc.weight has shape (5, 4) there, (2, 4) here")):
-        checkpoint.load_weights(net(2), source, "PATH")
+        checkpoint.load_weights(model_of(2), source, "PATH")
     with pytest.raises(DataError, match=re.escape("the checkpoint lacks fc.bias (one of the two has LDAM's")):
-        checkpoint.load_weights(net(5), {k: v for k, v in source.items() if k != prefix + "fc.bias"}, "PATH")
-    with pytest.raises(DataError, match=r"the net lacks more$"):
-        checkpoint.load_weights(net(5), {**source, prefix + "more": torch.zeros(1)}, "PATH")
-    checkpoint.load_weights(net(5), source, "PATH")
+        checkpoint.load_weights(model_of(5), {k: v for k, v in source.items() if k != prefix + "fc.bias"}, "PATH")
+    with pytest.raises(DataError, match=r"the model lacks more$"):
+        checkpoint.load_weights(model_of(5), {**source, prefix + "more": torch.zeros(1)}, "PATH")
+    checkpoint.load_weights(model_of(5), source, "PATH")
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -268,8 +268,8 @@ def test_resume_auto_takes_the_one_before_and_ends_in_the_same_bits(after, how, 
     assert status == 0
     (warning,) = [line for line in err.splitlines() if "ckpt" in line]
     assert ("ckpt.pth.tar is damaged" in warning) == (how != "gone")
-    assert f"the one before is taken, {newest.with_name('ckpt.previous.pth.tar').relative_to(tmp_path)}" in warning
-    assert f"of {after - 1} epochs" in warning
+    previous = newest.with_name("ckpt.previous.pth.tar").relative_to(tmp_path)
+    assert f"continuing from the previous one, {previous}, after {after - 1} epochs" in warning
     assert f"after {after - 1} epochs" in out
     for name in ("ckpt.pth.tar", "ckpt.best.pth.tar", "ckpt.previous.pth.tar"):
         assert_same_weights(newest.with_name(name), model_folder(whole(capsys), "IB") / name)
@@ -281,7 +281,7 @@ def test_evaluating_the_newest_takes_the_one_before_and_says_so(tmp_path, capsys
     damage(model_folder(tmp_path, "IB") / "ckpt.pth.tar", "flipped")
     status, _, err = run_main([*THREE, "-e", "--resume", "auto"], tmp_path, capsys)
     assert status == 0
-    assert "the one before is taken" in err
+    assert "continuing from the previous one" in err
     written = (log_folder(tmp_path, "IB") / "evaluate" / "evaluation.json").read_text()
     assert '"epoch": 2' in written
     assert "ckpt.previous.pth.tar" in written

@@ -50,44 +50,44 @@ def change_the_test_set(train):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with pictures and a run on them, which keeps its first epoch."""
+    """A folder with images and a run on them, which keeps its first epoch."""
     home = tmp_path_factory.mktemp("trained")
     make_folder(home / "images")
     assert run_script(folder_train, TRAIN, home)[0] == 0
     return home
 
 
-def go_on(home, *more):
+def continue_run(home, *more):
     """The second epoch again, from the first."""
     path = next(home.glob("checkpoint/*_0/ckpt.epoch001.pth.tar"))
     return run_script(folder_train, [*TRAIN, "--exp_str", "again", "--resume", path, *more], home)
 
 
 @pytest.mark.parametrize("change", [rename, swap, grow, exchange_for_a_new_one, change_the_test_set])
-def test_changed_picture_files_are_refused_at_resume(change, trained, tmp_path):
+def test_changed_image_files_are_refused_at_resume(change, trained, tmp_path):
     home = Path(shutil.copytree(trained, tmp_path / "home"))
     change(home / "images" / "train")
     before = snapshot(home)
-    status, _, err = go_on(home)
+    status, _, err = continue_run(home)
     assert status == 1
     (line,) = messages(err)
     assert "the image files in images are not those that" in line
     assert snapshot(home) == before
-    assert go_on(home, "--force")[0] == 0
+    assert continue_run(home, "--force")[0] == 0
 
 
-def test_pictures_that_were_moved_or_touched_are_the_same(trained, tmp_path):
+def test_images_that_were_moved_or_touched_are_the_same(trained, tmp_path):
     home = Path(shutil.copytree(trained, tmp_path / "home"))
     shutil.move(home / "images", tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", home / "images")
     os.utime(home / "images" / "train" / "class0" / "0.jpg", (0, 0))
-    assert go_on(home)[0] == 0
+    assert continue_run(home)[0] == 0
 
 
-def test_a_missing_picture_is_named(trained, tmp_path):
+def test_a_missing_image_is_named(trained, tmp_path):
     home = Path(shutil.copytree(trained, tmp_path / "home"))
     (home / "images" / "train" / "class2" / "1.jpg").unlink()
-    status, _, err = go_on(home)
+    status, _, err = continue_run(home)
     assert status == 1
     assert "was trained on other images of images" in messages(err)[0]
 

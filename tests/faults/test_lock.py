@@ -59,7 +59,7 @@ def end(process, pipe):
 
 
 def test_a_second_process_is_refused_with_the_first_ones_id_and_host(holder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(claimed.__wrapped__, "__kwdefaults__", {"patience": 0.0})
+    monkeypatch.setattr(run_lock.__wrapped__, "__kwdefaults__", {"patience": 0.0})
     model = model_folder(tmp_path)
     first, pipe = start_holding(holder, model)
     status, out, err = run_main(ONE, tmp_path, capsys)
@@ -77,7 +77,7 @@ def test_neither_a_dry_run_nor_an_evaluation_asks(holder, tmp_path, capsys):
     run_ok(ONE, tmp_path, capsys)
     start_holding(holder, model_folder(tmp_path), log_folder(tmp_path))
     assert run_ok([*ONE, "--dry_run"], tmp_path, capsys).startswith("epoch,lr")
-    assert "acc1" in run_ok([*ONE, "-e", "--resume", "auto"], tmp_path, capsys)
+    assert "\ntop-1 " in run_ok([*ONE, "-e", "--resume", "auto"], tmp_path, capsys)
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path, capsys):
     left = json.loads((model_folder(tmp_path) / LOCK).read_text())
     assert left["pid"] == killed.pid
     out = run_ok(ONE, tmp_path, capsys)
-    assert f"taken over: the lock that process {killed.pid} on {os.uname().nodename}" in out
+    assert f"took over the lock that process {killed.pid} on {os.uname().nodename}" in out
     assert not (model_folder(tmp_path) / LOCK).exists()
 
 

@@ -25,7 +25,7 @@ def test_out_of_memory_is_one_line(error, tmp_path, capsys):
         status, _, err = run_main(again, tmp_path, capsys)
     assert status == 1
     (line,) = messages(err)
-    assert "out of memory: a smaller --batch-size needs less" in line
+    assert "out of memory: a smaller --batch-size or a smaller model needs less" in line
     assert path.read_bytes() == before
     assert load_checkpoint(path)["epoch"] == 1
 
