@@ -30,16 +30,17 @@ from utils import UsageError, command
 
 
 def choose_test_part(settings):
-    """Without val/, `val_fraction` becomes `test_fraction`: what is held out is the test set."""
-    has_lists = bool(settings.train_list or settings.val_list)
-    if has_lists != bool(settings.train_list and settings.val_list):
-        raise UsageError("--train_list and --val_list belong together")
-    if has_lists or os.path.isdir(os.path.join(settings.data_dir, "val")) or settings.evaluate:
-        return settings
+    """Without val/ or --val_list, `val_fraction` becomes `test_fraction`: what is held out is the test set."""
+    if settings.val_list and not settings.train_list:
+        raise UsageError("--val_list needs --train_list")
     if not os.path.isdir(settings.data_dir):
         raise UsageError(f"no folder {settings.data_dir}: --data_dir names the folder that holds train/ (and val/)")
+    has_folder = not settings.train_list and os.path.isdir(os.path.join(settings.data_dir, "val"))
+    if settings.val_list or has_folder or settings.evaluate:
+        return settings
     if not settings.val_fraction:
-        raise UsageError(f"no val folder in {settings.data_dir}: --val_fraction F tests on a part of train/")
+        wanted = "--val_list" if settings.train_list else f"val folder in {settings.data_dir}"
+        raise UsageError(f"no {wanted}: --val_fraction F tests on a part of the training images")
     return dataclasses.replace(settings, test_fraction=settings.val_fraction, val_fraction=0.0)
 
 

@@ -8,8 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from image_runs import make_inat
 from script_runner import DIGITS, REPOSITORY, environment, load_checkpoint, messages, read_csv, read_logs
-from test_inat_train import make_inat
 
 import losses
 from loaders import batch_slices
@@ -158,7 +158,8 @@ def test_rank_that_is_killed_ends_the_job_or_with_restarts_continues(tmp_path):
 
 def test_inat_train_counts_the_same_with_one_and_two_ranks(tmp_path):
     make_inat(tmp_path / "data")
-    flags = ["--data_dir", "data", "-a", "shufflenet_v2_x0_5", "--image_size", 48, "--batch-size", 9, "--seed", 0, "-j", 1]
+    flags = ["--data_dir", "data", "-a", "shufflenet_v2_x0_5", "--image_size", 48, "--batch-size", 9]
+    flags += ["--seed", 0, "-j", 1]
     flags += ["--epochs", 2, "--start_ib_epoch", 1, "--milestones", *IB]
     status, _, err = run(tmp_path, *flags, script=REPOSITORY / "inat_train.py")
     assert status == 0, err

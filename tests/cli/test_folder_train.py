@@ -10,57 +10,18 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, run_script, snapshot
-from tinyimagenet_maker import SUBSET, image_of
+from image_runs import IB, RUN, fails, make_folder, run, run_ok
+from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, snapshot
+from tinyimagenet_maker import SUBSET
 
 import folder_train
 import models
 import prepare_tinyimagenet
 
-COUNTS = (20, 10, 4)
-RUN = [
-    "-a", "shufflenet_v2_x0_5", "--image_size", "32", "--batch-size", "8", "--epochs", "3", "--milestones", "2",
-    "--seed", "0", "--threads", "1", "-j", "0", "--start_ib_epoch", "1",
-]  # fmt: skip
-IB = ["--loss_type", "IB", "--train_rule", "IBReweight"]
-
-
-def make_folder(root, counts=COUNTS, val=3, names=None):
-    """root/train and root/val with a folder for each class; the images have different sizes."""
-    names = names or [f"class{k}" for k in range(len(counts))]
-    for part, sizes, first in (("train", counts, 0), ("val", [val] * len(counts), 30)):
-        for label, (name, size) in enumerate(zip(names, sizes, strict=True)):
-            folder = Path(root) / part / name
-            folder.mkdir(parents=True)
-            for number in range(size):
-                image = image_of(label, first + number)
-                image.resize((64 + 8 * (number % 3), 64)).save(folder / f"{number}.jpg", quality=95)
-    return Path(root)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images") / "digits3")
-
-
-def run(cwd, *args, script=folder_train):
-    """script.main in the folder `cwd`: (status, out, err)."""
-    return run_script(script, args, cwd)
-
-
-def run_ok(cwd, *args, **how):
-    status, out, err = run(cwd, *args, **how)
-    assert status == 0, err
-    return out
-
-
-def fails(cwd, *args, status=1, **how):
-    """The one line of a run that must fail and leave nothing."""
-    got, _, err = run(cwd, *args, **how)
-    lines = messages(err)
-    assert (got, len(lines)) == (status, 1), err
-    assert not any((Path(cwd) / name).exists() for name in ("log", "checkpoint"))
-    return lines[0]
 
 
 # -------------------------------------------------------------------------------------------------- images

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from image_runs import IB, IDS, TAIL, fails, make_inat, run, run_ok
 from script_runner import assert_same_weights, messages, read_csv, read_logs
-from test_folder_train import IB, fails, run, run_ok
 from tinyimagenet_maker import image_of
 
 import imbalance_inat
@@ -14,31 +14,10 @@ import inat_train
 from experiment.parser import parse
 from utils import DataError
 
-#: Training images of each class: a natural long tail. The ids of the classes have gaps, as in parts of the real data.
-TAIL, IDS = (24, 11, 5, 2), (3, 10, 4000, 8141)
 RUN = [
     "-a", "shufflenet_v2_x0_5", "--image_size", "32", "--batch-size", "9", "--epochs", "3", "--start_ib_epoch", "1",
     "--milestones", "2", "--seed", "0", "--threads", "1", "-j", "0",
 ]  # fmt: skip
-
-
-def make_inat(root):
-    """The official layout below `root`: images, train2018.json, val2018.json."""
-    root = Path(root)
-    for part, counts, first in (("train", TAIL, 0), ("val", (2,) * len(TAIL), 40)):
-        images, annotations = [], []
-        for label, (number_of_class, count) in enumerate(zip(IDS, counts, strict=True)):
-            for number in range(count):
-                key = len(images) + (0 if part == "train" else 1000)
-                name = f"train_val2018/Plantae/{number_of_class}/{part}{number}.jpg"
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                image_of(label, first + number).save(root / name, quality=95)
-                images.append({"id": key, "file_name": name, "width": 64, "height": 64})
-                annotations.append({"id": key, "image_id": key, "category_id": number_of_class})
-        categories = [{"id": k, "name": f"species {k}", "supercategory": "Plantae"} for k in IDS]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (root / f"{part}2018.json").write_text(json.dumps(content))
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +113,7 @@ def test_class_without_training_images_is_named(copy, tmp_path):
         content["images"] = [image for image in content["images"] if image["id"] not in gone]
 
     change(copy / "train2018.json", remove)
-    assert "classes without training images: species 10" in fails(
-        tmp_path, "--data_dir", copy, *RUN, script=inat_train
-    )
+    assert "classes without training images: species 10" in fails(tmp_path, "--data_dir", copy, *RUN, script=inat_train)
 
 
 @pytest.mark.parametrize(

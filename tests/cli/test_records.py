@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import golden
 from PIL import Image
 from script_runner import (
     DIGITS,
+    FOUR,
     TINY,
     TWO_EPOCHS,
     load_checkpoint,
@@ -19,25 +21,16 @@ from script_runner import (
     read_csv,
     run_main,
     run_ok,
+    scalars,
     snapshot,
 )
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import golden
 from experiment.records import Progress
 
 FIGURES = ["class_accuracy.png", "confusion.png", "curves.png"]
-FOUR = [*DIGITS, *TINY, "--epochs", "4", "--start_ib_epoch", "2", "--milestones", "3", "--loss_type", "IB"]
 
 
 # ----------------------------------------------------------------------------------------------- TensorBoard
-
-
-def scalars(folder):
-    """tag -> list of (step, value), in the order in which TensorBoard's own reader gives them."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def same(pairs, rows, column):

@@ -13,6 +13,7 @@ from script_runner import (
     REAL,
     TINY,
     assert_same_weights,
+    break_off,
     load_checkpoint,
     log_folder,
     messages,
@@ -26,7 +27,7 @@ from script_runner import (
     snapshot,
 )
 
-from experiment import fit, plots, resume
+from experiment import plots, resume
 from experiment.plots import FIGURES
 from experiment.records import Records
 from training.precision import Precision
@@ -40,21 +41,6 @@ def leftovers(folder):
     """Files that a run writes for a moment only."""
     parts = (".tar.", ".csv.", ".json.")
     return [p.name for p in folder.rglob("*") if p.is_file() and any(part in p.name for part in parts)]
-
-
-def break_off(args, cwd, capsys, after, how=KeyboardInterrupt):
-    """Run until the first batch of the epoch after `after` completed ones, and break off there."""
-    train_one_epoch = fit.train_one_epoch
-
-    def broken(model, batches, *rest):
-        if broken.calls == after:
-            raise how
-        broken.calls += 1
-        return train_one_epoch(model, batches, *rest)
-
-    broken.calls = 0
-    with mock.patch.object(fit, "train_one_epoch", broken):
-        return run_main(args, cwd, capsys)
 
 
 # -------------------------------------------------------------------------------- killed, as processes

@@ -11,6 +11,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from conftest import golden
 from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, run_script
 from tinyimagenet_maker import FOLDER, SUBSET, make_layout, pack
 from torch import nn
@@ -19,7 +20,6 @@ from torchvision.models import WeightsEnum
 import models
 import prepare_tinyimagenet as prepare
 import tinyimage_train
-from conftest import golden
 from experiment.parser import parse
 from models.resnet_cifar import NormedLinear
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_runs import RUN, make_folder
 from script_runner import (
     TINY,
     TWO_EPOCHS,
@@ -17,7 +18,6 @@ from script_runner import (
     run_script,
     snapshot,
 )
-from test_folder_train import RUN, make_folder
 
 import folder_train
 

@@ -6,9 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from script_runner import log_folder, read_logs, run_ok
-from test_records import FOUR, scalars
-from test_resume import break_off
+from script_runner import FOUR, break_off, log_folder, read_logs, run_ok, scalars
 
 TRIES = 20
 

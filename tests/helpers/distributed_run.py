@@ -10,9 +10,8 @@ import pathlib
 import signal
 import sys
 
-HELPERS = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HELPERS.parent.parent))
-sys.path.insert(0, str(HELPERS))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 from script_runner import TinyModel
 from torch import nn

@@ -18,7 +18,7 @@ from torch import nn
 import cifar_train
 import imbalance_cifar
 import models
-from experiment import plots
+from experiment import fit, plots
 from losses import row_norm
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -30,6 +30,8 @@ DIGITS = ["--dataset", "digits", "--threads", "1", "--seed", "0", "--batch-size"
 TWO_EPOCHS = [*DIGITS, "--epochs", "2", "--start_ib_epoch", "1", "--drw_epoch", "1", "--milestones", "1"]
 #: For runs in this process: a model that takes milliseconds an epoch.
 TINY = ["--arch", "tiny"]
+#: Four epochs, the last two with the IB loss.
+FOUR = [*DIGITS, *TINY, "--epochs", "4", "--start_ib_epoch", "2", "--milestones", "3", "--loss_type", "IB"]
 #: For processes, which have the published models only.
 REAL = ["--arch", "resnet20"]
 
@@ -118,6 +120,21 @@ def run_ok(args, cwd, capsys, **how):
     return out
 
 
+def break_off(args, cwd, capsys, after, how=KeyboardInterrupt):
+    """Run until the first batch of the epoch after `after` completed ones, and break off there."""
+    train_one_epoch = fit.train_one_epoch
+
+    def broken(model, batches, *rest):
+        if broken.calls == after:
+            raise how
+        broken.calls += 1
+        return train_one_epoch(model, batches, *rest)
+
+    broken.calls = 0
+    with mock.patch.object(fit, "train_one_epoch", broken):
+        return run_main(args, cwd, capsys)
+
+
 # -------------------------------------------------------------------------------------------- as a process
 
 
@@ -183,6 +200,15 @@ def read_logs(folder):
     return {
         name: [{k: v for k, v in row.items() if k != "seconds"} for row in read_csv(folder / name)] for name in names
     }
+
+
+def scalars(folder):
+    """tag -> list of (step, value), in the order in which TensorBoard's own reader gives them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def load_checkpoint(path):
