@@ -179,7 +179,10 @@ def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: 
         if own[name].shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)} there, {tuple(own[name].shape)} here"
             raise DataError(f"{path} does not fit this model: {name} has shape {shapes}")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # a type of numbers that cannot be copied
+        raise DataError(f"{path} does not fit this model: {str(error).splitlines()[-1].strip()}") from None
 
 
 def _with_own_head(own, weights, prefix):

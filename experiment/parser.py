@@ -13,7 +13,7 @@ from typing import Any
 import imbalance_cifar
 import imbalance_tinyimagenet
 import models
-from experiment.settings import FIELDS, Settings, check
+from experiment.settings import FIELDS, Settings, check, plain_name
 from utils import UsageError, one_line
 
 OPTIONAL = frozenset(("train_list", "val_list", "check_images", "image_size", "crop", "recipe"))
@@ -162,13 +162,20 @@ def parse(script: str, argv: Sequence[str] | None = None, description: str | Non
         raise UsageError("--pretrained imagenet: there are no ImageNet weights for these models; name a checkpoint")
     if values["pretrained"] == "none":
         values["pretrained"] = None
-    values["dataset"] = values["dataset"] or os.path.basename(os.path.abspath(values["data_dir"]))
+    values["dataset"] = values["dataset"] or _name_of_folder(values["data_dir"])
     known = SCRIPTS[script].datasets.get(values["dataset"])
     if known is not None and values["num_classes"] not in (None, known):
         raise UsageError(f"--num_classes {values['num_classes']}: {values['dataset']} has {known} classes")
     values["num_classes"] = values["num_classes"] or known
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return check(Settings(**values, given=given))
+    return check(Settings(**values, given=given, script=script))
+
+
+def _name_of_folder(path):
+    try:
+        return plain_name(os.path.basename(os.path.abspath(path)))
+    except argparse.ArgumentTypeError:
+        raise UsageError(f"--data_dir {path}: its name cannot be part of the run's: choose one with --dataset") from None
 
 
 def _given(parser, argv):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiment import checkpoint, plots
+from experiment.parser import SCRIPTS
 from experiment.plots import FIGURES
 from experiment.records import FILES
 from experiment.settings import IDENTITY, OF_CHECKPOINT, SHARED, Settings, from_record
@@ -51,20 +52,24 @@ def find_start(settings: Settings) -> ResumeState:
     theirs = _settings_of(state, path)
     if settings.seed is None and theirs is not None:
         settings = dataclasses.replace(settings, seed=theirs.seed)
-    is_finished = _check_folder(settings, held, own, is_own)
-    if is_finished or (held is not None and is_own and _is_trained(settings, held)):
-        path, state, is_own = own, held, True  # at most its logs or figures are missing
+    is_older = is_own and state.get("epoch", 0) < (held or {}).get("epoch", 0)
+    is_finished = _check_folder(settings, held, own, is_own) and not (is_older and settings.force)
+    if is_finished or (held is not None and is_own and not is_older and _is_trained(settings, held)):
+        path, state, is_own, is_older = own, held, True, False  # at most its logs or figures are missing
         theirs = _settings_of(state, path)
     if state is None:
         return ResumeState(epoch=settings.start_epoch)
-    if is_own and path != own:
-        _check_no_newer(settings, state, held, path)
+    if is_older and not settings.force:
+        raise UsageError(
+            f"{path} has {state.get('epoch', 0)} epochs done, but {settings.model_folder} holds this run after "
+            f"{held['epoch']}: --resume auto continues it, another --exp_str forks from it, or use --force to train the "
+            "epochs between them again"
+        )
     epoch = state.get("epoch", settings.start_epoch)
-    _check_same(settings, theirs, state, epoch, path)
-    if epoch >= settings.epochs and state is not held:
+    is_same = _check_same(settings, theirs, state, epoch, path)
+    is_done_here = epoch == settings.epochs and state is held and is_same
+    if epoch >= settings.epochs and not is_done_here:
         raise UsageError(f"{path} has {epoch} epochs done: --epochs {settings.epochs} leaves nothing to train")
-    if epoch > settings.epochs:
-        raise UsageError(f"{path} has {epoch} epochs done, more than --epochs {settings.epochs}")
     return ResumeState(
         epoch=epoch,
         history=state.get("history", []),
@@ -137,11 +142,12 @@ def _check_folder(settings, held, own, is_own):
     recorded = (held.get("settings") if held else _recorded_settings(log_folder)) or {}
     differs = _difference_of_folder(settings, recorded, held)
     if differs is not None and not (is_own and settings.force):
-        also = ", or use --force to continue anyway" if is_own else ""
-        raise UsageError(
-            f"{log_folder} holds a run with other settings ({differs}): "
-            f"choose another --exp_str, or --overwrite it{also}"
-        )
+        ways = ["choose another --exp_str", "--overwrite it"]
+        if _difference_of_folder(dataclasses.replace(settings, resume="auto"), recorded, held) is None:
+            ways.insert(0, "--resume auto makes it longer")
+        if is_own:
+            ways.append("use --force to continue anyway")
+        raise UsageError(f"{log_folder} holds a run with other settings ({differs}): {', or '.join(ways)}")
     if held is None and recorded:
         raise UsageError(
             f"{log_folder} holds the logs of this run, but {model_folder} holds no checkpoint: --overwrite it"
@@ -194,18 +200,8 @@ def _is_complete(log_folder, held):
     return done >= len(held.get("history", [])) and (figures or not plots.available())
 
 
-def _check_no_newer(settings, state, held, path):
-    """An older checkpoint of the same folder would overwrite the epochs after it."""
-    newest, epoch = (held or {}).get("epoch", 0), state.get("epoch", 0)
-    if newest > epoch and not settings.force:
-        raise UsageError(
-            f"{path} has {epoch} epochs done, but {settings.model_folder} holds this run after {newest}: --resume auto "
-            "continues it, another --exp_str forks from it, or use --force to train the epochs between them again"
-        )
-
-
 def _check_same(settings, theirs, state, epoch, path):
-    """The checkpoint's run must be this run in every epoch that it has trained."""
+    """The checkpoint's run must be this run in every epoch that it has trained; False where --force says otherwise."""
     if theirs is None:
         warn(f"{path} records no settings: only its arch can be checked")
         arch = state.get("arch", settings.arch)
@@ -223,6 +219,7 @@ def _check_same(settings, theirs, state, epoch, path):
         if there not in (None, here):
             made = f"{path} was made with {there} {name}, this run has {here}"
             warn(f"{made}: the same run, but not to the last bit")
+    return first is None
 
 
 def _criterion_state(settings, theirs, state, epoch):
@@ -306,4 +303,8 @@ def load_for_evaluation(settings: Settings) -> tuple[Settings, str, dict]:
             f"{path} is of another run: {name} is {value!r} there and {getattr(settings, name)!r} here "
             "(use --force to evaluate anyway)"
         )
-    return dataclasses.replace(merged, **{name: getattr(settings, name) for name in wrong}), path, state
+    merged = dataclasses.replace(merged, **{name: getattr(settings, name) for name in wrong})
+    script = SCRIPTS[settings.script]
+    if merged.arch not in script.archs() or (script.datasets and merged.dataset not in script.datasets):
+        raise UsageError(f"{path} is a {merged.arch} of {merged.dataset}, which {settings.script} does not offer")
+    return merged, path, state

@@ -64,7 +64,7 @@ def _alpha(text):
 _alpha.__name__ = "number"  # what argparse calls it
 
 
-def _plain_name(text):
+def plain_name(text):
     """An argparse type: a part of a folder's name."""
     if not text or os.sep in text or not text.isprintable():
         raise argparse.ArgumentTypeError("it is part of a folder's name: printable, without a separator, not empty")
@@ -85,7 +85,9 @@ class Settings:
     """The settings of one run; read only. A script that does not offer a flag leaves its field at None."""
 
     # ---------------------------------------------------------------------------------------------- data
-    dataset: str = setting(None, "--dataset", affects="data", group="data", help="default: %(default)s")
+    dataset: str = setting(
+        None, "--dataset", affects="data", group="data", type=plain_name, help="default: %(default)s"
+    )
     data_dir: str = setting(
         "./data", "--data_dir", affects="nothing", group="data", help="folder of the data (default: %(default)s)"
     )
@@ -120,7 +122,7 @@ class Settings:
         help="share of the training images held out to pick the best epoch, by mean class accuracy, without the test "
         "set (default: %(default)s: by top-1 on the test set, as published)",
     )  # fmt: skip
-    test_fraction: float = setting(0.0, affects="data")
+    test_fraction: float = setting(0.0, affects="data", type=number(float, low=0, high=0.9))
     flip: str = setting(
         "auto", "--flip", affects="data", group="data", choices=("auto", "on", "off"),
         help="random mirroring of training images; auto: as the data set says, no for digits (default: %(default)s)",
@@ -136,7 +138,9 @@ class Settings:
     )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------- model
-    arch: str = setting(None, "-a", "--arch", affects="model", group="model", help="default: %(default)s")
+    arch: str = setting(
+        None, "-a", "--arch", affects="model", group="model", type=plain_name, help="default: %(default)s"
+    )
     pretrained: str | None = setting(
         None, "--pretrained", affects="start", group="model", nargs="?", metavar="imagenet|none|PATH"
     )
@@ -270,7 +274,7 @@ class Settings:
         None, "--threads", affects="rounding", group="run", type=number(int, low=1, high=1024), metavar="N",
         help="CPU threads (default: torch's)",
     )  # fmt: skip
-    processes: int = setting(1, affects="rounding")
+    processes: int = setting(1, affects="rounding", type=number(int, low=1))
     amp: str = setting(
         "none", "--amp", affects="numerics", group="run", choices=list(AMP_TYPES),
         help="mixed precision; the losses stay float32. bf16 pays on GPUs and on CPUs with AVX512-BF16 or AMX; other "
@@ -328,7 +332,7 @@ class Settings:
         help="also keep the checkpoints after N epochs",
     )  # fmt: skip
     exp_str: str = setting(
-        "0", "--exp_str", affects="nothing", group="run", type=_plain_name, metavar="NAME",
+        "0", "--exp_str", affects="nothing", group="run", type=plain_name, metavar="NAME",
         help="last part of the run's name (default: %(default)s)",
     )  # fmt: skip
     root_log: str = setting(
@@ -357,6 +361,7 @@ class Settings:
     )  # fmt: skip
 
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)  # names given on the command line
+    script: str = dataclasses.field(default="", compare=False)  # a key of `parser.SCRIPTS`
 
     @property
     def name(self) -> str:
@@ -388,7 +393,7 @@ class Settings:
         return "l1" if self.ib_norm == "none" else self.ib_norm
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Settings) if field.name != "given"}
+FIELDS = {field.name: field for field in dataclasses.fields(Settings) if field.metadata}
 
 
 def fields_affecting(*kinds: str) -> tuple[str, ...]:
@@ -421,7 +426,10 @@ def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Sett
         ValueError: a value of a type that the setting cannot have.
     """
     values = {name: _as_declared(FIELDS[name], value) for name, value in record.items() if name in FIELDS}
-    return dataclasses.replace(base or Settings(), **values, given=frozenset())
+    settings = dataclasses.replace(base or Settings(), **values, given=frozenset())
+    if len(settings.milestones) != len(settings.lr_factors):
+        raise ValueError(f"milestones is {settings.milestones!r}, lr_factors {settings.lr_factors!r}")
+    return settings
 
 
 def _as_declared(field, value):

@@ -39,7 +39,7 @@ def check_state(state: Any, path: str) -> None:
         "settings": _is_settings(state.get("settings") or {}),
         "split_sha256": isinstance(state.get("split_sha256"), (str, type(None))),
         "files_sha256": isinstance(state.get("files_sha256"), (str, type(None))),
-        "history": isinstance(history, list) and _is_count(epoch) and len(history) <= epoch and all(map(_is_record, history)),
+        "history": _is_history(history, epoch),
     }
     bad = [name for name, is_good in good.items() if not is_good]
     if bad:
@@ -62,6 +62,11 @@ def _is_plain(tensor):
 
 def _is_tensors(part):
     return isinstance(part, dict) and all(isinstance(v, torch.Tensor) and _is_plain(v) for v in part.values())
+
+
+def _is_history(history, epoch):
+    """Whether it is a list of at most `epoch` records, whose number is read before they are."""
+    return isinstance(history, list) and _is_count(epoch) and len(history) <= epoch and all(map(_is_record, history))
 
 
 def _is_count(value):
@@ -96,6 +101,7 @@ def _is_record(record):
         and _is_figure(test["acc1"] is not None and test["acc1"])
         and isinstance(record.get("val"), (dict, type(None)))
         and isinstance(record.get("ib_factor"), (list, type(None)))
+        and all(map(_is_figure, record.get("ib_factor") or []))
     )
 
 

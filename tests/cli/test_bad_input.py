@@ -83,6 +83,10 @@ USAGE = {
     "newline in a choice": (["--loss_type", "C\nE\x1b[31m"], "--loss_type"),
     "newline in a number": (["--lr", "1\n2"], "--lr"),
     "newline in a flag": (["--epochs", "1", "odd\nword"], "odd"),
+    "threads beyond all": (["--threads", str(10**11)], "--threads", str(10**11)),
+    "threads beyond those of a machine": (["--threads", "100000"], "--threads", "100000"),
+    "ImageNet's weights": (["--pretrained", "imagenet"], "--pretrained imagenet", "name a checkpoint"),
+    "several gpus": (["--gpu", "0", "1"], "1"),
     "auto and overwrite": (["--resume", "auto", "--overwrite"], "--resume auto", "--overwrite"),
 }
 
@@ -339,6 +343,7 @@ def damage(state, path, value):
     return state
 
 
+GOOD_RECORD = {"epoch": 0, "test": {}, "train": {}, "stage": {}}
 ODD = {
     "weight that is no tensor": (["state_dict", "conv1.weight"], 3.0),
     "weight of another shape": (["state_dict", "conv1.weight"], torch.zeros(5, 3, 3, 3)),
@@ -352,15 +357,80 @@ ODD = {
     "history that is none": (["history"], "long ago"),
     "history without tests": (["history"], [{"epoch": 0}]),
     "settings that are none": (["settings"], "standard"),
+    "epoch beyond all": (["epoch"], 10**30),
+    "epoch that is true": (["epoch"], True),
+    "best_acc1 that is no number": (["best_acc1"], "x"),
+    "best_acc1 that is not finite": (["best_acc1"], float("nan")),
+    "best_acc1 of many": (["best_acc1"], torch.zeros(3)),
+    "arch that is no text": (["arch"], 18),
+    "criterion that is none": (["criterion"], [1, 2]),
+    "criterion of words": (["criterion"], {"alpha": "auto"}),
+    "scaler that is none": (["scaler"], 65536.0),
+    "checksum that is none": (["split_sha256"], 12),
+    "meta weight": (["state_dict", "conv1.weight"], torch.empty(4, 3, 3, 3, device="meta")),
+    "sparse weight": (["state_dict", "conv1.weight"], torch.zeros(4, 3, 3, 3).to_sparse()),
+    "complex weight": (["state_dict", "conv1.weight"], torch.zeros(4, 3, 3, 3, dtype=torch.complex64)),
+    "weight of bits": (["state_dict", "conv1.weight"], torch.zeros(4, 3, 3, 3, dtype=torch.uint8).view(torch.bits8)),
+    "history of another length": (["history"], [GOOD_RECORD] * 50),
+    "history of numbers": (["history"], [1]),
+    "history that skips": (["history", 0, "epoch"], 7),
+    "history with an odd epoch": (["history", 0, "epoch"], "0"),
+    "history without its time": (["history", 0, "time"], None),
+    "history with an odd score": (["history", 0, "score"], "high"),
+    "history with an odd accuracy": (["history", 0, "test", "acc1"], [90.0]),
+    "history without an accuracy": (["history", 0, "test", "many"], None),
+    "history with odd classes": (["history", 0, "test", "per_class"], [1.0, "x"]),
+    "history with an odd stage": (["history", 0, "stage"], {"lr": "0.1"}),
+    "history with an odd loss": (["history", 0, "train", "loss"], "low"),
+    "history with an odd factor": (["history", 0, "ib_factor"], 3.0),
+    "history with odd factors": (["history", 0, "ib_factor"], ["x"] * 10),
+    "milestones of words": (["settings", "milestones"], "abc"),
+    "milestones of a word": (["settings", "milestones"], ["abc"]),
+    "milestones that are too many": (["settings", "milestones"], [1, 2, 3]),
+    "loss of another name": (["settings", "loss_type"], "XX"),
+    "rule that is no text": (["settings", "train_rule"], ["DRW"]),
+    "lr of a word": (["settings", "lr"], "fast"),
+    "epochs beyond all": (["settings", "epochs"], 10**30),
+    "epochs below one": (["settings", "epochs"], -1),
+    "seed of a word": (["settings", "seed"], "zero"),
+    "threads of a word": (["settings", "threads"], "many"),
+    "processes of a word": (["settings", "processes"], "many"),
+    "name that leaves the folder": (["settings", "exp_str"], "../../elsewhere"),
+    "dataset that leaves the folder": (["settings", "dataset"], "../../elsewhere"),
+    "arch that leaves the folder": (["settings", "arch"], "../../elsewhere"),
 }
+#: Where only training reads the part.
+TRAINED_ONLY = ["optimizer of another model"]
 
 
+@pytest.mark.parametrize("mode", ["resume", "evaluate"])
 @pytest.mark.parametrize("case", ODD)
-def test_checkpoints_with_an_odd_part(case, good_checkpoint, tmp_path, capsys):
+def test_checkpoints_with_an_odd_part(case, mode, good_checkpoint, tmp_path, capsys):
     path, value = ODD[case]
     state = damage(torch.load(io.BytesIO(good_checkpoint(capsys)), weights_only=True), path, value)
     torch.save(state, tmp_path / "odd.pth.tar")
-    refused([*ARGS, "--resume", "odd.pth.tar"], tmp_path, capsys, 1, "odd.pth.tar")
+    if mode == "evaluate" and case in TRAINED_ONLY:
+        run_ok([*ARGS, *MODES[mode], "odd.pth.tar"], tmp_path, capsys)
+        return
+    # without flags of its own an evaluation takes everything from the checkpoint
+    refused([*(ARGS if mode == "resume" else []), *MODES[mode], "odd.pth.tar"], tmp_path, capsys, 1, "odd.pth.tar")
+
+
+def test_momentum_of_another_shape_is_refused(good_checkpoint, tmp_path, capsys):
+    for buffer in (torch.zeros(5), "x", torch.zeros(4, 3, 3, 3).to_sparse(), torch.empty(4, 3, 3, 3, device="meta")):
+        state = torch.load(io.BytesIO(good_checkpoint(capsys)), weights_only=True)
+        state["optimizer"]["state"][0]["momentum_buffer"] = buffer
+        torch.save(state, tmp_path / "odd.pth.tar")
+        refused([*ARGS, "--resume", "odd.pth.tar"], tmp_path, capsys, 1, "odd.pth.tar")
+
+
+@pytest.mark.parametrize("change", [{"dataset": "tinyimagenet"}, {"arch": "resnet18"}, {"arch": "vgg99"}])
+def test_evaluating_a_checkpoint_of_another_script(change, good_checkpoint, tmp_path, capsys):
+    state = torch.load(io.BytesIO(good_checkpoint(capsys)), weights_only=True)
+    state["settings"] |= change
+    torch.save(state, tmp_path / "other.pth.tar")
+    (value,) = change.values()
+    refused(["-e", "--resume", "other.pth.tar"], tmp_path, capsys, 2, "other.pth.tar", value, "cifar_train.py")
 
 
 @pytest.mark.parametrize("name", ["gamma", "keep_warmup", "val_fraction", "seed"])

@@ -86,7 +86,9 @@ def test_tau_norm_divides_by_the_length_of_the_class_vectors_and_drops_the_bias(
 def test_of_several_values_the_held_out_part_picks_one(trained, capsys):
     out, found = evaluate(trained(capsys), capsys, "--posthoc_la", "0", "1", "2")
     scores = {
-        line.split()[1].rstrip(":"): float(line.split()[4]) for line in out.splitlines() if "on the held-out part" in line
+        line.split()[1].rstrip(":"): float(line.split()[4])
+        for line in out.splitlines()
+        if "on the held-out part" in line
     }
     assert list(scores) == ["0", "1", "2"]
     assert found["posthoc_la"] == float(max(scores, key=scores.get))
@@ -109,7 +111,8 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(flag, trained, capsys
 
 
 def test_an_ib_checkpoint_is_evaluated_under_its_own_name(tmp_path, capsys):
-    run_ok([*DIGITS, *TINY, "--epochs", "2", "--milestones", "--start_ib_epoch", "1", "--loss_type", "IB"], tmp_path, capsys)
+    two = [*DIGITS, *TINY, "--epochs", "2", "--milestones", "--start_ib_epoch", "1"]
+    run_ok([*two, "--loss_type", "IB"], tmp_path, capsys)
     run_ok(["-e", "--resume", model_folder(tmp_path, "IB") / "ckpt.pth.tar"], tmp_path, capsys)
     assert (log_folder(tmp_path, "IB") / "evaluate" / "evaluation.json").exists()
     assert [path.name for path in (tmp_path / "log").iterdir()] == [log_folder(tmp_path, "IB").name]

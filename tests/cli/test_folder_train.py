@@ -171,6 +171,10 @@ def test_last_batch_of_one_image(folder, tmp_path):
     assert status == 2
     assert "--batch-size 11 leaves a last batch of one image" in messages(err)[0]
     run_ok(tmp_path, "--data_dir", folder, *RUN, "--batch-size", "8")
+    one = ["--data_dir", folder, *RUN, "--batch-size", "1", "--gpu", "0", "--exp_str", "one"]
+    status, _, err = run(tmp_path, *one)
+    assert status == 2
+    assert "--batch-size 1 leaves a last batch of one image" in messages(err)[0]
     before = snapshot(tmp_path)
     assert run(tmp_path, *args, "--overwrite")[0] == 2
     assert snapshot(tmp_path) == before, "a refused --overwrite deletes nothing"
