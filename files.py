@@ -32,16 +32,16 @@ def write_atomically(
     `check(name of the temporary file)` is called in between. An OSError names `path`.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    with _errors_name(path):
+    with errors_name(path):
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=TEMPORARY)
     try:
-        with _errors_name(path), os.fdopen(handle, "wb") as file:
+        with errors_name(path), os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         if check is not None:
             check(temporary)
-        with _errors_name(path):
+        with errors_name(path):
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
     except BaseException:
@@ -56,7 +56,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _errors_name(path):
+def errors_name(path: str | os.PathLike) -> Iterator[None]:
     """A full disk raises an OSError without a file: name the one that was to be written."""
     try:
         yield

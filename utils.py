@@ -51,7 +51,9 @@ def command(main):
         previous = _raise_on_sigterm()
         _make_output_safe()
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()  # here, where a reader that has gone is seen
+            return result
         except NothingToDo as done:
             print(one_line(done), flush=True)
             return None

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from files import write_text
+from files import errors_name, write_text
 from utils import duration, format_metric
 
 #: Scalars of each class go to TensorBoard up to this many classes.
@@ -80,15 +80,17 @@ class Records:
         """Add an epoch's record to every file."""
         self.history.append(record)
         self._json.append(to_json(record).rstrip())
-        for name, _, row in self._tables():
-            with open(self._path(name), "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                file.write(_csv([row(record)]))
-        self._tensorboard()
+        with errors_name(self.folder):
+            for name, _, row in self._tables():
+                with open(self._path(name), "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+                    file.write(_csv([row(record)]))
+            self._tensorboard()
         self._summary()
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with errors_name(self.folder):
+                self._writer.close()
 
     def _path(self, name):
         return os.path.join(self.folder, name)

@@ -102,7 +102,10 @@ def _settings_of(state, path):
     if state is None or not state.get("settings"):
         return None
     try:
-        return from_record(state["settings"])
+        theirs = from_record(state["settings"])
+        if len(theirs.milestones) != len(theirs.lr_factors):
+            raise ValueError(f"milestones is {theirs.milestones!r} and lr_factors is {theirs.lr_factors!r}")
+        return theirs
     except ValueError as error:
         raise DataError(f"{path} is not a checkpoint of this repository: in its settings, {error}") from None
 

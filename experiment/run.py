@@ -38,7 +38,8 @@ def open_run(settings: Settings) -> Iterator["Run"]:
         settings = _prepared(settings, device)
         if settings.evaluate:
             settings, path, state = load_for_evaluation(settings)
-            start = ResumeState(state.get("epoch", 0), state_dict=state["state_dict"], path=path)
+            names = ("state_dict", "split_sha256", "files_sha256")
+            start = ResumeState(state.get("epoch", 0), path=path, **{name: state.get(name) for name in names})
             yield Run(settings, device, start)
             return
         lock = run_lock(settings.log_folder, settings.model_folder)
@@ -116,7 +117,7 @@ class Run:
         if settings.export_split:
             _export_split(train_set, settings.export_split)
         split = {"sha256": split_sha256(train_set.chosen), "files_sha256": _files_sha256(train_set, test_set)}
-        if not settings.evaluate:
+        if not settings.evaluate or settings.test_fraction:  # else a test image may be one that was trained on
             self._check_images(split)
         train_set, val_set = _hold_out(train_set, settings.val_fraction)
         self.class_names = list(train_set.classes)

@@ -426,10 +426,7 @@ def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Sett
         ValueError: a value of a type that the setting cannot have.
     """
     values = {name: _as_declared(FIELDS[name], value) for name, value in record.items() if name in FIELDS}
-    settings = dataclasses.replace(base or Settings(), **values, given=frozenset())
-    if len(settings.milestones) != len(settings.lr_factors):
-        raise ValueError(f"milestones is {settings.milestones!r}, lr_factors {settings.lr_factors!r}")
-    return settings
+    return dataclasses.replace(base or Settings(), **values, given=frozenset())
 
 
 def _as_declared(field, value):

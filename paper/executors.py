@@ -50,7 +50,8 @@ def start_child(command: Sequence[str], folder: str, threads: int, log: str) -> 
         if os.getppid() != parent:
             os._exit(1)
 
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    # a spinning thread of OpenMP waits for the one that lost its core to another run, see docs/speed.md
+    environment = {"GOMP_SPINCOUNT": "0", **os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(log, "ab") as output:
         return subprocess.Popen(
             [sys.executable, *command], cwd=folder, env=environment, stdin=subprocess.DEVNULL,

@@ -127,6 +127,90 @@ def test_made_imbalance_and_a_part_of_train_for_testing(folder, tmp_path):
     assert json.loads(summary.read_text())["last"]["seen"] == 17
 
 
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """A folder with train/ only, and a finished run that tests on a tenth of it."""
+    home = tmp_path_factory.mktemp("held_out")
+    shutil.rmtree(make_folder(home / "images", counts=(40, 20, 10)) / "val")
+    run_ok(home, "--data_dir", "images", *RUN, "--val_fraction", "0.1")
+    return home
+
+
+def evaluated(home):
+    (path,) = home.glob("log/*/evaluate/evaluation.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", ["ckpt.pth.tar", "ckpt.best.pth.tar"])
+@pytest.mark.parametrize("flags", [[], ["--val_fraction", "0.1"]], ids=["no flags", "the run's flag"])
+def test_evaluation_tests_on_the_images_that_the_run_held_out(name, flags, held_out, tmp_path):
+    home = Path(shutil.copytree(held_out, tmp_path / "home"))
+    (path,) = home.glob(f"checkpoint/*/{name}")
+    out = run_ok(home, "--data_dir", "images", "-e", "--resume", path, "--threads", "1", "-j", "0", *flags)
+    summary = json.loads(next(home.glob("log/*/summary.json")).read_text())
+    expected = summary["best" if "best" in name else "last"]
+    found = evaluated(home)
+    assert found["seen"] == expected["seen"] == 7
+    assert {key: found[key] for key in ("acc1", "class_mean", "per_class")} == {
+        key: expected[key] for key in ("acc1", "class_mean", "per_class")
+    }
+    assert f"\ntop-1 {expected['acc1']:.2f}  " in out
+
+
+def test_evaluation_refuses_another_part_of_the_training_images(held_out, tmp_path):
+    home = Path(shutil.copytree(held_out, tmp_path / "home"))
+    (path,) = home.glob("checkpoint/*/ckpt.pth.tar")
+    before = snapshot(home)
+    for resume in (path, "auto"):
+        args = ["--data_dir", "images", *RUN, "--val_fraction", "0.9", "-e", "--resume", resume]
+        status, _, err = run(home, *args)
+        assert status == 2
+        (line,) = messages(err)
+        assert "val_fraction is 0.1 there and 0.9 here" in line
+        assert "--force" in line
+    assert snapshot(home) == before
+
+
+def test_evaluation_of_a_held_out_part_refuses_images_that_have_changed(held_out, tmp_path):
+    """With one more image the part that is held out would be another one, with training images in it."""
+    home = Path(shutil.copytree(held_out, tmp_path / "home"))
+    images = home / "images" / "train" / "class0"
+    shutil.copy(images / "0.jpg", images / "more.jpg")
+    (path,) = home.glob("checkpoint/*/ckpt.pth.tar")
+    args = ["--data_dir", "images", "-e", "--resume", path, "--threads", "1", "-j", "0"]
+    status, _, err = run(home, *args)
+    assert status == 1
+    assert f"{path} was trained on other images of images" in messages(err)[0]
+    run_ok(home, *args, "--force")
+
+
+def test_evaluation_on_a_test_folder_of_ones_own_may_have_other_images(folder, tmp_path):
+    run_ok(tmp_path, "--data_dir", folder, *RUN, "--epochs", "1", "--milestones")
+    (path,) = tmp_path.glob("checkpoint/*/ckpt.pth.tar")
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    shutil.copy(copy / "train" / "class1" / "0.jpg", copy / "val" / "class1" / "more.jpg")
+    run_ok(tmp_path, "--data_dir", copy, "-e", "--resume", path, "--threads", "1", "-j", "0")
+    assert evaluated(tmp_path)["seen"] == 10
+
+
+def test_other_images_in_a_folder_of_the_same_name_are_not_the_finished_run(folder, tmp_path):
+    for place in ("one", "two"):
+        shutil.copytree(folder, tmp_path / place / "images")
+    (tmp_path / "two" / "images" / "train" / "class1" / "3.jpg").write_bytes(
+        (folder / "train" / "class1" / "4.jpg").read_bytes()
+    )
+    run_ok(tmp_path, "--data_dir", "one/images", *RUN)
+    before = snapshot(tmp_path)
+    for more in ([], ["--resume", "auto"]):
+        status, out, err = run(tmp_path, "--data_dir", "two/images", *RUN, *more)
+        assert (status, out) == (1, "")
+        (line,) = messages(err)
+        assert "the image files in two/images are not those that " in line
+        assert snapshot(tmp_path) == before
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert "finished: nothing to do" in run_ok(tmp_path, "--data_dir", "moved/images", *RUN)
+
+
 def test_weights_of_another_number_of_classes_keep_the_new_head(folder, tmp_path):
     model = models.torchvision_model("resnet18", 7)
     torch.save(model.state_dict(), tmp_path / "seven.pth")

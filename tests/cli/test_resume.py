@@ -64,7 +64,7 @@ def where(cwd, loss="IB", rule="CBReweight", **kwargs):
 
 def test_killed_in_mid_epoch_and_resumed_is_the_run_never_stopped(never_stopped, tmp_path):
     whole, args = never_stopped
-    status, lines, _ = run_process_until(args, tmp_path, "epoch 2/2  batch 1/", signal.SIGKILL)
+    status, lines, _ = run_process_until(args, tmp_path, "epoch 2/2  batch 4/", signal.SIGKILL)
     assert status == -signal.SIGKILL
     assert "epoch 2/2 done" not in "".join(lines)
     log, model = where(tmp_path)

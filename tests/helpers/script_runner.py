@@ -143,10 +143,12 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 
-def run_process(args, cwd, timeout=240):
-    """`python cifar_train.py args` in the folder `cwd`, to its end."""
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+def run_process(args, cwd, script=SCRIPT, timeout=240, **variables):
+    """`python cifar_train.py args` in the folder `cwd`, to its end, with these variables in its environment."""
+    command = [sys.executable, str(script), *map(str, args)]
+    return subprocess.run(
+        command, cwd=cwd, env={**environment(), **variables}, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def run_process_until(args, cwd, line_start, stop_signal):
