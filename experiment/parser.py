@@ -175,7 +175,9 @@ def _name_of_folder(path):
     try:
         return plain_name(os.path.basename(os.path.abspath(path)))
     except argparse.ArgumentTypeError:
-        raise UsageError(f"--data_dir {path}: its name cannot be part of the run's: choose one with --dataset") from None
+        raise UsageError(
+            f"--data_dir {path}: its name cannot be part of the run's: choose one with --dataset"
+        ) from None
 
 
 def _given(parser, argv):

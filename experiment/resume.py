@@ -52,7 +52,8 @@ def find_start(settings: Settings) -> ResumeState:
     theirs = _settings_of(state, path)
     if settings.seed is None and theirs is not None:
         settings = dataclasses.replace(settings, seed=theirs.seed)
-    is_older = is_own and state.get("epoch", 0) < (held or {}).get("epoch", 0)
+    newest = held.get("epoch", 0) if held else 0
+    is_older = state is not None and is_own and state.get("epoch", 0) < newest
     is_finished = _check_folder(settings, held, own, is_own) and not (is_older and settings.force)
     if is_finished or (held is not None and is_own and not is_older and _is_trained(settings, held)):
         path, state, is_own, is_older = own, held, True, False  # at most its logs or figures are missing
@@ -62,8 +63,8 @@ def find_start(settings: Settings) -> ResumeState:
     if is_older and not settings.force:
         raise UsageError(
             f"{path} has {state.get('epoch', 0)} epochs done, but {settings.model_folder} holds this run after "
-            f"{held['epoch']}: --resume auto continues it, another --exp_str forks from it, or use --force to train the "
-            "epochs between them again"
+            f"{newest}: --resume auto continues it, another --exp_str forks from it, or use --force to train the epochs between "
+            "them again"
         )
     epoch = state.get("epoch", settings.start_epoch)
     is_same = _check_same(settings, theirs, state, epoch, path)

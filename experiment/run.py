@@ -38,8 +38,13 @@ def open_run(settings: Settings) -> Iterator["Run"]:
         settings = _prepared(settings, device)
         if settings.evaluate:
             settings, path, state = load_for_evaluation(settings)
-            names = ("state_dict", "split_sha256", "files_sha256")
-            start = ResumeState(state.get("epoch", 0), path=path, **{name: state.get(name) for name in names})
+            start = ResumeState(
+                state.get("epoch", 0),
+                state_dict=state["state_dict"],
+                path=path,
+                split_sha256=state.get("split_sha256"),
+                files_sha256=state.get("files_sha256"),
+            )
             yield Run(settings, device, start)
             return
         lock = run_lock(settings.log_folder, settings.model_folder)
