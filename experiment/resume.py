@@ -63,8 +63,8 @@ def find_start(settings: Settings) -> ResumeState:
     if is_older and not settings.force:
         raise UsageError(
             f"{path} has {state.get('epoch', 0)} epochs done, but {settings.model_folder} holds this run after "
-            f"{newest}: --resume auto continues it, another --exp_str forks from it, or use --force to train the epochs between "
-            "them again"
+            f"{newest}: --resume auto continues it, another --exp_str forks from it, or use --force to train the "
+            "epochs between them again"
         )
     epoch = state.get("epoch", settings.start_epoch)
     is_same = _check_same(settings, theirs, state, epoch, path)

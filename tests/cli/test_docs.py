@@ -146,6 +146,7 @@ def test_flags_named_on_the_pages_exist():
     subparsers = next(a for a in reproduce.build_parser()._actions if a.choices and "run" in a.choices).choices
     known |= {flag for p in subparsers.values() for a in p._actions for flag in a.option_strings}
     known |= {"--help", "--max-restarts"}  # torchrun's
+    known |= set(re.findall(r'add_argument\("(--\w+)"', (ROOT / "benchmarks" / "speed.py").read_text()))
     for page, text in PAGES.items():
         prose = re.sub(r"```.*?```", "", text, flags=re.S)
         code = re.findall(r"`([^`\n]+)`", prose)

@@ -231,6 +231,13 @@ def test_no_folder(tmp_path):
     assert "no folder some/train" in fails(tmp_path, "--data_dir", "some")
 
 
+def test_a_folder_whose_name_cannot_be_part_of_the_runs(folder, tmp_path):
+    odd = shutil.copytree(folder, tmp_path / "a\nb")
+    assert "a\\nb: its name cannot be part of the run's" in fails(tmp_path, "--data_dir", odd, *RUN, status=2)
+    run_ok(tmp_path, "--data_dir", odd, *RUN, "--epochs", "1", "--milestones", "--dataset", "images")
+    assert [path.name.split("_")[0] for path in (tmp_path / "log").iterdir()] == ["images"]
+
+
 def test_classes_of_one_part_only(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "val" / "class2").rename(copy / "val" / "other\n")
