@@ -413,7 +413,8 @@ def test_checkpoints_with_an_odd_part(case, mode, good_checkpoint, tmp_path, cap
         run_ok([*ARGS, *MODES[mode], "odd.pth.tar"], tmp_path, capsys)
         return
     # without flags of its own an evaluation takes everything from the checkpoint
-    refused([*(ARGS if mode == "resume" else []), *MODES[mode], "odd.pth.tar"], tmp_path, capsys, 1, "odd.pth.tar")
+    args = [*(ARGS if mode == "resume" else []), *MODES[mode], "odd.pth.tar"]
+    refused(args, tmp_path, capsys, 1, "odd.pth.tar", "" if path[0] == "state_dict" else path[0])
 
 
 def test_momentum_of_another_shape_is_refused(good_checkpoint, tmp_path, capsys):
