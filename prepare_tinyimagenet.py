@@ -26,7 +26,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from files import folder_lock
 from imbalance_folder import open_image, read_folder
-from utils import DataError, command
+from utils import DataError, HelpFormatter, Parser, command
 
 FOLDER, ARCHIVE = "tiny-imagenet-200", "tiny-imagenet-200.zip"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -388,8 +388,6 @@ def download(path: str, timeout: float = 30) -> None:
 
 def build_parser():
     """The two flags of the command."""
-    from experiment.parser import HelpFormatter, Parser  # only the command needs them
-
     parser = Parser(description=__doc__, formatter_class=HelpFormatter, prog="imbalance_tinyimagenet.py")
     parser.add_argument("--data_dir", default="./data", help=f"holds {FOLDER}, or receives it (default: %(default)s)")
     parser.add_argument("--zip", default=None, metavar="PATH", help=f"the archive (default: DATA_DIR/{ARCHIVE})")

@@ -3,6 +3,7 @@
 torch is imported where it is used: `reproduce.py list` needs the errors only, and torch takes seconds.
 """
 
+import argparse
 import contextlib
 import functools
 import io
@@ -125,6 +126,34 @@ def _raise_on_sigterm():
 def one_line(text: object) -> str:
     """`text` with control characters escaped, so that it stays one line and moves no cursor."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of a script's docstring; shows lists as they are typed."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _expand_help(self, action):
+        if isinstance(action.default, (tuple, list)):
+            text = " ".join(map(str, action.default)) or "none"
+            return (self._get_help_string(action) or "").replace("%(default)s", text)
+        return super()._expand_help(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace)
+        for action in self._actions:  # argparse of Python 3.11 makes an empty list of '--flag=--'
+            if action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings)}: '--' is no value")
+        return found
+
+    def error(self, message):
+        print(f"{self.prog}: error: {one_line(message)} (--help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)
 
 
 # ---------------------------------------------------------------------------------------------- randomness

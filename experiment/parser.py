@@ -6,7 +6,6 @@ A script differs from the others in what it offers and in its defaults; both sta
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import imbalance_cifar
 import imbalance_tinyimagenet
 import models
 from experiment.settings import FIELDS, Settings, check, plain_name
-from utils import UsageError, one_line
+from utils import HelpFormatter, Parser, UsageError
 
 OPTIONAL = frozenset(("train_list", "val_list", "check_images", "image_size", "crop", "recipe"))
 
@@ -75,34 +74,6 @@ SCRIPTS = {
 }  # fmt: skip
 
 GROUPS = ("data", "model", "method", "training", "run")
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of a script's docstring; shows lists as they are typed."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28)
-
-    def _expand_help(self, action):
-        if isinstance(action.default, (tuple, list)):
-            text = " ".join(map(str, action.default)) or "none"
-            return (self._get_help_string(action) or "").replace("%(default)s", text)
-        return super()._expand_help(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def parse_args(self, args=None, namespace=None):
-        found = super().parse_args(args, namespace)
-        for action in self._actions:  # argparse of Python 3.11 makes an empty list of '--flag=--'
-            if action.nargs is None and getattr(found, action.dest, None) == []:
-                self.error(f"argument {'/'.join(action.option_strings)}: '--' is no value")
-        return found
-
-    def error(self, message):
-        print(f"{self.prog}: error: {one_line(message)} (--help lists the flags)", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def build_parser(script: str, description: str | None = None) -> Parser:
