@@ -37,6 +37,7 @@ class ResumeState:
     files_sha256: str | None = None
     best_acc1: float = -1.0  # of a published checkpoint, which brings no history
     seed: int | None = None
+    flip: str = "auto"  # --flip of the run that made the checkpoint
 
 
 def find_start(settings: Settings) -> ResumeState:
@@ -85,6 +86,7 @@ def find_start(settings: Settings) -> ResumeState:
         files_sha256=state.get("files_sha256"),
         best_acc1=-1.0 if state.get("history") else float(state.get("best_acc1", -1.0)),
         seed=theirs.seed if theirs is not None else None,
+        flip=(state.get("settings") or {}).get("flip", "on"),  # before the flag was there, every data set was mirrored
     )
 
 
@@ -227,7 +229,7 @@ def _check_same(settings, theirs, state, epoch, path):
 
 
 def _criterion_state(settings, theirs, state, epoch):
-    """The criterion's state, where the next epoch goes on with the same loss."""
+    """The criterion's state, where the next epoch has the same loss."""
     if theirs is None or not 0 < epoch < settings.epochs or not state.get("criterion"):
         return None
     same = plan(settings, epoch)["loss"] == plan(theirs, epoch - 1)["loss"]

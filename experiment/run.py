@@ -124,6 +124,7 @@ class Run:
         split = {"sha256": split_sha256(train_set.chosen), "files_sha256": _files_sha256(train_set, test_set)}
         if not settings.evaluate or settings.test_fraction:  # else a test image may be one that was trained on
             self._check_images(split)
+            self._check_flip(train_set)
         train_set, val_set = _hold_out(train_set, settings.val_fraction)
         self.class_names = list(train_set.classes)
         self.class_counts = count_classes(train_set.targets, known)
@@ -156,6 +157,15 @@ class Run:
             raise DataError(
                 f"the image files in {where} are not those that {start.path} was trained on: names, classes or sizes "
                 "differ (use --force to continue anyway)"
+            )
+
+    def _check_flip(self, train_set):
+        """Refuse to continue with mirrored images what was trained without, and the other way round."""
+        flips = [{"on": True, "off": False}.get(flip, train_set.flip) for flip in (self.start.flip, self.settings.flip)]
+        if self.start.path is not None and flips[0] != flips[1] and not (self.settings.force or self.settings.evaluate):
+            raise UsageError(
+                f"{self.start.path} was trained {'with' if flips[0] else 'without'} mirrored images: "
+                f"use --flip {'on' if flips[0] else 'off'}, or --force to continue anyway"
             )
 
     def check_last_batch(self, model: torch.nn.Module, batches: Any) -> None:

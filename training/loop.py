@@ -97,10 +97,8 @@ def mean_over_ranks(
     Returns:
         (loss, samples of the global batch).
     """
-    inputs = (logits, target, features) if criterion.needs_features else (logits, target)
-    if criterion.needs_features:
-        criterion.calibrate(*inputs, all_reduce_sum=distributed.all_reduce_sum)
-    loss, count = criterion.per_sample(*inputs)
+    criterion.calibrate(logits, target, features, all_reduce_sum=distributed.all_reduce_sum)
+    loss, count = criterion.per_sample(logits, target, features)
     if distributed.world_size() == 1:
         return loss.sum() / count.sum(), len(target)
     sums = torch.stack([count.sum().double(), torch.full_like(count.sum(), len(target)).double()])

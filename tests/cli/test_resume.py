@@ -48,7 +48,7 @@ def leftovers(folder):
 
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
-    """An IB run of a published net as a process, never stopped: its folder, and its flags."""
+    """An IB run of a published model as a process, never stopped: its folder, and its flags."""
     cwd = tmp_path_factory.mktemp("never_stopped")
     args = [*DIGITS, *REAL, "--epochs", "2", "--start_ib_epoch", "1", "--milestones", "1", "-p", "1"]
     args += ["--loss_type", "IB", "--train_rule", "CBReweight"]
@@ -718,3 +718,17 @@ def test_resume_auto_skips_what_a_kill_left_behind(tmp_path, capsys):
     run_ok([*args, "--resume", "auto"], tmp_path, capsys)
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
     assert_same_weights(model_folder(tmp_path) / "ckpt.pth.tar", model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
+
+
+def test_a_checkpoint_from_before_flip_mirrored_its_digits_and_says_so(tmp_path, capsys):
+    break_off([*FIVE, *TINY, "--flip", "on"], tmp_path, capsys, after=2)
+    path = model_folder(tmp_path) / "ckpt.pth.tar"
+    state = load_checkpoint(path)
+    del state["settings"]["flip"]  # as an older run recorded it
+    torch.save(state, path)
+    status, _, err = run_main([*FIVE, *TINY, "--resume", "auto"], tmp_path, capsys)
+    assert status == 2
+    assert "was trained with mirrored images: use --flip on" in messages(err)[0]
+    run_ok([*FIVE, *TINY, "--flip", "on", "--resume", "auto"], tmp_path, capsys)
+    run_ok([*FIVE, *TINY, "--flip", "on", "--exp_str", "whole"], tmp_path, capsys)
+    assert_same_weights(path, model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
