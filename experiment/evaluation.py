@@ -36,7 +36,7 @@ def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val
     run.restore(model)
     correction = _correction(run, model, val_batches)
     logits, target = collect_logits(model, test_batches, run.precision)
-    result = _evaluate_logits(logits, target, run.class_counts, settings.batch_size)
+    result = _evaluate_logits(logits.to(run.device), target.to(run.device), run.class_counts, settings.batch_size)
     if not distributed.is_main():
         return result
     print_classes(run.class_names, run.class_counts, result)
@@ -79,9 +79,12 @@ def collect_logits(model: torch.nn.Module, batches: Any, precision: Any) -> tupl
 
 
 def _evaluate_logits(logits, target, class_counts, batch_size):
-    """As `loop.evaluate`, in the same batches, so that the loss is the recorded one to the bit; and the calibration."""
-    batches = zip(logits.split(batch_size), target.split(batch_size), strict=True)
-    result = evaluate(_Given(), batches, class_counts)
+    """As `loop.evaluate`, in the same batches, so that the loss is the recorded one to the bit; and the calibration.
+
+    Every rank has the logits of all images: rank 0 counts them.
+    """
+    batches = list(zip(logits.split(batch_size), target.split(batch_size), strict=True))
+    result = evaluate(_Given().to(logits.device), batches if distributed.is_main() else [], class_counts)
     calibration = reliability(logits, target)
     return {**result, "calibration": calibration, "calibration_error": expected_calibration_error(calibration)}
 

@@ -86,7 +86,8 @@ def find_start(settings: Settings) -> ResumeState:
         files_sha256=state.get("files_sha256"),
         best_acc1=-1.0 if state.get("history") else float(state.get("best_acc1", -1.0)),
         seed=theirs.seed if theirs is not None else None,
-        flip=(state.get("settings") or {}).get("flip", "on"),  # before the flag was there, every data set was mirrored
+        # settings without the flag are older: every data set was mirrored then
+        flip=state["settings"].get("flip", "on") if theirs is not None else "auto",
     )
 
 

@@ -235,8 +235,12 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(number, unthreaded,
             os.kill(os.getpid(), number)
         save(folder, names, state)
 
-    with mock.patch.object(checkpoint, "save", interrupted):
-        status, _, err = run_main(THREE, tmp_path, capsys)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    try:
+        with mock.patch.object(checkpoint, "save", interrupted):
+            status, _, err = run_main(THREE, tmp_path, capsys)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert status == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert "--resume auto to continue" in messages(err)[0]
     model = model_folder(tmp_path, "IB")
