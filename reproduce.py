@@ -170,8 +170,9 @@ def _executor(options):
 
 
 def _last_line(path):
-    with open(path, errors="replace") as file:
-        lines = file.read().split("\n")
+    if not path.exists():
+        return "not started"
+    lines = path.read_text(errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), "no output")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import models
 from experiment import plots
 from experiment.records import Progress, best_epoch, epoch_line
 from experiment.run import Run
@@ -38,14 +39,17 @@ def fit(
     run.check_last_batch(model, train_batches)
     if settings.gpu is not None and run.device.type == "cpu":
         _warn_of_cpu(run, model, recipe, test_batches, len(train_batches))
-    trained = _as_trained(model, settings, run.device)
     side = settings.image_size or 32
     test_batches, val_batches = (b and for_evaluation(b, side) for b in (test_batches, val_batches))
-    progress = Progress(epochs, settings.print_freq)
+    progress, trained, trains = Progress(epochs, settings.print_freq), model, None
     criterion = Criterion(recipe, run.class_counts, run.device, run.start.criterion)
     with run.recording():
         for epoch in range(run.start.epoch, epochs):
             started, stage = time.monotonic(), recipe.stage(epoch)
+            if stage.trains == "head" and epoch == recipe.rule_start:
+                _redraw_head(model, optimizer, epoch_seed(run.seed, epoch))
+            if stage.trains != trains:
+                trained, trains = _as_trained(model, stage.trains, settings, run.device), stage.trains
             torch.manual_seed(epoch_seed(run.seed, epoch) + distributed.rank())  # for models with dropout
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr
@@ -93,8 +97,19 @@ class Criterion:
         return self.module
 
 
-def _as_trained(model, settings, device):
-    """The model as it is trained: gradients over all ranks, compiled if asked for. Its weights are `model`'s."""
+def _redraw_head(model, optimizer, seed):
+    """Give the model a head that has learnt nothing: weights from `seed`, momentum zero, the same on every rank."""
+    head = model.get_submodule(models.last_linear(model))
+    torch.manual_seed(seed)
+    models.redraw(head)
+    for parameter in head.parameters():
+        for buffer in optimizer.state.get(parameter, {}).values():
+            buffer.zero_()
+
+
+def _as_trained(model, trains, settings, device):
+    """What is trained, all or the head: gradients over all ranks, compiled if asked for. Its weights are `model`'s."""
+    model = models.HeadOnly(model) if trains == "head" else model
     model = distributed.data_parallel(model, settings.sync_bn)
     return Compiled(model, device) if settings.compile else model
 

@@ -149,14 +149,15 @@ class Run:
     def _check_images(self, split):
         """Refuse other images than those that the checkpoint was trained on, or changed files."""
         start, where = self.start, self.settings.data_dir
-        if self.settings.force:
+        if self.settings.force and not start.is_finished:
             return
+        way = "--overwrite trains it anew" if start.is_finished else "use --force to continue anyway"
         if start.split_sha256 not in (None, split["sha256"]):
-            raise DataError(f"{start.path} was trained on other images of {where} (use --force to continue anyway)")
+            raise DataError(f"{start.path} was trained on other images of {where} ({way})")
         if start.files_sha256 not in (None, split["files_sha256"]):
             raise DataError(
                 f"the image files in {where} are not those that {start.path} was trained on: names, classes or sizes "
-                "differ (use --force to continue anyway)"
+                f"differ ({way})"
             )
 
     def _check_flip(self, train_set):

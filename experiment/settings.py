@@ -212,7 +212,7 @@ class Settings:
     )  # fmt: skip
     drw_epoch: int = setting(
         160, "--drw_epoch", affects="schedule", group="method", **EPOCH,
-        help="first epoch of the weights of DRW and DRW-IB, and of DRS's sampler (default: %(default)s)",
+        help="first epoch of the weights of DRW and DRW-IB, of DRS's sampler, of cRT's new head (default: %(default)s)",
     )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ training
@@ -483,6 +483,9 @@ def check(settings: Settings) -> Settings:
         raise UsageError(f"--auto_target ib needs L1 norms: it does not go with --ib_norm {settings.ib_norm}")
     if rule.start and getattr(settings, rule.start) >= epochs:
         warn(f"--{rule.start} {getattr(settings, rule.start)} never comes in {epochs} epochs: the rule does nothing")
+    late = [m for m in milestones if settings.drw_epoch <= m < epochs]
+    if rule.trains == "head" and late and settings.schedule == "step":
+        warn(f"the lr milestones {late} never come: from --drw_epoch {settings.drw_epoch} on the head has its own lr")
     if settings.start_epoch >= epochs:
         raise UsageError(f"--start-epoch {settings.start_epoch} is past the last epoch, {epochs - 1}")
     if settings.evaluate and not settings.resume:

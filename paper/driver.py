@@ -120,9 +120,12 @@ class Driver:
         """Whether another run of its family is to train the epochs that they share."""
         if self._is_begun(run) or self._fork_point(run) or not run.fork_epoch:
             return False
+        return self._trunk(run) is not run
+
+    def _trunk(self, run):
+        """The run of the family that trains the shared epochs."""
         live = [other for other in self.families[run.family] if self.state[other] in (WAITING, RUNNING)]
-        trunk = max(live, key=lambda other: other.fork_epoch)
-        return trunk is not run
+        return max(live, key=lambda other: other.fork_epoch)
 
     def _fork_point(self, run):
         """The checkpoint of another run of its family after the epochs that they share, or None."""
@@ -161,8 +164,14 @@ class Driver:
             self.state[run] = WAITING
             self.view.line(f"lost   {run.name}, with its machine; it continues elsewhere")
         else:
+            # those that wait for its epochs would train them anew now; the next time it is continued first
+            others = self.families[run.family] if self._is_begun(run) and self._trunk(run) is run else ()
+            waiting = [other for other in others if self.state[other] == WAITING and self._must_wait(other)]
             self.state[run] = FAILED
             self.view.line(f"failed {run.name}")
+            for other in waiting:
+                self.state[other] = FAILED
+                self.view.line(f"failed {other.name}: it continues from {run.name}")
 
     # -------------------------------------------------------------------------------------------- places
 

@@ -12,6 +12,7 @@ import time
 import pytest
 import script_runner
 
+import experiment.run
 import models
 import reproduce
 from files import run_lock
@@ -195,6 +196,29 @@ def test_a_failed_run_is_named_the_rest_continues_and_the_next_time_it_runs(thre
     executor = InProcess(capsys)
     assert drive(chosen, tmp_path, executor)[1] == []
     assert [name for name, _ in executor.commands] == [chosen[0].name, chosen[3].name]
+
+
+def test_runs_that_wait_for_one_that_was_stopped_do_not_train_its_epochs_anew(
+    three_epochs, tmp_path, capsys, monkeypatch
+):
+    save, stopping, executor = experiment.run.Run.save, InProcess(capsys), InProcess(capsys)
+
+    def save_and_stop(run, record, *args):
+        save(run, record, *args)
+        raise KeyboardInterrupt
+
+    chosen = cell(FOUR)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.run.Run, "save", save_and_stop)
+        _, failed, text = drive(chosen, tmp_path, stopping)
+    assert failed == chosen
+    assert [name for name, _ in stopping.commands] == [chosen[0].name]
+    assert text.count(f"it continues from {chosen[0].name}") == 3
+    assert newest(tmp_path, chosen[0]).exists()
+    assert drive(chosen, tmp_path, executor)[1] == []
+    forks = [command[command.index("--resume") + 1] for _, command in executor.commands]
+    assert forks[0] == "auto"
+    assert {pathlib.Path(path).parent.name for path in forks[1:]} == {chosen[0].name}
 
 
 def test_a_run_whose_machine_goes_away_continues_and_is_given_up_in_the_end(three_epochs, tmp_path, capsys):

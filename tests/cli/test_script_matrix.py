@@ -2,9 +2,12 @@
 
 import json
 import math
+from unittest import mock
 
 import pytest
+import torch
 from script_runner import (
+    DIGITS,
     REAL,
     TINY,
     TWO_EPOCHS,
@@ -18,17 +21,19 @@ from script_runner import (
     run_process,
 )
 
+import losses
 from training.registry import LOSSES, RULES
 
 COUNTS = [124, 76, 46, 27, 16, 9, 5, 3, 2, 1]
 
 
 def expected_stages(loss, rule):
-    """(loss, class weights, sampler) of the two epochs: the IB losses start, and DRW weighs, in the second."""
+    """(loss, class weights, sampler) of the two epochs: the IB losses and the deferred rules start in the second."""
     is_ib = loss in ("IB", "IBFocal")
     late = {"CBReweight": "CB", "IBReweight": "IB", "DRW": "CB", "DRW-IB": "IB"}.get(rule, "none")
     early = "none" if is_ib or rule.startswith("DRW") else late
-    samplers = {"Resample": ["Resample"] * 2, "DRS": ["none", "Resample"]}.get(rule, ["none"] * 2)
+    samplers = {"Resample": ["Resample"] * 2, "DRS": ["none", "Resample"], "cRT": ["none", "Balanced"]}
+    samplers = samplers.get(rule, ["none"] * 2)
     return [("CE" if is_ib else loss, early, samplers[0]), (loss, late, samplers[1])]
 
 
@@ -42,6 +47,8 @@ def check_run(cwd, loss, rule, arch, out):
     lr = 0.1 if loss in ("IB", "IBFocal") else 0.04
     # the second epoch: a milestone for all (0.01), and 0.01 for the IB phase, which skips the warm-up
     factor = 1e-4 if loss in ("IB", "IBFocal") else 1e-2
+    if rule == "cRT":  # neither milestones nor warm-up
+        lr, factor = 0.1, factor * 100
     assert [float(r["lr"]) for r in train] == pytest.approx([0.02, lr * factor], rel=1e-12)
     assert all(math.isfinite(float(row["loss"])) for row in train + test)
     assert all(0 <= float(row[name]) <= 100 for row in test for name in ("acc1", "acc5", "class_mean", "many", "few"))
@@ -64,6 +71,7 @@ def check_run(cwd, loss, rule, arch, out):
     assert summary["last"]["acc1"] == float(test[1]["acc1"])
     assert summary["best"]["acc1"] == float(test[1]["best_acc1"])
     assert summary["best"]["acc5"] == float(test[summary["best"]["epoch"]]["acc5"])
+    assert [r["stage"]["trains"] for r in summary["history"]] == ["all", "head" if rule == "cRT" else "all"]
     in_phase = [record["ib_factor"] is not None for record in summary["history"]]
     assert in_phase == [False, loss in ("IB", "IBFocal")]
     settings = json.loads((folder / "args.json").read_text())
@@ -217,3 +225,47 @@ def test_other_shapes_of_the_tail(imb, tmp_path, capsys):
         assert set(counts[5:]) == {12}
     else:
         assert sum(counts) == 1257
+
+
+# ------------------------------------------------------------------------------- what Resample and DRS train on
+
+
+def trained_targets(epochs, args, cwd, capsys):
+    """(epochs, 10): images of each class whose loss was taken in each epoch of a CE run on the digits."""
+    seen, per_sample = [], losses.CrossEntropyLoss.per_sample
+
+    def watched(self, logits, target, features=None):
+        seen.append(target)
+        return per_sample(self, logits, target, features)
+
+    with mock.patch.object(losses.CrossEntropyLoss, "per_sample", watched):
+        run_ok([*DIGITS, *TINY, "--epochs", epochs, "--milestones", *args], cwd, capsys)
+    drawn = torch.cat(seen).view(epochs, sum(COUNTS))
+    return torch.stack([epoch.bincount(minlength=10) for epoch in drawn])
+
+
+def assert_effective_number_shares(drawn, beta):
+    """Each class within 4 binomial standard deviations of n_k (1 - beta) / (1 - beta ** n_k), which all sum to 1.
+
+    Of 20 such comparisons one fails by chance in 1 of 800 seeds; the seed is fixed.
+    """
+    rates = [n * (1 - beta) / (1 - beta**n) for n in COUNTS]
+    n = sum(drawn)
+    for count, rate in zip(drawn, rates, strict=True):
+        share = rate / sum(rates)
+        assert abs(count - n * share) < 4 * math.sqrt(n * share * (1 - share))
+
+
+@pytest.mark.parametrize("beta", [0.9999, 0.9])
+def test_resample_trains_on_effective_number_shares_from_the_first_epoch_on(beta, tmp_path, capsys):
+    drawn = trained_targets(10, ["--train_rule", "Resample", "--beta", beta], tmp_path, capsys)
+    assert_effective_number_shares(drawn.sum(0).tolist(), beta)
+    assert_effective_number_shares(drawn[0].tolist(), beta)
+    assert len({tuple(epoch) for epoch in drawn.tolist()}) == 10  # each epoch draws anew
+
+
+def test_drs_trains_on_every_image_once_until_drw_epoch_and_on_those_shares_from_then_on(tmp_path, capsys):
+    drawn = trained_targets(12, ["--train_rule", "DRS", "--drw_epoch", "4", "--beta", "0.9"], tmp_path, capsys)
+    assert drawn[:4].tolist() == [COUNTS] * 4
+    assert_effective_number_shares(drawn[4].tolist(), 0.9)
+    assert_effective_number_shares(drawn[4:].sum(0).tolist(), 0.9)

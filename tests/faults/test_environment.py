@@ -216,3 +216,12 @@ def test_csv_files_on_a_full_disk(whole, tmp_path, capsys):
         status, _, err = run_main(FOUR, tmp_path, capsys)
     assert Path(path).is_symlink()
     check_stopped_by_a_full_disk(status, err, tmp_path, whole(capsys), capsys)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_standard_output_on_a_full_disk_is_named():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "reproduce.py", "list"], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "reproduce.py: error: standard output: No space left on device\n")
