@@ -66,8 +66,8 @@ def command(main):
             _discard_output()
             raise SystemExit(141) from None
         except OSError as error:
-            where = os.fspath(error.filename) if error.filename else _broken_output()
-            status, message = 1, f"error: {one_line(f'{where}: {error.strerror}' if where else error)}"
+            where = os.fspath(error.filename) if error.filename else "standard output, or an open file"
+            status, message = 1, f"error: {one_line(f'{where}: {error.strerror}' if error.strerror else error)}"
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -94,15 +94,6 @@ def _make_output_safe():
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _broken_output():
-    """'standard output' if that cannot be written to, else None."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard_output()
-        return "standard output"
 
 
 def _discard_output():

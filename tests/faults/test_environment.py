@@ -224,4 +224,5 @@ def test_standard_output_on_a_full_disk_is_named():
         done = subprocess.run(
             [sys.executable, "reproduce.py", "list"], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True
         )
-    assert (done.returncode, done.stderr) == (1, "reproduce.py: error: standard output: No space left on device\n")
+    line = "reproduce.py: error: standard output, or an open file: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, line)
