@@ -1,15 +1,18 @@
-"""Counted accuracies against accuracies worked out by hand."""
+"""Counted accuracies against accuracies worked out by hand; an evaluation leaves the model as it was."""
 
 import pytest
 import torch
+from script_runner import tiny
 
 from training import metrics
+from training.loop import evaluate
 
 
 def counted(logits, target, num_classes, batches=3, confusion=True):
     found = metrics.MetricAccumulator(num_classes, "cpu", confusion)
     for z, y in zip(logits.chunk(batches), target.chunk(batches), strict=True):
         found.add(z, y, torch.nn.functional.cross_entropy(z, y, reduction="sum"))
+        found.count_batch(len(y))
     return found
 
 
@@ -52,3 +55,34 @@ def test_fewer_than_five_classes_are_all_in_the_top_five():
 def test_groups_are_means_of_class_accuracies_and_an_empty_one_is_none():
     figures = metrics.group_accuracy([90.0, 50.0, 30.0, None], [500, 101, 19, 5])
     assert figures == {"class_mean": pytest.approx(170 / 3), "many": 70.0, "medium": None, "few": 30.0}
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def test_an_evaluation_depends_on_no_order_or_batch_and_leaves_every_buffer_to_the_bit():
+    """The model comes in training mode, as after an epoch: with batch statistics both would fail."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(60, 3, 32, 32, generator=generator, dtype=torch.float64) * 3 + 2
+    target = torch.randint(0, 10, (60,), generator=generator)
+    torch.manual_seed(0)
+    model = tiny().double().train()
+    model(images + torch.randn(60, 3, 1, 1, generator=generator))  # running statistics that are not these batches'
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert {name.split(".")[-1] for name in buffers} == {"running_mean", "running_var", "num_batches_tracked"}
+
+    found = []
+    for order in (torch.arange(60), target.argsort(), torch.randperm(60, generator=generator)):
+        for size in (60, 16, 1):
+            model.train()
+            batches = zip(images[order].split(size), target[order].split(size), strict=True)
+            found.append(evaluate(model, batches, [200, 100, 50, 20, 10] * 2))
+            assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    losses = [figures.pop("loss") for figures in found]
+    assert all(figures == found[0] for figures in found)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
+
+    with torch.no_grad():
+        logits = model.eval()(images)[0]
+    assert (found[0]["seen"], found[0]["acc1"]) == (60, 100 * (logits.argmax(1) == target).sum().item() / 60)
+    assert losses[0] == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-6)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 
 import pytest
 
@@ -95,3 +97,68 @@ def test_help_fits_80_columns(monkeypatch):
         text = build_parser(script).format_help()
         assert max(map(len, text.splitlines())) <= 80
         assert "(default: 160 180)" in text or script != "cifar_train.py"
+
+
+# -------------------------------------------------------------------------------- against the official code
+
+#: The flags of the official opts.py (pseulki/IB-Loss at e15d390), name in the code and default; False: a switch.
+OFFICIAL = {
+    ("--dataset",): ("dataset", "cifar10"),
+    ("-a", "--arch"): ("arch", "resnet32"),
+    ("--num_classes",): ("num_classes", 10),
+    ("--loss_type",): ("loss_type", "CE"),
+    ("--imb_type",): ("imb_type", "exp"),
+    ("--imb_factor",): ("imb_factor", 0.01),
+    ("--train_rule",): ("train_rule", "None"),
+    ("--start_ib_epoch",): ("start_ib_epoch", 100),
+    ("--rand_number",): ("rand_number", 0),
+    ("--exp_str",): ("exp_str", "0"),
+    ("-j", "--workers"): ("workers", 4),
+    ("--epochs",): ("epochs", 200),
+    ("--start-epoch",): ("start_epoch", 0),
+    ("-b", "--batch-size"): ("batch_size", 128),
+    ("--lr", "--learning-rate"): ("lr", 0.1),
+    ("--momentum",): ("momentum", 0.9),
+    ("--wd", "--weight-decay"): ("weight_decay", 2e-4),
+    ("-p", "--print_freq"): ("print_freq", 100),
+    ("--resume",): ("resume", ""),
+    ("-e", "--evaluate"): ("evaluate", False),
+    ("--pretrained",): ("pretrained", False),
+    ("--seed",): ("seed", None),
+    ("--gpu",): ("gpu", None),
+    ("--root_log",): ("root_log", "log"),
+    ("--root_model",): ("root_model", "checkpoint"),
+}
+#: All defaults that differ here, and why: docs/differences.md. Fewer than four cores have fewer workers.
+DIFFERS = {
+    ("-p", "--print_freq"): 10,
+    ("--num_classes",): None,
+    ("--pretrained",): "none",
+    ("-j", "--workers"): min(4, len(os.sched_getaffinity(0))),
+}
+
+
+def test_flags_and_defaults_are_the_official_ones_but_for_the_documented_ones():
+    actions = {tuple(action.option_strings): action for action in build_parser("cifar_train.py")._actions}
+    ours = {flags: (actions[flags].dest, actions[flags].default) for flags in OFFICIAL}
+    assert ours == {flags: (name, DIFFERS.get(flags, default)) for flags, (name, default) in OFFICIAL.items()}
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "differences.md").read_text()
+    table = page[page.index("## Flags") :]
+    assert all(f"| {', '.join(f'`{flag}`' for flag in flags)} |" in table for flags in DIFFERS)
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        pytest.param(flag, name, 3 if default is None else default, id=flag)
+        for flags, (name, default) in OFFICIAL.items()
+        for flag in flags
+    ],
+)
+def test_an_official_flag_takes_what_it_took(flag, name, value):
+    parser = build_parser("cifar_train.py")
+    if value is False:  # a switch
+        assert getattr(parser.parse_args([flag]), name)
+        return
+    found = getattr(parser.parse_args([flag, str(value)]), name)
+    assert (type(found), found) == (type(value), value)
