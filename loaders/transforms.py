@@ -34,7 +34,7 @@ def crop_and_flip(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tens
     rows = offsets[:, :1] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(batch, width)
     columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - columns, columns)
-    first_row = torch.arange(batch, device=images.device)[:, None] * padded.shape[1]
+    first_row = torch.arange(0, batch * padded.shape[1], padded.shape[1], device=images.device)[:, None]
     pixels = (first_row + rows)[:, :, None] * padded.shape[2] + columns[:, None, :]
     return padded.view(-1, channels).index_select(0, pixels.view(-1)).view(images.shape)
 

@@ -1,6 +1,6 @@
 """The models, by name. To add a CIFAR model: write it in this package and name it in `CIFAR_MODELS`."""
 
-from models.feature_norm import last_linear, with_feature_norm
+from models.feature_norm import HeadOnly, last_linear, redraw, with_feature_norm
 from models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202
 from models.resnet_imagenet import imagenet_weights, resnet18, resnet50
 from models.torchvision_models import check_image_size, torchvision_archs, torchvision_model
@@ -9,6 +9,6 @@ CIFAR_MODELS = {model.__name__: model for model in (resnet20, resnet32, resnet44
 IMAGENET_MODELS = {model.__name__: model for model in (resnet18, resnet50)}
 
 __all__ = [
-    "CIFAR_MODELS", "IMAGENET_MODELS", "check_image_size", "imagenet_weights", "last_linear", "torchvision_archs",
-    "torchvision_model", "with_feature_norm", *CIFAR_MODELS, *IMAGENET_MODELS,
+    "CIFAR_MODELS", "IMAGENET_MODELS", "HeadOnly", "check_image_size", "imagenet_weights", "last_linear", "redraw",
+    "torchvision_archs", "torchvision_model", "with_feature_norm", *CIFAR_MODELS, *IMAGENET_MODELS,
 ]  # fmt: skip

@@ -63,6 +63,34 @@ def replace_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(module.get_submodule(parent), leaf, layer)
 
 
+def redraw(layer: nn.Linear | NormedLinear) -> None:
+    """Draw a layer's weights anew, as its class does, from torch's generator on the CPU."""
+    if isinstance(layer, NormedLinear):
+        fresh: nn.Module = NormedLinear(*layer.weight.shape)
+    else:
+        fresh = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    layer.load_state_dict(fresh.state_dict())
+
+
+class HeadOnly(nn.Module):
+    """A classifier of which only the last linear layer is trained: all else is frozen, in evaluation mode.
+
+    That layer is its only part, so whatever sets modes, counts batches or averages gradients leaves the rest alone:
+    batch norm's statistics stay as they are, dropout is off.
+
+    Args:
+        model: the classifier, see `last_linear`; it is frozen, and called.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._whole = (model.eval().requires_grad_(False),)  # in a tuple it is no part
+        self.head = model.get_submodule(last_linear(model)).requires_grad_()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._whole[0](images)
+
+
 def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, norm: str = "l1") -> Any:
     """Make `module` return `(logits, features)`; features (N, 1) is the norm of the input of `layer`.
 

@@ -63,10 +63,13 @@ METHODS = {
     "CE+DRW": ("CE", "DRW"),
     "CE+DRW-IB": ("CE", "DRW-IB"),
     "CE+DRS": ("CE", "DRS"),
+    "CE+cRT": ("CE", "cRT"),
 }
 IB_LOSSES = ("IB", "IBFocal")
 #: Rules that change nothing before `drw_epoch`.
-DEFERRED = ("DRW", "DRW-IB", "DRS")
+DEFERRED = ("DRW", "DRW-IB", "DRS", "cRT")
+#: Epochs of cRT's second stage, which follows a whole run: those of Kang et al. on ImageNet-LT.
+HEAD_EPOCHS = 10
 
 #: Fig. 3: epochs at which the IB phase starts, of 200.
 STARTS = (0, 20, 40, 60, 80, 100, 120)
@@ -129,6 +132,8 @@ class Run:
         loss, rule = METHODS[self.method]
         copied = ("epochs", "milestones", "lr_factors", "start_ib_epoch", "drw_epoch", "lr", "ib_lr_factor")
         found = {"loss_type": loss, "train_rule": rule, **{name: getattr(self.setup, name) for name in copied}}
+        if rule == "cRT":
+            found |= {"drw_epoch": found["epochs"], "epochs": found["epochs"] + HEAD_EPOCHS}
         found |= self.changes
         by = SHORTENING[self.protocol]
         for name in ("epochs", "start_ib_epoch", "drw_epoch"):
@@ -190,10 +195,12 @@ class Run:
 
     @property
     def fork_epoch(self) -> int:
-        """Epochs that it shares with its family; all of them for the run that the others fork from."""
+        """Epochs that it takes over from its family; all of them for the run that the others fork from."""
         settings = self.settings
         if settings["loss_type"] in IB_LOSSES or self.variant == "ib-lr":
             return settings["start_ib_epoch"]
+        if settings["train_rule"] == "cRT":  # a run keeps no copy of its last checkpoint: an epoch is trained twice
+            return settings["drw_epoch"] - 1
         return settings["drw_epoch" if settings["train_rule"] in DEFERRED else "epochs"]
 
 

@@ -47,38 +47,58 @@ def train_one_epoch(
     """
     model.train()
     precision = precision or Precision()
-    device = next(model.parameters()).device
-    metrics = MetricAccumulator(num_classes, device, by_class=False)
-    factors = torch.zeros(2, num_classes, device=device, dtype=torch.float64)
-    takes_empty = any(isinstance(part, torch.nn.SyncBatchNorm) for part in model.modules())
-    ranks = distributed.world_size()
+    metrics = MetricAccumulator(num_classes, next(model.parameters()).device, by_class=False)
     with _batches_counted_once(model, metrics):
         for batch, (images, target) in enumerate(batches):
-            # a last batch smaller than the number of ranks: blank images that count nothing
-            is_blank = len(target) == 0 and not takes_empty
-            if is_blank:
-                images = images.new_zeros((2, *images.shape[1:]))
-            with precision.autocast():
-                logits, features = model(images)
-            if is_blank:
-                logits, features = logits[:0], features[:0]
-            loss, samples = mean_over_ranks(criterion, logits, target, features)
-            # data parallel averages the gradients
-            precision.step(loss if ranks == 1 else loss * ranks, optimizer)
-            metrics.add(logits.detach(), target, loss.detach() * samples)
-            if criterion.needs_features:
-                factor = criterion.factor(logits.detach(), target, features.detach()).double()
-                factors.index_add_(1, target, torch.stack([factor, torch.ones_like(factor)]))
+            train_step(model, images, target, criterion, optimizer, precision, metrics)
+            metrics.count_batch(len(target))
             if on_batch is not None:
                 on_batch(batch, metrics)
     figures = finite_figures(metrics)
-    return {**figures, "ib_factor": _mean_factors(factors) if criterion.needs_features else None}
+    return {**figures, "ib_factor": metrics.mean_factors() if criterion.needs_features else None}
+
+
+def train_step(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    target: torch.Tensor,
+    criterion: Any,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    metrics: MetricAccumulator,
+) -> None:
+    """A step on one batch: images (N, 3, H, W), target (N,).
+
+    Whatever changes from step to step is a tensor that is changed in place, and nothing is read from the device, so
+    that a CUDA graph can hold the step. lr, criterion and N stay as they were when the graph was captured.
+    """
+    # a last batch smaller than the number of ranks: blank images that count nothing
+    is_blank = len(target) == 0 and not _takes_empty(model)
+    if is_blank:
+        images = images.new_zeros((2, *images.shape[1:]))
+    with precision.autocast():
+        logits, features = model(images)
+    if is_blank:
+        logits, features = logits[:0], features[:0]
+    loss, samples = mean_over_ranks(criterion, logits, target, features)
+    ranks = distributed.world_size()
+    # data parallel averages the gradients
+    precision.step(loss if ranks == 1 else loss * ranks, optimizer)
+    metrics.add(logits.detach(), target, loss.detach() * samples)
+    if criterion.needs_features:
+        metrics.add_factors(criterion.factor(logits.detach(), target, features.detach()), target)
+
+
+def _takes_empty(model):
+    """Whether the model takes a batch without images: batch norm over all ranks does, and blanks would enter it."""
+    return any(isinstance(part, torch.nn.SyncBatchNorm) for part in model.modules())
 
 
 @contextlib.contextmanager
 def _batches_counted_once(model, metrics):
     """Let batch norm's counters of batches, which nothing reads meanwhile, rise at the end: a kernel a layer less."""
-    layers = [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d) and part.momentum is not None]
+    layers = [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    layers = [layer for layer in layers if layer.training and layer.momentum is not None]
     counters = [layer.num_batches_tracked for layer in layers]
     for layer in layers:
         layer.num_batches_tracked = None
@@ -112,10 +132,6 @@ def finite_figures(metrics: MetricAccumulator) -> dict[str, Any]:
     if not math.isfinite(figures["loss"]):
         raise NonFiniteLoss(str(metrics.first_bad()))
     return figures
-
-
-def _mean_factors(factors):
-    return [s / n if n else None for s, n in zip(*distributed.all_reduce_sum(factors).tolist(), strict=True)]
 
 
 def for_evaluation(batches: Any, image_size: int) -> Any:
@@ -152,6 +168,7 @@ def evaluate(
         with precision.autocast():
             logits, _ = model(images)
         metrics.add(logits, target, F.cross_entropy(logits.float(), target, reduction="sum"))
+        metrics.count_batch(len(target))
     per_class, confusion = metrics.per_class()
     groups = group_accuracy(per_class, class_counts)
     return {**metrics.read(), **groups, "per_class": per_class, "confusion": confusion}

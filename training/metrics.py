@@ -33,14 +33,18 @@ class MetricAccumulator:
         self.confusion = confusion and num_classes <= MAX_CONFUSION_CLASSES
         rows = num_classes if self.confusion else 2
         self.table = torch.zeros(rows * num_classes, device=device, dtype=torch.int64)
+        self.factors = torch.zeros(2, num_classes, device=device, dtype=torch.float64)  # sums by class, and counts
+
+    def count_batch(self, samples: int) -> None:
+        """Count a batch and its samples, on the host; all else works on the device, where a CUDA graph can hold it."""
+        self.batches += 1
+        self.seen += samples
 
     @torch.no_grad()
     def add(self, logits: torch.Tensor, target: torch.Tensor, loss: torch.Tensor) -> None:
-        """Count a batch: logits (N, K), target (N,), loss 0-d: this rank's share of N times the batch's mean."""
+        """Add a batch: logits (N, K), target (N,), loss 0-d: this rank's share of N times the batch's mean."""
         top = logits.topk(len(self.hits), dim=1).indices
         hit = top == target[:, None]
-        self.batches += 1
-        self.seen += len(target)
         self.hits += hit.sum(0)
         self.loss += loss.detach()
         self.finite += self.loss - self.loss == 0  # NaN and infinity stay in a sum
@@ -51,6 +55,11 @@ class MetricAccumulator:
         else:  # row 0: misses, row 1: hits
             cell = hit[:, 0].long() * self.num_classes + target
         self.table.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would wait for the device
+
+    def add_factors(self, factor: torch.Tensor, target: torch.Tensor) -> None:
+        """Add the IB factors of a batch: factor (N,) without gradient, target (N,)."""
+        factor = factor.double()
+        self.factors.index_add_(1, target, torch.stack([factor, torch.ones_like(factor)]))
 
     def read(self) -> dict[str, Any]:
         """dict(loss, acc1, acc5, seen)."""
@@ -63,6 +72,11 @@ class MetricAccumulator:
     def first_bad(self) -> int:
         """Number of the first batch whose loss was not finite on some rank; the number of batches where all were."""
         return int(distributed.all_reduce_min(self.finite).item())
+
+    def mean_factors(self) -> list[float | None]:
+        """Mean IB factor of each class; None for a class without samples."""
+        sums, counts = distributed.all_reduce_sum(self.factors).tolist()
+        return [s / n if n else None for s, n in zip(sums, counts, strict=True)]
 
     def per_class(self) -> tuple[list[float | None], list[list[int]] | None]:
         """(accuracy of each class, a list with None for a class without images; confusion matrix or None)."""

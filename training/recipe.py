@@ -18,13 +18,14 @@ class Stage:
     """What is in force in one epoch.
 
     lr: learning rate; loss: a key of `registry.LOSSES`; class_weights: of `registry.CLASS_WEIGHTS`; sampler: of
-    `registry.SAMPLERS`.
+    `registry.SAMPLERS`; trains: 'all', or 'head': the last linear layer alone.
     """
 
     lr: float
     loss: str
     class_weights: str
     sampler: str
+    trains: str = "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Recipe:
     by (1 + cos(pi * e / epochs)) / 2, without milestones. From `start_ib_epoch` on, with an IB loss, the lr is
     multiplied by `ib_lr_factor` too. As in the official code the IB phase has no warm-up of its own: where it starts
     before the warm-up ends, the rest of the warm-up is skipped unless `keep_warmup`.
+
+    With cRT (Kang et al., 'Decoupling representation and classifier for long-tailed recognition', ICLR 2020) that is
+    the first stage, of `drw_epoch` epochs. In the second only the head is trained. Its lr starts anew, as in the code
+    of its authors: half a cosine from `lr` to 0, without warm-up; `ib_lr_factor` holds in the IB phase here too.
 
     constants: what losses, class weights and samplers depend on, by name (`registry.all_constants`).
     """
@@ -61,21 +66,29 @@ class Recipe:
 
     def stage(self, epoch: int) -> Stage:
         """The Stage of `epoch`, counted from 0."""
-        rule = registry.RULES[self.train_rule]
-        started = rule.start is None or epoch >= getattr(self, rule.start)
+        rule, started = registry.RULES[self.train_rule], epoch >= self.rule_start
         loss, weights = self.loss_type, rule.class_weights if started else "none"
         if registry.LOSSES[loss].first_phase_ce and not self._in_ib_phase(epoch):
             loss, weights = "CE", "none"
-        return Stage(self._lr(epoch), loss, weights, rule.sampler if started else "none")
+        sampler, trains = (rule.sampler, rule.trains) if started else ("none", "all")
+        return Stage(self._lr(epoch), loss, weights, sampler, trains)
+
+    @property
+    def rule_start(self) -> int:
+        """The first epoch in which the rule is in force."""
+        start = registry.RULES[self.train_rule].start
+        return 0 if start is None else getattr(self, start)
 
     def stages(self) -> list[Stage]:
         """The stages of all epochs."""
         return [self.stage(epoch) for epoch in range(self.epochs)]
 
     def table(self) -> str:
-        """CSV, a row an epoch, counted from 0: what --dry_run prints."""
-        rows = [f"{e},{s.lr!r},{s.loss},{s.class_weights},{s.sampler}" for e, s in enumerate(self.stages())]
-        return "\n".join(["epoch,lr,loss,class_weights,sampler", *rows])
+        """CSV, a row an epoch, counted from 0: what --dry_run prints; `trains` is a column where it changes."""
+        stages = self.stages()
+        names = ["lr", "loss", "class_weights", "sampler", *["trains"] * any(s.trains != "all" for s in stages)]
+        rows = [[e, *(getattr(s, name) for name in names)] for e, s in enumerate(stages)]
+        return "\n".join(",".join(map(str, row)) for row in [["epoch", *names], *rows])
 
     def criterion(self, stage: Stage, class_counts: Sequence[int]) -> Loss:
         """The criterion of a stage, see losses.py."""
@@ -93,15 +106,25 @@ class Recipe:
         return registry.LOSSES[self.loss_type].first_phase_ce and epoch >= self.start_ib_epoch
 
     def _lr(self, epoch):
-        lr, in_ib_phase = self.lr, self._in_ib_phase(epoch)
+        lr, in_ib_phase, length = self.lr, self._in_ib_phase(epoch), self.epochs
+        if registry.RULES[self.train_rule].trains == "head":
+            length = min(self.rule_start, self.epochs)
+            if epoch >= length:
+                lr *= self.ib_lr_factor if in_ib_phase else 1
+                return lr * _half_cosine(epoch - length, self.epochs - length)
         warms_up = epoch < self.warmup_epochs and (self.keep_warmup or not in_ib_phase)
         if warms_up:
             lr = lr * (epoch + 1) / self.warmup_epochs
         if in_ib_phase:
             lr *= self.ib_lr_factor
         if self.schedule == "cosine":
-            return lr if warms_up else lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+            return lr if warms_up else lr * _half_cosine(epoch, length)
         for milestone, factor in zip(self.milestones, self.lr_factors, strict=True):
             if epoch >= milestone:
                 lr *= factor
         return lr
+
+
+def _half_cosine(done, epochs):
+    """The factor of the lr after `done` of `epochs` epochs, 1 at the first."""
+    return 0.5 * (1 + math.cos(math.pi * done / max(epochs, 1)))

@@ -39,12 +39,14 @@ class LossEntry:
 @dataclasses.dataclass(frozen=True)
 class RuleEntry:
     """class_weights: a key of `CLASS_WEIGHTS`; sampler: of `SAMPLERS`; start: the field of the recipe that says from
-    which epoch on they are in force, or None for all.
+    which epoch on they are in force, or None for all; trains: 'all', or 'head': then only the last linear layer, drawn
+    anew, with an lr of its own (see `Recipe`).
     """
 
     class_weights: str = "none"
     sampler: str = "none"
     start: str | None = None
+    trains: str = "all"
     help: str = ""
 
 
@@ -103,6 +105,7 @@ CLASS_WEIGHTS: dict[str, Callable[..., Tensor | None]] = {
 SAMPLERS: dict[str, Callable[..., Tensor | None]] = {
     "none": lambda counts: None,
     "Resample": lambda counts, beta: losses.effective_number_rates(counts, beta),
+    "Balanced": lambda counts: losses.inverse_frequency_weights(counts).double(),
 }
 
 RULES: dict[str, RuleEntry] = {
@@ -113,6 +116,12 @@ RULES: dict[str, RuleEntry] = {
     "DRW": RuleEntry("CB", start="drw_epoch", help="CBReweight from drw_epoch on"),
     "DRW-IB": RuleEntry("IB", start="drw_epoch", help="IBReweight from drw_epoch on"),
     "DRS": RuleEntry(sampler="Resample", start="drw_epoch", help="Resample from drw_epoch on"),
+    "cRT": RuleEntry(
+        sampler="Balanced",
+        start="drw_epoch",
+        trains="head",
+        help="from drw_epoch on only a new head is trained, all classes drawn equally often",
+    ),
 }
 
 

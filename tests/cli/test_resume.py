@@ -1,5 +1,6 @@
 """Stop, resume, fork: the same weights and logs as the run never stopped, and a refusal where that cannot be."""
 
+import itertools
 import json
 import os
 import shutil
@@ -368,7 +369,7 @@ def test_the_second_stage_of_crt_changes_the_head_and_nothing_else(loss, tmp_pat
     assert [state["epoch"] for state in states] == [3, 4, 5]
     names = list(states[0]["state_dict"])
     assert {"bn1.running_mean", "bn1.num_batches_tracked"} < set(names)
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         same = {name for name in names if torch.equal(before["state_dict"][name], after["state_dict"][name])}
         assert set(names) - same == {name for name in names if name in HEAD}
     buffers = [[entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state in states]
@@ -390,7 +391,7 @@ def test_the_head_of_crt_is_drawn_anew_from_the_seed_and_sees_the_classes_equall
     labels = found[0][2] + found[1][2]
     assert len(labels) == 2 * 309
     shares = [labels.count(k) / len(labels) for k in range(10)]
-    assert max(abs(share - 0.1) for share in shares) < 0.04, "three standard deviations"
+    assert max(abs(share - 0.1) for share in shares) < 0.04, "over three standard deviations"
     again = heads_at_start([*CRT, "--exp_str", "again"], tmp_path, capsys)
     other = heads_at_start([*CRT, "--exp_str", "other", "--seed", "1"], tmp_path, capsys)
     assert torch.equal(again[0][0], weight)
@@ -446,7 +447,7 @@ def test_dry_run_of_crt_says_what_is_trained_and_warns_of_milestones_that_never_
         "epoch,lr,loss,class_weights,sampler,trains",
         "0,0.02,CE,none,none,all",
         "1,0.04,CE,none,none,all",
-        "2,0.0006000000000000001,CE,none,none,all",
+        "2,0.0006000000000000002,CE,none,none,all",
         "3,0.1,CE,none,Balanced,head",
         "4,0.05,CE,none,Balanced,head",
     ]

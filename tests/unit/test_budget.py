@@ -3,8 +3,10 @@
 import collections
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from script_runner import TINY, TWO_EPOCHS, run_ok
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import losses
 import models
 from experiment import fit
+from loaders.in_memory import InMemoryBatches
 from training.loop import evaluate, train_one_epoch
 from training.optimizer import sgd
 from training.precision import Compiled, Precision
@@ -89,6 +92,17 @@ def test_an_evaluation_step_stays_within_its_operators():
     assert sum((counts[1] - counts[0]).values()) <= 128, counts[1] - counts[0]
 
 
+def test_a_batch_in_memory_stays_within_its_operators():
+    data = SimpleNamespace(
+        data=np.zeros((8, 32, 32, 3), np.uint8), targets=[0] * 8, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True
+    )
+    source = InMemoryBatches(data, 4).train_epoch(0)
+    next(source)
+    with Operators() as operators:
+        next(source)
+    assert sum(operators.count.values()) <= 22, operators.count
+
+
 def test_batch_norms_counter_rises_by_the_batches_though_no_step_touches_it():
     model, optimizer = subject(20)
     assert "num_batches_tracked" in model.bn1._buffers
@@ -97,6 +111,15 @@ def test_batch_norms_counter_rises_by_the_batches_though_no_step_touches_it():
         counters = {name: int(b) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")}
         assert len(counters) == 19
         assert set(counters.values()) == {3 * epoch}
+
+
+def test_batch_norm_that_is_not_trained_counts_no_batches():
+    model, optimizer = subject(20)
+    model.bn1.train = lambda mode=True: model.bn1
+    model.bn1.training = False
+    train_one_epoch(model, [batch()] * 2, losses.CrossEntropyLoss(), optimizer, 10)
+    assert int(model.bn1.num_batches_tracked) == 0
+    assert int(model.layer1[0].bn1.num_batches_tracked) == 2
 
 
 def test_batch_norms_counter_is_back_after_a_step_that_failed():
@@ -166,7 +189,7 @@ def test_an_epoch_is_read_from_the_device_at_its_end_and_where_a_line_is_printed
         run_ok([*TWO_EPOCHS, *TINY, "--loss_type", "IB", "-p", every], tmp_path, capsys)
     assert counts == {
         "training/metrics.py:read": 2 + lines,
-        "training/loop.py:_mean_factors": 1,
+        "training/metrics.py:mean_factors": 1,
         "training/metrics.py:per_class": 4,  # one table, and three lists of it
     }
 

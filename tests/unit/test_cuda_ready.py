@@ -5,6 +5,7 @@ would on a GPU, and so does every read by the host. Only the backward pass needs
 """
 
 import contextlib
+import copy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,21 +14,39 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from script_runner import REPOSITORY, TINY, TWO_EPOCHS, log_folder, read_logs, run_ok
+from script_runner import (
+    REPOSITORY,
+    TINY,
+    TWO_EPOCHS,
+    log_folder,
+    messages,
+    model_folder,
+    read_logs,
+    run_main,
+    run_ok,
+    tiny,
+)
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.autograd import DeviceType
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import models
+from benchmarks import speed
 from experiment.run import on_cpu
 from experiment.settings import Settings
+from loaders import sampled_order
+from loaders.image_folder import ImageFileBatches
 from loaders.in_memory import InMemoryBatches
-from training import loop
+from loaders.transforms import crop_and_flip, normalise
+from training import distributed, loop
 from training.metrics import MetricAccumulator
-from training.optimizer import sgd
-from training.precision import Precision
+from training.optimizer import load_state, sgd
+from training.precision import Compiled, Precision
 from training.recipe import Recipe
 from training.registry import LOSSES
-from utils import versions
+from utils import epoch_generator, versions
 
 COUNTS = [3, 1]
 
@@ -45,12 +64,12 @@ class NoBackward(Precision):
 def never_read():
     """The figures at the end of an epoch are not read; all that comes before runs."""
     figures = mock.patch.object(loop, "finite_figures", return_value={})
-    with figures, mock.patch.object(loop, "_mean_factors"):
+    with figures, mock.patch.object(MetricAccumulator, "mean_factors"):
         yield
 
 
-def criterion_of(loss):
-    settings = Settings(loss_type=loss, train_rule="CBReweight", start_ib_epoch=0, alpha="auto")
+def criterion_of(loss, alpha="auto"):
+    settings = Settings(loss_type=loss, train_rule="CBReweight", start_ib_epoch=0, alpha=alpha)
     recipe = Recipe.from_settings(settings)
     return recipe.criterion(recipe.stage(0), COUNTS)
 
@@ -126,15 +145,17 @@ def test_metrics_on_the_cpu_are_noticed():
 
 
 class Uploads(TorchDispatchMode):
-    """Counts the copies from the CPU to the GPU."""
+    """Counts the copies from the CPU to the GPU, and those of them that the host does not wait for."""
 
-    count = 0
+    count = unwaited = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         is_copy = "copy" in function._schema.name and isinstance(out, torch.Tensor)
-        self.count += is_copy and out.is_cuda and any(arg.device.type == "cpu" for arg in tensors)
+        is_upload = is_copy and out.is_cuda and any(arg.device.type == "cpu" for arg in tensors)
+        self.count += is_upload
+        self.unwaited += is_upload and (kwargs or {}).get("non_blocking", False)
         return out
 
 
@@ -149,13 +170,28 @@ def test_an_epoch_uploads_order_offsets_and_flips_once():
         assert uploads.count == 0
 
 
+def test_image_files_are_uploaded_once_a_batch_from_pinned_memory_and_nobody_waits():
+    """The order of the epoch is one upload more."""
+    data = SimpleNamespace(paths=["a.jpg"] * 5, targets=[0] * 5, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
+    order = torch.arange(5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batches = ImageFileBatches(data, 2, "cuda", image_size=8)
+        decoded = [torch.empty(size, 8, 8, 3, dtype=torch.uint8) for size in (2, 2, 1)]
+        with mock.patch("loaders.image_folder._read", return_value=decoded), Uploads() as uploads:
+            assert [len(images) for images, _ in batches._batches(order, [0] * 5)] == [2, 2, 1]
+    assert (uploads.count, uploads.unwaited) == (4, 3)
+    assert batches._loader.pin_memory
+
+
 def test_uploads_of_every_kind_are_noticed():
     with FakeTensorMode(), Uploads() as uploads:
         source = torch.zeros(2)
         source.to("cuda"), source.cuda(), torch.empty(2, device="cuda").copy_(source), torch.tensor([1], device="cuda")
         assert uploads.count == 4
         source.clone(), source.to("cuda").cpu()
-        assert uploads.count == 5
+        assert (uploads.count, uploads.unwaited) == (5, 0)
+        source.to("cuda", non_blocking=True)
+        assert (uploads.count, uploads.unwaited) == (6, 1)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +228,388 @@ def test_versions_name_cuda_cudnn_the_driver_and_tf32_where_there_is_a_gpu(smi, 
     assert facts["tf32"] == ("on" if torch.backends.cudnn.allow_tf32 else "off")
     assert facts["cuda"] == str(torch.version.cuda)
     assert facts["cudnn"] == "92000"
+
+
+# ----------------------------------------------------------------------------------------- what the flags set
+
+
+@pytest.fixture
+def numerics(monkeypatch):
+    """torch's switches, wrongly set, and put back at the end."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    for name in ("allow_tf32", "benchmark", "deterministic"):
+        monkeypatch.setattr(torch.backends.cudnn, name, False)
+    yield
+    matmul.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "tf32", "deterministic"),
+    [([], True, False), (["--no_tf32"], False, False), (["--deterministic"], True, True)],
+)
+def test_tf32_is_for_convolutions_alone_and_no_flag_fills_fresh_memory(
+    flags, tf32, deterministic, numerics, tmp_path, capsys
+):
+    run_ok([*TWO_EPOCHS, *TINY, *flags], tmp_path, capsys)
+    assert torch.backends.cudnn.allow_tf32 is tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert torch.backends.cudnn.deterministic is deterministic
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+class NotDeterministic(torch.autograd.Function):
+    """Its backward pass raises torch's own error, as that of adaptive pooling does on a GPU."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient.clone().put_(torch.tensor([0]), torch.zeros(1))
+
+
+def pooled(*args, **how):
+    model = tiny(*args, **how)
+    model.bn1.register_forward_hook(lambda part, inputs, out: NotDeterministic.apply(out))
+    return model
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "alexnet"])
+def test_deterministic_with_a_model_that_cannot_is_one_line(arch, numerics, tmp_path, capsys):
+    args = [*TWO_EPOCHS, "--arch", arch, "--deterministic"]
+    with mock.patch.dict(models.CIFAR_MODELS, {arch: pooled}):
+        status, _, err = run_main(args, tmp_path, capsys)
+        assert status == 2
+        (line,) = messages(err)
+        assert f"-a {arch} cannot be trained with --deterministic on a GPU (put_" in line
+        assert not list(tmp_path.rglob("ckpt*"))
+        run_ok(args[:-1], tmp_path, capsys)
+
+
+def test_evaluation_of_a_checkpoint_computes_as_amp_says(tmp_path, capsys):
+    run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
+    path, logits = model_folder(tmp_path) / "ckpt.pth.tar", {}
+    for amp in ("none", "bf16"):
+        run_ok(["-e", "--resume", path, "--threads", "1", "--amp", amp, "--save_logits"], tmp_path, capsys)
+        with np.load(log_folder(tmp_path) / "evaluate" / "logits.npz") as saved:
+            logits[amp] = torch.from_numpy(saved["logits"])
+    assert torch.equal(logits["bf16"], logits["bf16"].bfloat16().float())
+    assert not torch.equal(logits["none"], logits["none"].bfloat16().float())
+    torch.testing.assert_close(logits["bf16"], logits["none"], rtol=0.02, atol=0.02)
+
+
+def test_an_official_optimizer_state_takes_a_step_with_the_scaler_of_fp16():
+    model = torch.nn.Linear(4, 2, bias=False)
+    before, momentum = model.weight.detach().clone(), torch.rand(2, 4)
+    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0.0, "nesterov": False, "params": [0]}
+    optimizer = sgd(model, 0.1, 0.9, 0.0)
+    load_state(optimizer, {"state": {0: {"momentum_buffer": momentum.clone()}}, "param_groups": [group]})
+    Precision("fp16", "cpu").step(model(torch.ones(1, 4)).sum(), optimizer)
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * (0.9 * momentum + 1))
+
+
+class FakeSyncBatchNorm(torch.nn.SyncBatchNorm):
+    """Batch norm over the images of this rank and those of another one, `others`."""
+
+    def forward(self, x):
+        together = torch.cat([self.others, x])
+        normalised = F.batch_norm(together, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1)
+        return normalised[len(self.others) :]
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_of_a_rank_without_images_nothing_enters_the_shared_statistics(synced):
+    """Without sync_bn its batch norm gets blank images, which are this rank's own affair."""
+    model, optimizer, criterion = fresh("CE", 1)
+    images, before = torch.randn(6, 3, 32, 32), copy.deepcopy(model.state_dict())
+    expected, hidden = torch.nn.BatchNorm2d(4), model.conv1(images).detach()
+    expected(hidden if synced else torch.zeros(2, *hidden.shape[1:]))
+    if synced:
+        model.bn1 = FakeSyncBatchNorm(4)
+        model.bn1.others = hidden
+    metrics = MetricAccumulator(2, "cpu", by_class=False)
+    with mock.patch.multiple(distributed, world_size=lambda: 2, all_reduce_sum=lambda sums: sums + 6):
+        none = images[:0], torch.zeros(0, dtype=torch.int64)
+        loop.train_step(model, *none, criterion, optimizer, Precision(), metrics)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(model.state_dict()[f"bn1.{name}"], expected.state_dict()[name])
+    assert metrics.loss == 0
+    assert metrics.hits.tolist() == [0, 0]
+    decay = 1 - LR * 2e-4  # all that a gradient of zero leaves
+    torch.testing.assert_close(model.conv1.weight.detach(), before["conv1.weight"] * decay)
+
+
+# --------------------------------------------------------------------------------------- the device and the ranks
+
+
+@pytest.mark.parametrize(("ranks", "gpu", "index"), [(1, 2, 2), (1, None, 0), (4, None, 3)])
+def test_a_process_works_on_its_own_gpu(ranks, gpu, index, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    cards = mock.patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 4, set_device=mock.DEFAULT)
+    with cards as patched, mock.patch.object(distributed, "_join") as join:
+        assert distributed.start(gpu) == torch.device("cuda", index)
+        patched["set_device"].assert_called_once_with(torch.device("cuda", index))
+    assert join.call_count == (ranks > 1)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_ranks_speak_nccl_on_their_device_and_wait_for_each_other_on_the_cpu(kind, monkeypatch):
+    """NCCL gives up a barrier after ten minutes."""
+    monkeypatch.setattr(distributed, "_control", None)
+    device, is_cuda = torch.device(kind, 1), kind == "cuda"
+    meeting = mock.patch.object(distributed, "rendezvous", return_value=iter([(torch.distributed.HashStore(), 1, 2)]))
+    names = ("init_process_group", "new_group", "barrier")
+    with meeting, mock.patch.multiple(torch.distributed, **dict.fromkeys(names, mock.DEFAULT)) as dist:
+        distributed._join(device)
+        joined = dist["init_process_group"].call_args
+        assert joined.args == ("nccl" if is_cuda else "gloo",)
+        assert joined.kwargs["device_id"] == (device if is_cuda else None)
+        with mock.patch.object(distributed, "world_size", return_value=2):
+            distributed.barrier()
+        assert dist["barrier"].call_args.kwargs == {"group": dist["new_group"].return_value if is_cuda else None}
+        assert dist["new_group"].call_args_list == [mock.call(backend="gloo")] * is_cuda
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "mode"), [("cuda", 1, "reduce-overhead"), ("cuda", 2, None), ("cpu", 1, None)]
+)
+def test_ranks_compile_without_cuda_graphs_and_share_no_buffers_in_a_step(kind, ranks, mode):
+    """pytorch#139207."""
+    model, parallel = tiny(2), "torch.nn.parallel.DistributedDataParallel"
+    with (
+        mock.patch.object(distributed, "world_size", return_value=ranks),
+        mock.patch("torch.compile") as compiled,
+        mock.patch(parallel, return_value=model) as wrapped,
+    ):
+        Compiled(distributed.data_parallel(model), torch.device(kind))
+    compiled.assert_called_once_with(model, mode=mode, dynamic=False)
+    assert [call.kwargs["broadcast_buffers"] for call in wrapped.call_args_list] == [False] * (ranks > 1)
+
+
+# ---------------------------------------------------------------------------------------------- the benchmark
+
+
+@pytest.fixture
+def bench(numerics):
+    """The benchmark as it would be with a GPU."""
+    with mock.patch("utils.choose_device", return_value=torch.device("cuda")):
+        return speed.Bench(SimpleNamespace(quick=True, threads=1, repeats=1))
+
+
+def test_the_benchmark_picks_algorithms_as_the_scripts_do_and_warms_up(bench):
+    assert torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.allow_tf32
+    calls = []
+    with mock.patch("torch.cuda.synchronize") as synchronize:
+        times = bench.interleave({"one": lambda: calls.append(1)}, 2)
+    assert (len(calls), len(times["one"]), synchronize.call_count) == (3, 2, 3)
+
+
+def test_the_benchmarks_peak_is_in_tf32_as_the_convolutions_are(bench):
+    matmul = torch.backends.cuda.matmul
+
+    def interleave(*args, **kwargs):
+        assert matmul.allow_tf32
+        return {"product": [2.0]}
+
+    with mock.patch.object(bench, "interleave", interleave), mock.patch("torch.randn"):
+        assert speed.best_product(bench) == 8192**3
+    assert not matmul.allow_tf32
+
+
+def test_the_benchmarks_profile_counts_each_kernel_once_by_the_operator_that_starts_it(bench):
+    def event(kind, key, seconds):
+        return SimpleNamespace(device_type=getattr(DeviceType, kind), key=key, self_device_time_total=seconds)
+
+    events = [
+        event("CPU", "aten::cudnn_convolution", 4), event("CPU", "aten::convolution_backward", 2),
+        event("CPU", "aten::cudnn_batch_norm", 2), event("CPU", "aten::threshold_backward", 1),
+        event("CPU", "aten::add_", 0.5), event("CPU", "aten::topk", 0.5),
+        event("CUDA", "sm90_xmma_fprop_implicit_gemm", 4), event("CUDA", "void cudnn::bn_fw_tr_1C11_kernel_NCHW", 2),
+    ]  # fmt: skip
+    bench.loops = mock.Mock()
+    with mock.patch("torch.profiler.profile") as profile:
+        profile.return_value.__enter__.return_value.key_averages.return_value = events
+        speed.measure_profile(bench)
+    shares = {name.removeprefix("% of a step, "): figure["median"] for name, figure in bench.figures.items()}
+    assert shares == {"convolution": 60, "batch norm": 20, "ReLU": 10, "shortcuts": 5, "rest": 5}
+
+
+# ------------------------------------------------------------------------------- a step as a CUDA graph holds it
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph on the CPU: the operators of a step, with the memory and the numbers that they were called with.
+
+    `replay` calls them again, and writes every result where the first one is.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+SIZE, SEED, LR = 8, 5, 0.1
+#: 43 images: five batches of 8 and one of 3. A shuffled epoch, then a resampled one.
+EPOCHS = ((0, None), (1, torch.linspace(0.1, 1, 43, dtype=torch.float64)))
+
+
+def noise():
+    images, targets = np.random.RandomState(0).randint(0, 256, (43, 32, 32, 3)), [0, 0, 0, 1] * 10 + [0, 1, 1]
+    return SimpleNamespace(data=images.astype(np.uint8), targets=targets, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
+
+
+def fresh(loss, alpha):
+    """A small model, its optimizer and criterion."""
+    torch.manual_seed(0)
+    model = tiny(2).to(memory_format=torch.channels_last)
+    return model, sgd(model, LR, 0.9, 2e-4), criterion_of(loss, alpha)
+
+
+def state_of(model, optimizer, criterion, metrics):
+    """Every tensor that a step changes."""
+    momentum = {f"momentum {n}": optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
+    sums = {name: value for name, value in vars(metrics).items() if isinstance(value, torch.Tensor)}
+    return {**model.state_dict(), **momentum, **criterion.state_dict(), **sums}
+
+
+def written_out(loss, alpha, amp):
+    """Two epochs of a plain loop with slices: the state at the end; each batch's targets, and the sums after it."""
+    model, optimizer, criterion = fresh(loss, alpha)
+    metrics, data, dealt = MetricAccumulator(2, "cpu", by_class=False), noise(), []
+    images, targets = torch.as_tensor(data.data), torch.tensor(data.targets)
+    mean, std = (torch.tensor(values).repeat(32) for values in (data.mean, data.std))
+    for epoch, rates in EPOCHS:
+        generator = epoch_generator(SEED, epoch)
+        order = sampled_order(43, generator, rates)
+        offsets = torch.randint(0, 9, (43, 2), generator=generator)
+        flips = torch.rand(43, generator=generator) < 0.5
+        for start in range(0, 43, SIZE):
+            part = slice(start, start + SIZE)
+            target = targets[order[part]]
+            crops = crop_and_flip(images[order[part]], offsets[part], flips[part], 4)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+                logits, features = model(normalise(crops, mean, std))
+            loss = criterion(logits, target, features)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ranked = logits.detach().argsort(1, descending=True) == target[:, None]
+            metrics.hits += ranked.sum(0)
+            metrics.loss += loss.detach() * len(target)
+            metrics.finite += 1
+            if criterion.needs_features:
+                for k, factor in zip(target, criterion.factor(logits.detach(), target, features.detach()), strict=True):
+                    metrics.factors[:, k] += torch.tensor([factor.double(), 1.0])
+            metrics.count_batch(len(target))
+            dealt.append((target.tolist(), metrics.loss.item(), metrics.finite.item()))
+    return state_of(model, optimizer, criterion, metrics), metrics, dealt
+
+
+def replayed(loss, alpha, amp, damage=lambda epoch, metrics: None):
+    """The same, of which all full batches but the first two are made by a recording of the second.
+
+    Also the addresses of all that the recorded step reads or changes, after the recording and at the end.
+    """
+    model, optimizer, criterion = fresh(loss, alpha)
+    metrics, recording, precision = MetricAccumulator(2, "cpu", by_class=False), Recording(), Precision(amp)
+    source = InMemoryBatches(noise(), SIZE, seed=SEED)
+    static, recorded, before, dealt = source.train_epoch(0), None, {}, []
+    damage(static, metrics)
+
+    def step(size):
+        images, target = static.take(size)
+        loop.train_step(model, images, target, criterion, optimizer, precision, metrics)
+        return target
+
+    def addresses():
+        state = {**state_of(model, optimizer, criterion, metrics), **vars(static)}
+        return {name: value.data_ptr() for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+    for number, rates in EPOCHS:
+        epoch = source.train_epoch(number, rates)
+        for name in ("order", "offsets", "flips", "places"):
+            getattr(static, name).copy_(getattr(epoch, name))
+        for batch, size in enumerate(epoch.sizes):
+            if size < SIZE or (number, batch) == (0, 0):
+                target = step(size)
+            elif recorded is None:
+                with recording:
+                    target = recorded = step(size)
+                before = addresses()
+            else:
+                recording.replay()
+                target = recorded
+            metrics.count_batch(size)
+            dealt.append((target.tolist(), metrics.loss.item(), metrics.finite.item()))
+    return state_of(model, optimizer, criterion, metrics), metrics, dealt, (before, addresses())
+
+
+@pytest.mark.parametrize(
+    ("loss", "alpha", "amp"),
+    [("CE", 1, "none"), ("IB", 1000.0, "none"), ("IB", "auto", "none"), ("LDAM", 1, "none"), ("IB", "auto", "bf16")],
+)
+def test_a_step_replayed_on_fixed_memory_is_the_plain_one_to_the_bit(loss, alpha, amp):
+    expected, plain, plainly_dealt = written_out(loss, alpha, amp)
+    state, metrics, dealt, (before, after) = replayed(loss, alpha, amp)
+    assert before == after
+    assert {"order", "offsets", "flips", "places", "conv1.weight", "momentum conv1.weight", "loss"} <= before.keys()
+    assert dealt == plainly_dealt
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+    assert (metrics.seen, metrics.batches) == (plain.seen, plain.batches) == (86, 12)
+
+
+def counted_by_the_host(epoch, metrics):
+    """The places of a batch come from a Python number, which is right in every batch that is not replayed."""
+    real, start = epoch.take, 0
+
+    def take(size):
+        nonlocal start
+        epoch.places.copy_((torch.arange(SIZE) + start).clamp(max=42))
+        start = (start + size) % 43
+        return real(size)
+
+    epoch.take = take
+
+
+def made_anew(epoch, metrics):
+    """The sum of the losses is another tensor in every batch."""
+    real = metrics.add
+
+    def add(logits, target, loss):
+        metrics.loss = metrics.loss.clone()
+        real(logits, target, loss)
+
+    metrics.add = add
+
+
+@pytest.mark.parametrize(("damage", "name"), [(counted_by_the_host, "linear.weight"), (made_anew, "loss")])
+def test_what_a_graph_would_freeze_is_noticed(damage, name):
+    expected, _, _ = written_out("CE", 1, "none")
+    state, *_ = replayed("CE", 1, "none", damage)
+    assert not torch.equal(state[name], expected[name])
 
 
 # ------------------------------------------------------------------------------------- what waits for a real one

@@ -156,6 +156,19 @@ def test_an_epoch_depends_on_seed_and_epoch_and_on_nothing_else():
         assert not torch.equal(fresh[1], other[1])
 
 
+def test_a_batch_is_the_one_at_the_places_that_the_device_holds():
+    """No number of the host says which one comes next."""
+    expected, epoch = (batches_of(noise(50), batch_size=8).train_epoch(3) for _ in range(2))
+    expected = list(expected)
+    for number in (4, 0, 5):
+        epoch.places.copy_(torch.arange(8) + 8 * number)
+        images, targets = epoch.take(8)
+        assert torch.equal(images, expected[number][0])
+        assert torch.equal(targets, expected[number][1])
+        assert epoch.places.tolist() == list(range(8 * number + 8, 8 * number + 16))
+    assert torch.equal(epoch.take(2)[0], expected[6][0])
+
+
 def test_drawing_touches_no_global_generator():
     torch.manual_seed(5)
     expected = torch.rand(3)

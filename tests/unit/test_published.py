@@ -62,7 +62,7 @@ TABLE_6 = {
 #: Error rates of BagofTricks-LT (documents/trick_gallery.md and README.md, the CIFAR-LT of Cao et al.).
 ERRORS = {  # CIFAR-10 at 100, 50, CIFAR-100 at 100, 50
     "CE": [28.05, 23.55, 62.27, 56.22], "CE+DRW-IB": [25.18, 20.18, 58.38, 53.20], "IB": [23.34, 19.08, 59.21, 54.54],
-    "BS": [22.46, 18.89, 57.01, 53.45], "LDAM-DRW": [22.27, 18.40, 57.53, 52.71], "cRT": [25.01, None, 59.74, None],
+    "BS": [22.46, 18.89, 57.01, 53.45], "LDAM-DRW": [22.27, 18.40, 57.53, 52.71], "CE+cRT": [25.01, None, 59.74, None],
     "tau-norm": [27.30, None, 59.04, None],
 }  # fmt: skip
 

@@ -106,6 +106,60 @@ def test_deferred_resampling_begins_at_drw_epoch():
     assert {s.class_weights for s in stages} == {"none"}
 
 
+def slow_crt_lr(epoch, loss="CE", cosine=False):
+    """The lr of every epoch of a run of 12 + 5 epochs, written out; milestones at 8 and 10."""
+    ib = 0.01 if loss == "IB" and epoch >= 9 else 1.0
+    if epoch >= 12:
+        return [0.1, 0.0904508497, 0.0654508497, 0.0345491503, 0.0095491503][epoch - 12] * ib
+    if epoch < 5:
+        return [0.02, 0.04, 0.06, 0.08, 0.1][epoch]
+    if cosine:
+        return 0.1 * math.cos(math.pi * epoch / 24) ** 2 * ib
+    return (0.1 if epoch < 8 else 0.05 if epoch < 10 else 0.01) * ib
+
+
+CRT = {"epochs": 17, "drw_epoch": 12, "milestones": (8, 10), "lr_factors": (0.5, 0.2), "start_ib_epoch": 9}
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+@pytest.mark.parametrize("loss", ["CE", "IB"])
+def test_crt_keeps_the_lr_of_its_first_stage_and_starts_anew_in_the_second(loss, schedule):
+    recipe = Recipe(loss, "cRT", schedule=schedule, **CRT)
+    lr = [stage.lr for stage in recipe.stages()]
+    assert lr == pytest.approx([slow_crt_lr(e, loss, schedule == "cosine") for e in range(17)], rel=1e-8)
+    assert lr[12] == 0.1 * (0.01 if loss == "IB" else 1)
+    first = Recipe(loss, "None", schedule=schedule, **{**CRT, "epochs": 12}).stages()
+    assert recipe.stages()[:12] == first, "a finished run without the rule is no fork point"
+
+
+@pytest.mark.parametrize("loss", ["CE", "LDAM", "IB"])
+def test_crt_trains_the_head_alone_with_balanced_classes_from_drw_epoch_on(loss):
+    stages = Recipe(loss, "cRT", **CRT).stages()
+    assert [(s.sampler, s.trains) for s in stages] == [("none", "all")] * 12 + [("Balanced", "head")] * 5
+    assert {s.class_weights for s in stages} == {"none"}
+    assert [s.loss for s in stages] == (["CE"] * 9 + ["IB"] * 8 if loss == "IB" else [loss] * 17)
+
+
+def test_crt_without_its_second_stage_is_the_plain_rule_and_without_the_first_all_head():
+    late = {**CRT, "drw_epoch": 40}
+    assert Recipe(train_rule="cRT", schedule="cosine", **late).stages() == Recipe(schedule="cosine", **late).stages()
+    stages = Recipe(train_rule="cRT", **{**CRT, "epochs": 4, "drw_epoch": 0}).stages()
+    assert [s.lr for s in stages] == pytest.approx([0.1, 0.0853553391, 0.05, 0.0146446609])
+    assert {s.trains for s in stages} == {"head"}
+
+
+def test_the_table_says_what_is_trained_where_that_changes():
+    assert Recipe(epochs=1, train_rule="DRS", drw_epoch=0).table().splitlines() == [
+        "epoch,lr,loss,class_weights,sampler", "0,0.02,CE,none,Resample",
+    ]  # fmt: skip
+    assert Recipe(epochs=3, train_rule="cRT", drw_epoch=1).table().splitlines() == [
+        "epoch,lr,loss,class_weights,sampler,trains",
+        "0,0.02,CE,none,none,all",
+        "1,0.1,CE,none,Balanced,head",
+        "2,0.05,CE,none,Balanced,head",
+    ]
+
+
 def test_the_defaults_are_the_published_settings():
     assert dataclasses.asdict(Recipe()) == {
         "loss_type": "CE", "train_rule": "None", "epochs": 200, "lr": 0.1, "start_ib_epoch": 100, "warmup_epochs": 5,
@@ -113,7 +167,7 @@ def test_the_defaults_are_the_published_settings():
         "drw_epoch": 160, "schedule": "step", "constants": {},
     }  # fmt: skip
     assert tuple(LOSSES) == ("CE", "Focal", "LDAM", "BS", "LA", "VS", "IB", "IBFocal")
-    assert tuple(RULES) == ("None", "Resample", "CBReweight", "IBReweight", "DRW", "DRW-IB", "DRS")
+    assert tuple(RULES) == ("None", "Resample", "CBReweight", "IBReweight", "DRW", "DRW-IB", "DRS", "cRT")
 
 
 def test_an_epoch_of_plain_ce_has_neither_weights_nor_sampler():
@@ -155,7 +209,7 @@ def test_the_constants_of_an_epoch_are_those_in_force():
     assert set(names(2, "IBFocal", "None")) == {*ib, "gamma"}
     assert [names(e, "CE", "DRS") for e in (3, 4)] == [(), ("beta",)]
     assert [names(e, "VS", "DRW") for e in (3, 4)] == [("vs_gamma", "vs_tau"), ("vs_gamma", "vs_tau", "beta")]
-    assert names(5, "CE", "DRW-IB") == ()
+    assert names(5, "CE", "DRW-IB") == names(5, "CE", "cRT") == ()
 
 
 def test_criterion_and_rates_of_a_stage():

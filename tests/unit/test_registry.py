@@ -74,6 +74,7 @@ def test_every_rule_is_made_of_what_there_is(name):
     assert rule.class_weights in CLASS_WEIGHTS
     assert rule.sampler in SAMPLERS
     assert rule.start is None or hasattr(Recipe(), rule.start)
+    assert rule.trains == ("head" if name == "cRT" else "all")
     assert rule.help
 
 
@@ -86,6 +87,17 @@ def test_class_weights_and_rates():
     rates = registry.sampling_rates(stage(sampler="Resample"), CONSTANTS, COUNTS)
     assert rates.dtype == torch.float64
     assert rates.tolist() == losses.effective_number_rates(COUNTS, 0.99).tolist()
+
+
+def test_class_balanced_sampling_draws_every_class_equally_often_and_effective_numbers_do_not():
+    counts = torch.tensor([5000.0, 500.0, 50.0, 1.0], dtype=torch.float64)
+    rates = registry.sampling_rates(stage(sampler="Balanced"), CONSTANTS, counts.int().tolist())
+    assert rates.dtype == torch.float64
+    shares = counts * rates / (counts * rates).sum()
+    torch.testing.assert_close(shares, torch.full((4,), 0.25, dtype=torch.float64), rtol=1e-6, atol=0)
+    effective = {**CONSTANTS, "beta": 0.9999}
+    shares = counts * registry.sampling_rates(stage(sampler="Resample"), effective, counts.int().tolist())
+    assert (shares / shares.sum()).tolist() == pytest.approx([0.2958, 0.2385, 0.2333, 0.2325], abs=1e-3)
 
 
 def test_a_stage_depends_on_each_constant_once():
