@@ -5,8 +5,8 @@
     python cifar_train.py --dataset cifar100 --loss_type IB --train_rule IBReweight --start_ib_epoch 100
     python cifar_train.py --resume checkpoint/NAME/ckpt.best.pth.tar -e
 
-The first needs no download and takes a minute or two on a CPU; the second is the paper's main setting; the third evaluates
-a checkpoint. Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run` prints the recipe.
+The first needs no download and takes a minute or two on a CPU; the second is the paper's main setting; the third
+evaluates a checkpoint. Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run` prints the recipe.
 """
 
 import functools

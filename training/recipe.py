@@ -88,7 +88,7 @@ class Recipe:
         stages = self.stages()
         names = ["lr", "loss", "class_weights", "sampler", *["trains"] * any(s.trains != "all" for s in stages)]
         rows = [[e, *(getattr(s, name) for name in names)] for e, s in enumerate(stages)]
-        return "\n".join(",".join(map(str, row)) for row in [["epoch", *names], *rows])
+        return "\n".join(",".join(map(str, row)) for row in [["epoch_from_0", *names], *rows])
 
     def criterion(self, stage: Stage, class_counts: Sequence[int]) -> Loss:
         """The criterion of a stage, see losses.py."""

@@ -67,7 +67,7 @@ def test_every_command_is_one(script, arguments, capsys, tmp_path, monkeypatch):
     settings = parse(script, arguments)
     importlib.import_module(script.removesuffix(".py")).main([*arguments, "--dry_run"])
     rows = capsys.readouterr().out.split()
-    assert rows[0] == "epoch,lr,loss,class_weights,sampler"
+    assert rows[0] == "epoch_from_0,lr,loss,class_weights,sampler"
     assert len(rows) == settings.epochs + 1
     assert list(tmp_path.iterdir()) == []
 

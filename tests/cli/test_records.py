@@ -325,9 +325,9 @@ def test_dry_run_prints_the_official_rates_without_any_data(loss, tmp_path, caps
         start = int(key.split("/")[2])
         args = ["--dataset", "cifar100", "--loss_type", loss, "--train_rule", "IBReweight", "--start_ib_epoch", start]
         out = run_ok([*args, "--dry_run", "--num_classes", "100", "--gpu", "0"], tmp_path, capsys)
-        assert out.startswith("epoch,lr,loss,class_weights,sampler\n")
+        assert out.startswith("epoch_from_0,lr,loss,class_weights,sampler\n")
         rows = list(csv.DictReader(io.StringIO(out)))
-        assert [int(row["epoch"]) for row in rows] == list(range(200))
+        assert [int(row["epoch_from_0"]) for row in rows] == list(range(200))
         np.testing.assert_allclose([float(row["lr"]) for row in rows], expected, rtol=1e-12, atol=0)
         is_ib = loss in ("IB", "IBFocal")
         assert [row["loss"] for row in rows] == [("CE" if is_ib and e < start else loss) for e in range(200)]

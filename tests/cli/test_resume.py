@@ -444,7 +444,7 @@ def test_dry_run_of_crt_says_what_is_trained_and_warns_of_milestones_that_never_
     status, out, err = run_main([*CRT, "--milestones", "2", "4", "--dry_run"], tmp_path, capsys)
     assert status == 0
     assert out.splitlines() == [
-        "epoch,lr,loss,class_weights,sampler,trains",
+        "epoch_from_0,lr,loss,class_weights,sampler,trains",
         "0,0.02,CE,none,none,all",
         "1,0.04,CE,none,none,all",
         "2,0.0006000000000000002,CE,none,none,all",

@@ -115,7 +115,7 @@ def test_golden_learning_rates(tmp_path):
         _, loss, start = key.split("/")
         found = dry_run(tmp_path, "--loss_type", loss, "--start_ib_epoch", start)
         assert [float(row["lr"]) for row in found] == expected, key
-        assert [int(row["epoch"]) for row in found] == list(range(100))
+        assert [int(row["epoch_from_0"]) for row in found] == list(range(100))
 
 
 def test_published_commands(tmp_path):

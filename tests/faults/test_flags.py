@@ -60,7 +60,7 @@ def test_dry_run_or_one_line(name, data):
     assert "\x1b" not in err.getvalue()
     if status == 0:
         assert errors == []
-        assert out.getvalue().startswith(("epoch,lr,loss,class_weights,sampler", "usage:"))
+        assert out.getvalue().startswith(("epoch_from_0,lr,loss,class_weights,sampler", "usage:"))
     else:
         assert status == 2, (words, err.getvalue())
         assert len(errors) == 1, (words, err.getvalue())

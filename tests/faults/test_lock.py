@@ -76,7 +76,7 @@ def test_a_second_process_is_refused_with_the_first_ones_id_and_host(holder, tmp
 def test_neither_a_dry_run_nor_an_evaluation_asks(holder, tmp_path, capsys):
     run_ok(ONE, tmp_path, capsys)
     start_holding(holder, model_folder(tmp_path), log_folder(tmp_path))
-    assert run_ok([*ONE, "--dry_run"], tmp_path, capsys).startswith("epoch,lr")
+    assert run_ok([*ONE, "--dry_run"], tmp_path, capsys).startswith("epoch_from_0,lr")
     assert "\ntop-1 " in run_ok([*ONE, "-e", "--resume", "auto"], tmp_path, capsys)
 
 

@@ -150,10 +150,10 @@ def test_crt_without_its_second_stage_is_the_plain_rule_and_without_the_first_al
 
 def test_the_table_says_what_is_trained_where_that_changes():
     assert Recipe(epochs=1, train_rule="DRS", drw_epoch=0).table().splitlines() == [
-        "epoch,lr,loss,class_weights,sampler", "0,0.02,CE,none,Resample",
+        "epoch_from_0,lr,loss,class_weights,sampler", "0,0.02,CE,none,Resample",
     ]  # fmt: skip
     assert Recipe(epochs=3, train_rule="cRT", drw_epoch=1).table().splitlines() == [
-        "epoch,lr,loss,class_weights,sampler,trains",
+        "epoch_from_0,lr,loss,class_weights,sampler,trains",
         "0,0.02,CE,none,none,all",
         "1,0.1,CE,none,Balanced,head",
         "2,0.05,CE,none,Balanced,head",
