@@ -6,7 +6,8 @@
     python cifar_train.py --resume checkpoint/NAME/ckpt.best.pth.tar -e
 
 The first needs no download and takes a minute or two on a CPU; the second is the paper's main setting; the third
-evaluates a checkpoint. Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run` prints the recipe.
+evaluates a checkpoint. Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run` prints the
+recipe.
 """
 
 import functools

@@ -33,10 +33,12 @@ def fit(
     Batches have `train_epoch(epoch, rates)`, `eval_epoch()` and `targets`, see loaders/.
 
     Raises:
-        NonFiniteLoss: with the epoch and the batch. UsageError: a last batch that batch norm cannot take.
+        NonFiniteLoss: with the epoch and the batch. UsageError: a last batch that batch norm cannot take, or an
+            operator that --deterministic cannot.
     """
     settings, epochs = run.settings, recipe.epochs
     run.check_last_batch(model, train_batches)
+    run.check_deterministic(model)
     if settings.gpu is not None and run.device.type == "cpu":
         _warn_of_cpu(run, model, recipe, test_batches, len(train_batches))
     side = settings.image_size or 32
@@ -132,16 +134,12 @@ def _train(run, model, batches, criterion, optimizer, progress):
             f"the loss is not finite in epoch {progress.number + 1}, batch {int(str(bad)) + 1}: try {smaller}"
         ) from None
     except (ValueError, RuntimeError) as error:
-        raise _explained(error, run.settings) or error from None
+        raise _explained(error) or error from None
 
 
-def _explained(error, settings):
+def _explained(error):
     """A UsageError for what a flag can mend; None for anything else."""
     text = str(error)
-    if "does not have a deterministic implementation" in text:
-        return UsageError(
-            f"-a {settings.arch} cannot be trained with --deterministic on a GPU ({text.splitlines()[0]})"
-        )
     is_compiler = type(error).__name__ in ("InvalidCxxCompiler", "InductorError", "BackendCompilerFailed")
     if is_compiler or "compiler" in text.lower():
         return UsageError(f"--compile needs a working compiler (g++ on a CPU, triton on a GPU): {text.splitlines()[0]}")

@@ -190,6 +190,24 @@ class Run:
                 "this image size: choose another --batch-size"
             ) from None
 
+    def check_deterministic(self, model: torch.nn.Module) -> None:
+        """Try a backward pass with --deterministic, before an old run is deleted or an epoch lost.
+
+        Raises:
+            UsageError: the model has an operator that cannot be repeated to the bit on this device.
+        """
+        if not self.settings.deterministic:
+            return
+        images = torch.zeros(2, 3, *[self.settings.image_size or 32] * 2, device=self.device)
+        try:
+            copy.deepcopy(model).train()(images)[0].sum().backward()
+        except RuntimeError as error:
+            if "does not have a deterministic implementation" not in str(error):
+                raise
+            raise UsageError(
+                f"-a {self.settings.arch} cannot be trained with --deterministic on a GPU: {str(error).split(',')[0]}"
+            ) from None
+
     # ----------------------------------------------------------------------------------------------- model
 
     def restore(self, model: torch.nn.Module, optim: torch.optim.Optimizer | None = None) -> None:

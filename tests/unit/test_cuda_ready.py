@@ -96,16 +96,19 @@ def fake_batches():
 
 
 def train(criterion, **kwargs):
-    model, optimizer = fake_model()
-    with never_read():
-        loop.train_one_epoch(model, fake_batches().train_epoch(0), criterion, optimizer, 2, NoBackward(), **kwargs)
+    """An epoch of two batches; returns the number of its uploads."""
+    (model, optimizer), source = fake_model(), fake_batches()
+    with never_read(), Uploads() as uploads:
+        loop.train_one_epoch(model, source.train_epoch(0), criterion, optimizer, 2, NoBackward(), **kwargs)
+    return uploads.count
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_training_epoch_stays_on_the_device_and_reads_nothing(loss):
+    """And uploads nothing but order, offsets and flips."""
     criterion = criterion_of(loss)
     with FakeTensorMode() as mode:
-        train(as_fake(criterion, mode).to("cuda"))
+        assert train(as_fake(criterion, mode).to("cuda")) == 3
 
 
 def test_an_evaluation_stays_on_the_device_and_reads_nothing():
@@ -283,14 +286,16 @@ def pooled(*args, **how):
 
 @pytest.mark.parametrize("arch", ["vgg16", "alexnet"])
 def test_deterministic_with_a_model_that_cannot_is_one_line(arch, numerics, tmp_path, capsys):
-    args = [*TWO_EPOCHS, "--arch", arch, "--deterministic"]
+    args = [*TWO_EPOCHS, "--arch", arch, "--overwrite"]
     with mock.patch.dict(models.CIFAR_MODELS, {arch: pooled}):
-        status, _, err = run_main(args, tmp_path, capsys)
+        run_ok(args, tmp_path, capsys)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        status, _, err = run_main([*args, "--deterministic"], tmp_path, capsys)
         assert status == 2
         (line,) = messages(err)
-        assert f"-a {arch} cannot be trained with --deterministic on a GPU (put_" in line
-        assert not list(tmp_path.rglob("ckpt*"))
-        run_ok(args[:-1], tmp_path, capsys)
+        assert f"-a {arch} cannot be trained with --deterministic on a GPU: put_" in line
+        assert len(line) < 200
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_evaluation_of_a_checkpoint_computes_as_amp_says(tmp_path, capsys):
