@@ -17,6 +17,9 @@ from utils import DataError, one_line, warn
 
 TEMPORARY = ".tmp"
 LOCK = ".lock"
+#: Permissions that this process does not give; reading them means setting them.
+UMASK = os.umask(0o077)
+os.umask(UMASK)
 #: Seconds that a process waits for one that is about to end, or for the last children of one that was killed.
 PATIENCE = 5.0
 
@@ -42,7 +45,7 @@ def write_atomically(
         if check is not None:
             check(temporary)
         with errors_name(path):
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o666 & ~UMASK)  # a temporary file is the owner's alone
             os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):  # stopped just after it was moved

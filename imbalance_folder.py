@@ -1,5 +1,6 @@
 """Any images on disk: a folder for each class, or a list of files, with the imbalance that they have or a made one."""
 
+import filecmp
 import os
 import struct
 from collections import Counter
@@ -16,6 +17,9 @@ from utils import DataError, UsageError, one_line, warn
 
 #: Of ImageNet's images, in [0, 1] units.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+#: How the names of images end, in small letters: torchvision's, and two more of JPEG.
+EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe")
 
 
 class ImageSet(LabelledImages):
@@ -102,10 +106,18 @@ def _read_test_list(val_list, data_dir, train):
     if not val_list:
         raise UsageError("--train_list needs --val_list beside it, or --val_fraction")
     test = read_list(val_list, data_dir, train.classes)
+    absent = sorted(set(train.targets) - set(test.targets))
+    if absent:
+        raise DataError(f"{val_list} has no images of classes of the training list: {named([*map(str, absent)])}")
+    warn_of_shared(train, test, val_list)
+    return test
+
+
+def warn_of_shared(train: ImageSet, test: ImageSet, source: str) -> None:
+    """Warn of test images that are training images too; `source` says where the test images come from."""
     shared = len(set(train.paths) & set(test.paths))
     if shared:
-        warn(f"{shared} of the {len(test.paths)} images of {val_list} are training images too")
-    return test
+        warn(f"{shared} of the {len(test.paths)} images of {source} are training images too")
 
 
 def _read_test_folder(data_dir, train):
@@ -117,7 +129,21 @@ def _read_test_folder(data_dir, train):
         alone = sorted(set(one.classes) - set(other.classes))
         if alone:
             raise DataError(f"{data_dir}: classes in {part}/ only: {named(alone)}")
+    _warn_of_training_images(train, test, os.path.join(data_dir, "train"), folder)
     return test
+
+
+def _warn_of_training_images(train, test, train_folder, folder):
+    """Warn of test images that are links into the training folder, or all copies of training images."""
+    inside = os.path.join(os.path.realpath(train_folder), "")
+    linked = sum(os.path.realpath(path).startswith(inside) for path in test.paths)
+    if linked:
+        return warn(f"{linked} of the {len(test.paths)} images of {folder} are training images too")
+    known = set(train.paths)
+    pairs = [(path, os.path.join(train_folder, os.path.relpath(path, folder))) for path in test.paths]
+    alike = all(twin in known and os.path.getsize(path) == os.path.getsize(twin) for path, twin in pairs)
+    if alike and filecmp.cmp(*pairs[0], shallow=False):
+        warn(f"the images of {folder} look like training images: all have the names and sizes of images of train/")
 
 
 def check_all(train: ImageSet, test: ImageSet, workers: int = 0) -> None:
@@ -143,22 +169,23 @@ def read_folder(folder: str) -> ImageSet:
     """The images of a folder with one folder for each class, in torchvision's order.
 
     Links to folders inside a class are not followed, nor links to images of the same tree or to an image that another
-    link names, so that no image counts twice; these, and files that are no regular ones, are skipped with a warning.
+    link names, so that no image counts twice. These, links that lead nowhere, hidden folders and files (".name"), files
+    that are no regular ones and those that do not end as images do are skipped with a warning.
 
     Raises:
         DataError: no folder, no class, or a class without images.
     """
     if not os.path.isdir(folder):
         raise DataError(f"no folder {folder}")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    tree = _Tree(folder)
+    classes = tree.classes()
     if not classes:
         raise DataError(f"no class folders in {folder}")
-    tree = _Tree(folder)
     found = {name: list(tree.images(os.path.join(folder, name))) for name in classes}
     empty = [os.path.join(folder, name) for name in classes if not found[name]]
     tree.warn_of_skipped()
     if empty:
-        raise DataError(f"class folders without images: {named(empty)} (images end in {' '.join(IMG_EXTENSIONS)})")
+        raise DataError(f"class folders without images: {named(empty)} (images end in {' '.join(EXTENSIONS)})")
     paths = [path for name in classes for path in found[name]]
     return ImageSet(paths, [label for label, name in enumerate(classes) for _ in found[name]], classes)
 
@@ -167,7 +194,26 @@ class _Tree:
     """A walk over class folders that notes what it skips."""
 
     def __init__(self, folder):
+        self.folder = folder
         self.roots, self.linked, self.skipped = [os.path.realpath(folder)], set(), Counter()
+        self.other = []  # names of files that do not end as images do
+
+    def classes(self) -> list[str]:
+        """The names of the class folders, sorted."""
+        entries = list(os.scandir(self.folder))
+        self.skipped["links that lead nowhere"] += sum(e.is_symlink() and not os.path.exists(e) for e in entries)
+        return sorted(self._shown([entry.name for entry in entries if entry.is_dir()]))
+
+    def _shown(self, names):
+        """The names that are not hidden."""
+        shown = [name for name in names if not name.startswith(".")]
+        self.skipped["hidden"] += len(names) - len(shown)
+        return shown
+
+    def _walk(self, folder):
+        for parent, folders, names in os.walk(folder):
+            folders[:] = self._shown(folders)  # os.walk goes on with these
+            yield parent, folders, self._shown(names)
 
     def images(self, class_folder: str) -> Iterator[str]:
         """The path of each image, sorted by folder, then by name."""
@@ -176,13 +222,13 @@ class _Tree:
                 self.skipped["symbolic links"] += 1
                 return
             self.roots.append(os.path.realpath(class_folder))
-        for parent, folders, names in sorted(os.walk(class_folder)):
+        for parent, folders, names in sorted(self._walk(class_folder)):
             self.skipped["symbolic links"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
             for name in sorted(names):
                 path = os.path.join(parent, name)
-                if not name.lower().endswith(IMG_EXTENSIONS):
-                    continue
-                if os.path.islink(path) and self._is_known(path):
+                if not name.lower().endswith(EXTENSIONS):
+                    self.other.append(name)
+                elif os.path.islink(path) and self._is_known(path):
                     self.skipped["symbolic links"] += 1
                 elif not os.path.isfile(path):
                     self.skipped["no regular files"] += 1
@@ -197,9 +243,11 @@ class _Tree:
         return known
 
     def warn_of_skipped(self):
-        text = ", ".join(f"{what}: {count}" for what, count in self.skipped.items() if count)
-        if text:
-            warn(f"skipped in {self.roots[0]}: {text}")
+        texts = [f"{what}: {count}" for what, count in self.skipped.items() if count]
+        if self.other:
+            texts.append(f"files that do not end as images do: {len(self.other)}, as {self.other[0]}")
+        if texts:
+            warn(f"skipped in {self.roots[0]}: {', '.join(texts)}")
 
 
 # --------------------------------------------------------------------------------------------------- lists
@@ -291,7 +339,8 @@ def open_image(path: str | os.PathLike) -> Any:
                 return image.convert("RGB")
             kind = "float" if image.mode == "F" else "32-bit"
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be decoded ({str(error).replace(repr(path), 'the file')})") from None
+        reason = str(error).replace(f" {os.fspath(path)!r}", "").rstrip(":")  # the line begins with the name
+        raise DataError(f"{path} cannot be decoded ({reason})") from None
     raise DataError(f"{path} has {kind} pixels, whose range is unknown: convert it to 8 or 16 bits")
 
 

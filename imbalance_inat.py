@@ -9,8 +9,9 @@ The annotation files are checked against the images that are there before anythi
 import json
 import os
 import posixpath
+from collections import Counter
 
-from imbalance_folder import ImageSet, check_all, named
+from imbalance_folder import ImageSet, check_all, named, warn_of_shared
 from utils import DataError, warn
 
 CLASSES = 8142
@@ -30,7 +31,8 @@ def load(
     Raises:
         UsageError: an imbalance that cannot be.
         DataError: missing or malformed annotations, a part without images, a path outside IMAGES, an image that is
-            missing or in no class, a class without training images; with `check_images`, a damaged image.
+            missing, listed twice or not in one class, a class without images in a part; with `check_images`, a damaged
+            image.
     """
     annotated = {part: read_annotations(os.path.join(data_dir, name)) for part, name in ANNOTATIONS.items()}
     _check_images(data_dir, annotated)
@@ -46,9 +48,11 @@ def load(
         ImageSet([os.path.join(data_dir, name) for name, _ in images], [label[n] for _, n in images], classes)
         for images, _ in annotated.values()
     )
-    empty = sorted(set(range(len(numbers))) - set(train.targets))
-    if empty:
-        raise DataError(f"{data_dir}: classes without training images: {named([classes[k] for k in empty])}")
+    for part, dataset in (("training", train), ("validation", val)):
+        empty = sorted(set(range(len(numbers))) - set(dataset.targets))
+        if empty:
+            raise DataError(f"{data_dir}: classes without {part} images: {named([classes[k] for k in empty])}")
+    warn_of_shared(train, val, os.path.join(data_dir, ANNOTATIONS["val"]))
     if check_images:
         check_all(train, val, workers)
     return train.long_tailed(imb_type, imb_factor, rand_number), val
@@ -63,21 +67,23 @@ def read_annotations(path: str) -> tuple[list[tuple[str, int]], dict[int, str]]:
     try:
         with open(path) as file:
             content = json.load(file)
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        classes = {row["image_id"]: row["category_id"] for row in content["annotations"]}
+        images = [(image["id"], image["file_name"]) for image in content["images"]]
+        rows = [(row["image_id"], row["category_id"]) for row in content["annotations"]]
+        files, classes = dict(images), dict(rows)
         categories = {row["id"]: str(row["name"]) for row in content.get("categories", [])}
     except FileNotFoundError:
         raise DataError(f"no {path}: it belongs to the official data of iNaturalist 2018") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is no annotation file of iNaturalist ({type(error).__name__}: {error})") from None
-    _check_rows(path, files, classes, categories)
+    _check_rows(path, files, [name for _, name in images], classes, categories)
+    _check_repeated(path, images, rows)
     if not files:
         raise DataError(f"{path} lists no images")
     return [(name, classes[key]) for key, name in files.items()], categories
 
 
-def _check_rows(path, files, classes, categories):
-    outside = [str(name) for name in files.values() if not _is_inside(name)]
+def _check_rows(path, files, names, classes, categories):
+    outside = [str(name) for name in names if not _is_inside(name)]
     if outside:
         raise DataError(f"{path} names images outside {IMAGES}: {named(outside)}")
     in_no_class = [name for key, name in files.items() if key not in classes]
@@ -86,9 +92,27 @@ def _check_rows(path, files, classes, categories):
     nameless = [str(key) for key in classes if key not in files]
     if nameless:
         raise DataError(f"{path}: {len(nameless)} annotations of images that it does not list: {named(nameless)}")
-    known = all(isinstance(number, int) and (not categories or number in categories) for number in classes.values())
-    if not known:
-        raise DataError(f"{path} has classes that its categories do not list")
+    unknown = [n for n in classes.values() if type(n) is not int or (categories and n not in categories)]
+    if unknown:  # true and false are int too, hence `type`
+        found = named([*dict.fromkeys(map(json.dumps, unknown))])
+        raise DataError(f"{path} has classes that are no numbers or that its categories do not list: {found}")
+
+
+def _check_repeated(path, images, rows):
+    """Refuse files, ids and classes that contradict each other; an annotation that only stands twice is a warning."""
+    files, classes = dict(images), dict(rows)
+    twice = [name for name, count in Counter(posixpath.normpath(name) for _, name in images).items() if count > 1]
+    if twice:
+        raise DataError(f"{path} has duplicated files: {named(twice)}")
+    shared = [name for key, name in images if files[key] != name]
+    if shared:
+        raise DataError(f"{path} has images whose id another image has: {named(shared)}")
+    ambiguous = [files[key] for key, number in rows if classes[key] != number]
+    if ambiguous:
+        raise DataError(f"{path} has images in two classes: {named(ambiguous)}")
+    if len(rows) > len(classes):
+        again = [files[key] for key, count in Counter(key for key, _ in rows).items() if count > 1]
+        warn(f"{path} has {len(again)} images with the same annotation twice: {named(again)}")
 
 
 def _is_inside(name):

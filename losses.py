@@ -107,10 +107,10 @@ def vs_scales(class_counts: ClassCounts, gamma: float) -> Tensor:
 
 
 def _positive(class_counts):
-    """The counts as (K,) float64. Raises ValueError for a class without images."""
+    """The counts as (K,) float64. Raises ValueError for a class without images and for a count that is not finite."""
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if not (counts >= 1).all():
-        raise ValueError(f"every class needs a training image, got the counts {counts.tolist()}")
+    if not ((counts >= 1) & counts.isfinite()).all():
+        raise ValueError(f"every class needs a training image and a finite count, got the counts {counts.tolist()}")
     return counts
 
 
@@ -129,8 +129,15 @@ def _one_of(allowed, **values):
 
 def _nonnegative(**values):
     for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {value}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be 0 or more and finite, got {value}")
+
+
+def _over_0(**values):
+    for name, value in values.items():
+        if value is None or isinstance(value, str) or not 0 < value < float("inf"):
+            choice = ", or 'auto'" if name == "alpha" else ""
+            raise ValueError(f"{name} must be over 0 and finite{choice}, got {value!r}")
 
 
 def _widen(x):
@@ -206,7 +213,9 @@ def _weighted_ce(logits, target, weight):
 
 
 def _by_class(values, logits):
-    """(K,) as (K, 1, ...), for products and sums with logits (N, K, ...)."""
+    """(K,) as (K, 1, ...), for products and sums with logits (N, K, ...). Raises ValueError for another length."""
+    if values.numel() != logits.shape[1]:
+        raise ValueError(f"{values.numel()} class counts beside logits of {logits.shape[1]} classes")
     return values.to(logits).reshape(-1, *[1] * (logits.ndim - 2))
 
 
@@ -281,7 +290,7 @@ def vs_loss(
         gamma: 0 is logit adjustment. The defaults are those of the official command for CIFAR-10-LT.
 
     Raises:
-        ValueError: a class without images.
+        ValueError: a class without images, a count that is not finite, another number of counts than classes.
     """
     scale, shift = vs_scales(class_counts, gamma), tau * log_prior(class_counts)
     return _scaled_ce(logits, target, scale, shift, weight, **options)
@@ -328,7 +337,8 @@ def influence(
     confident hits.
 
     Args:
-        features: |h| of each sample, in the same norm (the models of `models` return it).
+        features: |h| of each sample, in the same norm (the models of `models` return it). That none is negative is
+            not checked, which would wait for the device.
         norm: 'l1' (the method), 'l2' or 'linf' (Table 1), or 'none': the influence counts as 0 (Table 2 d).
         raw_features: `features` is h itself, (N, D, ...).
 
@@ -461,11 +471,12 @@ class CrossEntropyLoss(Loss):
 
 
 class FocalLoss(Loss):
-    """`focal_loss` as a Module. Raises ValueError for a negative gamma."""
+    """`focal_loss` as a Module. Raises ValueError for a negative gamma and for a scale that is not over 0."""
 
     def __init__(self, weight: Weight = None, gamma: float = 0.0, scale: float = 10.0, **options: Any) -> None:
         super().__init__(weight, **options)
         _nonnegative(gamma=gamma)
+        _over_0(scale=scale)
         self.gamma, self.scale = gamma, scale
 
     def _call(self, features):
@@ -475,15 +486,15 @@ class FocalLoss(Loss):
 class LDAMLoss(Loss):
     """`ldam_loss` as a Module, with the `ldam_margins` of K training-set counts, for logits of a normalised head.
 
-    Raises ValueError for an s that is not over 0.
+    Raises ValueError for a negative max_m and for an s that is not over 0.
     """
 
     def __init__(
         self, cls_num_list: ClassCounts, max_m: float = 0.5, weight: Weight = None, s: float = 30, **options: Any
     ) -> None:
         super().__init__(weight, **options)
-        if not s > 0:
-            raise ValueError(f"s must be over 0, got {s}")
+        _nonnegative(max_m=max_m)
+        _over_0(s=s)
         self.register_buffer("margins", ldam_margins(cls_num_list, max_m), persistent=False)
         self.s = s
 
@@ -525,7 +536,8 @@ class AutoAlpha(nn.Module):
     """The alpha that gives a loss the size of another: the ratio of their means over the first training batches.
 
     `value` is that ratio over the batches so far, at most `AUTO_BATCHES`; 1 before the first. The buffers are in the
-    state dict, so that a resumed run continues with the same alpha. Nothing here waits for the device.
+    state dict, so that a resumed run continues with the same alpha. Nothing here waits for the device. `.half()` rounds
+    what is there once; later batches are added in full precision.
     """
 
     AUTO_BATCHES = 20
@@ -544,6 +556,7 @@ class AutoAlpha(nn.Module):
 
         A batch that is not finite, and one after the last, is left out.
         """
+        self.value, self.sums = self.value.float(), self.sums.double()  # the same tensors, except after .half()
         batch = torch.stack([reference_sum / samples, loss_sum / samples, torch.ones_like(samples)])
         takes_part = (self.sums[2] < self.AUTO_BATCHES) & batch.isfinite().all()
         self.sums += batch.where(takes_part, 0.0)
@@ -575,8 +588,8 @@ class IBLoss(Loss):
         _one_of(NORMS, norm=norm)
         _one_of(("ce", "ib"), auto_target=auto_target)
         _nonnegative(epsilon=epsilon)
-        if alpha != "auto" and (isinstance(alpha, str) or not alpha > 0):
-            raise ValueError(f"alpha must be over 0 or 'auto', got {alpha}")
+        if alpha != "auto":
+            _over_0(alpha=alpha)
         if auto_target == "ib" and norm in ("l2", "linf") and not raw_features:
             raise ValueError(f"auto_target 'ib' needs features in the L1 norm, got norm {norm!r}")
         self.alpha, self.epsilon, self.norm, self.detach = alpha, epsilon, norm, detach

@@ -25,7 +25,7 @@ from collections.abc import Collection
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from files import folder_lock
-from imbalance_folder import open_image, read_folder
+from imbalance_folder import open_image
 from utils import DataError, HelpFormatter, Parser, command
 
 FOLDER, ARCHIVE = "tiny-imagenet-200", "tiny-imagenet-200.zip"
@@ -399,8 +399,11 @@ def main(argv=None):
     options = build_parser().parse_args(argv)
     folder, changed = arrange(options.data_dir, options.zip, check_images=True)
     for part in ("train", "val"):
-        dataset = read_folder(os.path.join(folder, part))
-        counts = dataset.get_cls_num_list()
+        counts = [len(_images(os.path.join(folder, part, name))) for name in _folders(os.path.join(folder, part))]
         spread = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        print(f"{folder}/{part}: {len(dataset.paths):,} images, {dataset.num_classes} classes, {spread} a class")
+        print(f"{folder}/{part}: {sum(counts):,} images, {len(counts)} classes, {spread} a class")
     print("arranged" if changed else "nothing to change")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,8 @@ from paper import runs
 from utils import DataError, UsageError, command
 
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
+#: The largest --seed and --rand_number that the scripts take.
+MAX_SEED, MAX_SUBSET = 2**31 - 1, 2**32 - 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_execution(running)
     report = commands.add_parser("report", help="Markdown and figures from what has run")
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with records of runs")
-    report.add_argument("--to", metavar="DIR", help="where report.md and figures go (default: the first folder)")
+    report.add_argument(
+        "--to", type=_folder, metavar="DIR", help="where report.md and figures go (default: the first folder)"
+    )
     report.add_argument(
         "--influence", nargs=2, metavar=("BALANCED", "LONG_TAILED"),
         help="Fig. 2 from two checkpoints: the same model trained on balanced and on long-tailed data",
@@ -51,17 +55,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _at_least(low, kind=int):
-    """An argparse type: a finite number that is at least `low`."""
+def _at_least(low, kind=int, high=math.inf):
+    """An argparse type: a finite number that is at least `low`, at most `high`."""
 
     def convert(text):
         value = kind(text)
-        if not (math.isfinite(value) and value >= low):
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least {low}")
+        if not (math.isfinite(value) and low <= value <= high):
+            limits = f"at least {low}" + (f", at most {high}" if math.isfinite(high) else "")
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be {limits}")
         return value
 
     convert.__name__ = kind.__name__
     return convert
+
+
+def _folder(text):
+    """An argparse type: the path of a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it must name a folder, '' names none")
+    return text
 
 
 def _add_selection(parser):
@@ -79,17 +91,23 @@ def _add_selection(parser):
     number("--imb_type", nargs="+", choices=("exp", "step", "none"))
     number("--ratio", nargs="+", type=_at_least(1), metavar="R", help="largest class over smallest")
     number("--method", nargs="+", choices=list(runs.METHODS))
-    number("--seeds", nargs="+", type=_at_least(0), default=[0], metavar="N", help="default: 0")
-    number("--subsets", nargs="+", type=_at_least(0), default=[0], metavar="N", help="--rand_number (default: 0)")
+    number("--seeds", nargs="+", type=_at_least(0, high=MAX_SEED), default=[0], metavar="N", help="default: 0")
+    number(
+        "--subsets", nargs="+", type=_at_least(0, high=MAX_SUBSET), default=[0], metavar="N",
+        help="--rand_number (default: 0)",
+    )  # fmt: skip
     number("--protocol", choices=list(runs.SHORTENING), default="full", help="short: every length divided by five")
-    number("--out", default="reproduced", metavar="DIR", help="folder of logs and checkpoints (default: %(default)s)")
+    number(
+        "--out", type=_folder, default="reproduced", metavar="DIR",
+        help="folder of logs and checkpoints (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="flags for every training script")
 
 
 def _add_execution(parser):
     group = parser.add_argument_group("execution")
     number = group.add_argument
-    number("--results", metavar="DIR", help="a small record of each finished run (default: OUT/results)")
+    number("--results", type=_folder, metavar="DIR", help="a small record of each finished run (default: OUT/results)")
     number("--jobs", type=_at_least(1), metavar="N", help="runs at a time (default: 1; with Ray, as many as fit)")
     number("--threads", type=_at_least(1), default=1, metavar="T", help="CPU threads of a run (default: %(default)s)")
     number("--executor", choices=("local", "ray"), default="local", help="default: %(default)s")
@@ -118,12 +136,16 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
         cells = runs.grid(datasets, imb_types, options.ratio or CIFAR_RATIOS, options.method or list(runs.METHODS))
     if not cells:
         raise UsageError("no run is all of that: leave out one of the restrictions")
-    return runs.spread_over(dict.fromkeys(cells), options.seeds, options.subsets, options.protocol)
+    return list(dict.fromkeys(runs.spread_over(cells, options.seeds, options.subsets, options.protocol)))
 
 
 def list_runs(options: argparse.Namespace) -> None:
     """Print the commands; each is complete in itself and continues where it was stopped."""
     chosen, out = select(options), options.out
+    if options.extra:  # the check imports torch
+        from paper import driver
+
+        driver.check_extra(chosen, options.extra)
     lines = [["python", *run.argv(out), "--resume", "auto", *options.extra] for run in chosen]
     if not options.json:
         with contextlib.suppress(BrokenPipeError):  # `| head`
@@ -147,6 +169,8 @@ def run_runs(options: argparse.Namespace) -> None:
     from paper import driver
 
     chosen = select(options)
+    if options.executor != "ray" and (options.address is not None or options.gpus_per_run):
+        raise UsageError("--address and --gpus_per_run need --executor ray")
     driver.check_extra(chosen, options.extra)
     with run_lock(options.out, patience=0):  # one driver at a time
         work = driver.Driver(

@@ -33,7 +33,7 @@ class NothingToDo(Exception):
 
 def warn(message: str) -> None:
     """A line on standard error that starts with 'warning:'; of torchrun's ranks the first one says it."""
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         return
     print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
@@ -145,6 +145,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def parse_args(self, args=None, namespace=None):
+        given = list(sys.argv[1:] if args is None else args)
+        for before, value in zip(["", *given], given, strict=False):
+            # an unset shell variable is no name, path or number; for --resume it is the published default
+            flag = value[:-1] if value.startswith("--") and value.endswith("=") else before if value == "" else ""
+            if flag.startswith("-") and flag != "--resume":
+                self.error(f"argument {flag}: an empty value")
         found = super().parse_args(args, namespace)
         for action in self._actions:  # argparse of Python 3.11 makes an empty list of '--flag=--'
             if action.nargs is None and getattr(found, action.dest, None) == []:
@@ -232,8 +238,10 @@ def code_version() -> dict[str, str | bool] | None:
 
     def git(*arguments):
         command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
+    # in a hook GIT_DIR names another repository
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         commit = git("rev-parse", "HEAD")
         return {"commit": commit, "clean": not git("status", "--porcelain", "--untracked-files=no")}

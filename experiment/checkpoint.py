@@ -197,8 +197,9 @@ def _with_own_head(own, weights, prefix):
 
 
 def _head_hint(own, weights):
-    differ = [name for name in (set(own) ^ set(weights)) if name.endswith(("linear.bias", "fc.bias"))]
-    return " (one of the two has LDAM's normalised head)" if differ else ""
+    differ = set(own) ^ set(weights)
+    is_head = bool(differ) and all(name.endswith(("linear.bias", "fc.bias")) for name in differ)
+    return " (one of the two has LDAM's normalised head)" if is_head else ""
 
 
 def has_normalised_head(state_dict: dict) -> bool:

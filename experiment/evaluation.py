@@ -1,5 +1,6 @@
 """-e: what a checkpoint reaches on the test set; post-hoc corrections; logits and calibration."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import models
 from experiment import plots
 from experiment.fit import print_classes, summary_line
 from experiment.records import to_json
+from experiment.resume import EVALUATION, LOGITS
 from experiment.run import Run
 from files import write_atomically, write_text
 from imbalance import GROUP_RULE
@@ -18,7 +20,7 @@ from losses import log_prior
 from training import distributed
 from training.loop import evaluate
 from training.metrics import group_accuracy
-from utils import UsageError, format_metric
+from utils import DataError, UsageError, format_metric
 
 #: Equal bins of the confidence, of the expected calibration error.
 BINS = 15
@@ -30,28 +32,34 @@ def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val
     --posthoc_la and --tau_norm take one value; of several the one with the best class mean on the held-out part.
 
     Raises:
-        UsageError: several values without a held-out part. DataError: weights that do not fit.
+        UsageError: several values without a held-out part. DataError: weights that do not fit, logits that are not
+            finite.
     """
     settings = run.settings
     run.restore(model)
     correction = _correction(run, model, val_batches)
     logits, target = collect_logits(model, test_batches, run.precision)
+    if not logits.isfinite().all():
+        raise DataError(f"{run.start.path} gives logits that are not finite: its weights, or the correction, are bad")
     result = _evaluate_logits(logits.to(run.device), target.to(run.device), run.class_counts, settings.batch_size)
     if not distributed.is_main():
         return result
     print_classes(run.class_names, run.class_counts, result)
     ece = f"  calibration error {result['calibration_error']:.2f}"
     print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
-    folder = os.path.join(settings.log_folder, "evaluate")
+    folder = os.path.join(settings.log_folder, EVALUATION)
     os.makedirs(folder, exist_ok=True)
-    where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction}
+    where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, "data_dir": settings.data_dir}
     path = os.path.join(folder, "evaluation.json")
     write_text(path, to_json({**where, "classes": run.class_names, **result}))
     written = [path, *plots.of_evaluation(result, run.class_names, run.class_counts, folder, settings.name)]
     written += plots.of_calibration(result["calibration"], folder, settings.name)
+    path = os.path.join(folder, LOGITS)
+    with contextlib.suppress(FileNotFoundError):  # of an evaluation before
+        os.unlink(path)
     if settings.save_logits:
-        written.append(os.path.join(folder, "logits.npz"))
-        write_atomically(written[-1], lambda file: np.savez(file, logits=logits.float().numpy(), target=target.numpy()))
+        written.append(path)
+        write_atomically(path, lambda file: np.savez(file, logits=logits.float().numpy(), target=target.numpy()))
     print(f"written: {' '.join(written)}")
     return result
 
@@ -136,9 +144,9 @@ def _correction(run, model, val_batches):
     values = getattr(settings, name)
     head = model.get_submodule(models.last_linear(model))
     apply = adjust_logits if name == "posthoc_la" else normalise_classes
-    weight, bias = head.weight.detach().clone(), None if head.bias is None else head.bias.detach().clone()
-    if bias is None:
+    if getattr(head, "bias", None) is None:
         raise UsageError(f"--{name} needs a linear layer with a bias: this model has LDAM's normalised head")
+    weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
 
     def correct(value):
         with torch.no_grad():
@@ -148,7 +156,9 @@ def _correction(run, model, val_batches):
 
     if len(values) > 1:
         if val_batches is None:
-            raise UsageError(f"--{name} with several values needs a run with --val_fraction: the test set picks none")
+            raise UsageError(
+                f"--{name} with several values needs a part of --val_fraction that is held out beside the test images"
+            )
         scores = {}
         for value in values:
             correct(value)

@@ -19,6 +19,9 @@ from experiment.settings import IDENTITY, OF_CHECKPOINT, SHARED, Settings, from_
 from training.recipe import Recipe
 from utils import DataError, UsageError, one_line, warn
 
+#: What -e writes: a folder below the run's logs, and the file of --save_logits in it.
+EVALUATION, LOGITS = "evaluate", "logits.npz"
+
 
 @dataclasses.dataclass(frozen=True)
 class ResumeState:
@@ -38,6 +41,8 @@ class ResumeState:
     best_acc1: float = -1.0  # of a published checkpoint, which brings no history
     seed: int | None = None
     flip: str = "auto"  # --flip of the run that made the checkpoint
+    classes: Sequence[str] | None = None
+    class_counts: Sequence[int] | None = None  # of its training images
 
 
 def find_start(settings: Settings) -> ResumeState:
@@ -88,6 +93,8 @@ def find_start(settings: Settings) -> ResumeState:
         seed=theirs.seed if theirs is not None else None,
         # settings without the flag are older: every data set was mirrored then
         flip=state["settings"].get("flip", "on") if theirs is not None else "auto",
+        classes=state.get("classes"),
+        class_counts=state.get("class_counts"),
     )
 
 
@@ -252,9 +259,11 @@ def take_over_checkpoint(start: ResumeState, model_folder: str) -> None:
         return
     assert start.path is not None  # a fork has a checkpoint
     checkpoint.copy(start.path, os.path.join(model_folder, checkpoint.epoch_name(start.epoch)))
-    best = os.path.join(os.path.dirname(start.path), checkpoint.best_name(start.epoch))
+    folder, name = os.path.split(start.path)
+    best = os.path.join(folder, checkpoint.BEST if name == checkpoint.NEWEST else checkpoint.best_name(start.epoch))
     if os.path.exists(best):
-        checkpoint.copy(best, os.path.join(model_folder, checkpoint.BEST))
+        for name in (checkpoint.BEST, checkpoint.best_name(start.epoch)):
+            checkpoint.copy(best, os.path.join(model_folder, name))
 
 
 def clear(log_folder: str, model_folder: str) -> None:
@@ -263,6 +272,10 @@ def clear(log_folder: str, model_folder: str) -> None:
     patterns += [
         os.path.join(glob.escape(log_folder), name)
         for name in (*FILES, *FIGURES, "confusion.png", "events.out.tfevents.*")
+    ]
+    patterns += [
+        os.path.join(glob.escape(log_folder), EVALUATION, name)
+        for name in ("evaluation.json", LOGITS, "class_accuracy.png", "confusion.png", "calibration.png")
     ]
     for pattern in patterns:
         for path in glob.glob(pattern):

@@ -44,6 +44,8 @@ def open_run(settings: Settings) -> Iterator["Run"]:
                 path=path,
                 split_sha256=state.get("split_sha256"),
                 files_sha256=state.get("files_sha256"),
+                classes=state.get("classes"),
+                class_counts=state.get("class_counts"),
             )
             yield Run(settings, device, start)
             return
@@ -116,6 +118,7 @@ class Run:
             NothingToDo: --export_split; or the folder holds this run, finished, on the same images.
         """
         settings, known = self.settings, len(train_set.classes)
+        self._check_classes(train_set.classes)
         if settings.num_classes not in (None, known):
             raise UsageError(f"--num_classes {settings.num_classes}: {settings.dataset} has {known} classes")
         self.settings = settings = dataclasses.replace(settings, num_classes=known)
@@ -128,6 +131,10 @@ class Run:
         train_set, val_set = _hold_out(train_set, settings.val_fraction)
         self.class_names = list(train_set.classes)
         self.class_counts = count_classes(train_set.targets, known)
+        if settings.evaluate and self.start.class_counts:  # groups and prior are the model's, whatever is tested on
+            self.class_counts = list(self.start.class_counts)
+        elif settings.evaluate and settings.posthoc_la:
+            warn(f"{self.start.path} records no class counts: --posthoc_la takes those of the data given")
         split["total"] = len(train_set.targets)
         self.info = {
             "name": settings.name,
@@ -145,6 +152,18 @@ class Run:
                 f"{settings.log_folder} holds this run, finished: nothing to do (--overwrite runs it again)"
             )
         return train_set, val_set
+
+    def _check_classes(self, classes):
+        """Refuse data with other classes than the checkpoint's, or in another order: its head would be misread."""
+        start, here = self.start, list(classes)
+        there = here if start.classes is None or self.settings.force else list(start.classes)
+        if there != here:
+            first = next((pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), None)
+            differs = f"{first[0]!r} there and {first[1]!r} here" if first else f"{len(there)} there, {len(here)} here"
+            raise DataError(
+                f"{start.path} has other classes than {self.settings.data_dir}: {differs} "
+                "(use --force to continue anyway)"
+            )
 
     def _check_images(self, split):
         """Refuse other images than those that the checkpoint was trained on, or changed files."""
@@ -296,6 +315,8 @@ class Run:
             "settings": self.info["settings"],
             "split_sha256": self.info["split"]["sha256"],
             "files_sha256": self.info["split"]["files_sha256"],
+            "classes": self.class_names,
+            "class_counts": self.class_counts,
             "history": self.history,
         }
 

@@ -218,7 +218,7 @@ class Settings:
     # ------------------------------------------------------------------------------------------ training
     epochs: int = setting(200, "--epochs", affects="schedule", group="training", **COUNT, help="default: %(default)s")
     start_epoch: int = setting(
-        0, "--start-epoch", affects="nothing", group="training", **EPOCH,
+        0, "--start-epoch", affects="schedule", group="training", **EPOCH,
         help="number of the first epoch, for restarts by hand; --resume sets it (default: %(default)s)",
     )  # fmt: skip
     batch_size: int = setting(
@@ -471,6 +471,8 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--schedule cosine has no --milestones and no --lr_factors")
     if never and settings.schedule == "step":
         warn(f"the lr milestones {never} never come in {epochs} epochs (set --milestones)")
+    if "imb_factor" in settings.given and "imb_type" not in settings.given and settings.imb_type == "none":
+        raise UsageError("--imb_factor needs --imb_type exp or step: without it the images stay as they are")
     loss, rule = LOSSES[settings.loss_type], RULES[settings.train_rule]
     if loss.first_phase_ce and settings.start_ib_epoch >= epochs:
         warn(
@@ -488,10 +490,18 @@ def check(settings: Settings) -> Settings:
         warn(f"the lr milestones {late} never come: from --drw_epoch {settings.drw_epoch} on the head has its own lr")
     if settings.start_epoch >= epochs:
         raise UsageError(f"--start-epoch {settings.start_epoch} is past the last epoch, {epochs - 1}")
+    if settings.start_epoch and not settings.resume:
+        warn(f"--start-epoch {settings.start_epoch} without --resume: the epochs before it are left out, not trained")
+    if settings.start_epoch > settings.drw_epoch and rule.trains == "head" and not settings.resume:
+        raise UsageError(
+            f"--train_rule {settings.train_rule} from --start-epoch {settings.start_epoch} on has no network"
+        )
     if settings.evaluate and not settings.resume:
         raise UsageError("--evaluate needs --resume PATH (or --resume auto)")
     if settings.resume == "auto" and settings.overwrite:
         raise UsageError("--resume auto and --overwrite exclude each other")
+    if settings.evaluate and settings.export_split:
+        raise UsageError("--export_split and -e exclude each other")
     for name in ("posthoc_la", "tau_norm", "save_logits"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")

@@ -16,6 +16,7 @@ MAX_EPOCHS = 10**6
 RECORD_PARTS = ("train", "test", "stage")
 TEST_FIGURES = ("acc1", "acc5", "loss", "class_mean", "many", "medium", "few", "per_class", "seconds")
 TRAIN_FIGURES = ("acc1", "acc5", "loss", "seconds")
+NOT_IN_PERCENT = ("loss", "seconds")
 STAGE_PARTS = {"lr": float, "loss": str, "class_weights": str, "sampler": str}
 
 
@@ -37,6 +38,8 @@ def check_state(state: Any, path: str) -> None:
         "criterion": _is_tensors(state.get("criterion") or {}),
         "scaler": isinstance(state.get("scaler") or {}, dict),
         "settings": _is_settings(state.get("settings") or {}),
+        "classes": _is_list(state.get("classes"), str),
+        "class_counts": _is_list(state.get("class_counts"), int),
         "split_sha256": isinstance(state.get("split_sha256"), (str, type(None))),
         "files_sha256": isinstance(state.get("files_sha256"), (str, type(None))),
         "history": _is_history(history, epoch),
@@ -79,6 +82,10 @@ def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_list(part, kind):
+    return part is None or (isinstance(part, list) and all(isinstance(value, kind) for value in part))
+
+
 def _is_settings(settings):
     """Names with values as JSON has them. Whether a value fits its setting, `settings.from_record` says."""
     return isinstance(settings, dict) and all(isinstance(name, str) for name in settings)
@@ -93,17 +100,20 @@ def _is_record(record):
         _is_count(record.get("epoch"))
         and all(_is_number(record.get(name)) for name in ("time", "seconds", "score"))
         and all(isinstance(stage.get(name), kind) for name, kind in STAGE_PARTS.items())
-        and all(_is_figure(train.get(name)) for name in TRAIN_FIGURES)
+        and all(_is_figure(train.get(name), name) for name in TRAIN_FIGURES)
         and all(name in test for name in TEST_FIGURES)
         and isinstance(test["per_class"], list)
-        and all(_is_figure(test[name]) for name in TEST_FIGURES if name != "per_class")
-        and all(map(_is_figure, test["per_class"]))
-        and _is_figure(test["acc1"] is not None and test["acc1"])
+        and all(_is_figure(test[name], name) for name in TEST_FIGURES if name != "per_class")
+        and all(_is_figure(accuracy, "per_class") for accuracy in test["per_class"])
+        and test["acc1"] is not None
         and isinstance(record.get("val"), (dict, type(None)))
         and isinstance(record.get("ib_factor"), (list, type(None)))
-        and all(map(_is_figure, record.get("ib_factor") or []))
+        and all(_is_figure(factor, "loss") for factor in record.get("ib_factor") or [])
     )
 
 
-def _is_figure(value):
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+def _is_figure(value, name):
+    """Whether it is None or a number; an accuracy in percent, where it is finite, lies in 0 to 100."""
+    if value is None or not isinstance(value, (int, float)) or isinstance(value, bool):
+        return value is None
+    return name in NOT_IN_PERCENT or not math.isfinite(value) or 0 <= value <= 100.001

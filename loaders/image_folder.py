@@ -14,6 +14,9 @@ from loaders import Batches, sampled_order
 from loaders.transforms import RESIZE_OVER_CROP, draw_boxes, normalise
 from utils import DataError, epoch_generator
 
+#: Longest side over shortest. Of a longer strip only the middle is resized for evaluation: the whole could take GBs.
+LONGEST_OVER_SHORTEST = 32
+
 
 class _Crops(Dataset):
     """Item (index, seed): the image cropped and flipped as the seed says; seed None: resized, its middle."""
@@ -36,6 +39,10 @@ class _Crops(Dataset):
         return error or (torch.stack(items) if items else torch.empty((0, self.size, self.size, 3), dtype=torch.uint8))
 
     def _central(self, image):
+        longest = LONGEST_OVER_SHORTEST * min(image.size)
+        longest += (max(image.size) - longest) % 2  # the same middle
+        if max(image.size) > longest:
+            image = functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
         shorter = functional.resize(image, round(self.size * RESIZE_OVER_CROP))
         return functional.center_crop(shorter, self.size)
 

@@ -119,10 +119,12 @@ class Ray:
         self.running: dict[Any, Any] = {}
         # the workers need not find this module: it is sent to them
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, ValueError) as error:
             raise UsageError(f"no Ray cluster at {address}: {error}") from None
+        signal.signal(signal.SIGTERM, handler)  # Ray's prints its frames and ends with status 1
         # no retries by Ray: a lost run starts with another command, from its newest checkpoint
         self.task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_ray_task)
 
@@ -135,8 +137,12 @@ class Ray:
     def wait(self, seconds: float) -> list[tuple[Any, int | None]]:
         if not self.running:
             return []
-        ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=seconds)
-        return [(self.running.pop(reference), self._status(reference)) for reference in ready]
+        deadline = time.monotonic() + seconds
+        while True:
+            ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=0)
+            if ready or time.monotonic() > deadline:
+                return [(self.running.pop(reference), self._status(reference)) for reference in ready]
+            time.sleep(0.1)  # a signal comes here: Ray's own wait turns SIGTERM into Ctrl-C
 
     def _status(self, reference):
         try:

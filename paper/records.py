@@ -17,6 +17,8 @@ from paper import runs
 from training.recipe import Recipe
 
 TEST_FIGURES = ("loss", "acc1", "acc5", "class_mean", "many", "medium", "few")
+#: Without these there is nothing to report; the others are null where there is no such class.
+ALWAYS = ("acc1", "acc5")
 KEYS = {"settings", "classes", "class_counts", "group_rule", "epochs_done", "best", "last", "history"}
 #: Settings that are compared one by one; `num_classes` follows from the data set, seeds are told apart elsewhere.
 COMPARED = sorted({*fields_affecting("data", "model", "start", "optimizer", "numerics")} - {"num_classes", "seed"})
@@ -73,24 +75,63 @@ def load(path: str | pathlib.Path) -> dict[str, Any] | None:
     """The complete record in a file, None where the file holds no record at all.
 
     Raises:
-        ValueError: half a record: it cannot be read, lacks something, or its run has not ended.
+        ValueError: half a record: it cannot be read, lacks something, its run has not ended, or its figures
+            contradict each other.
     """
+    path = pathlib.Path(path)
+    if not path.is_file():  # nobody may ever write into a pipe
+        raise ValueError("not a regular file")
     try:
-        record = json.loads(pathlib.Path(path).read_text())
-    except (OSError, ValueError):
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         raise ValueError("damaged or cut short") from None
-    if not isinstance(record, dict) or not {"settings", "history"} <= record.keys():
+    if not isinstance(record, dict):
+        raise ValueError(f"damaged: a JSON {type(record).__name__}, not an object")
+    if not {"settings", "history"} <= record.keys():
         return None
     missing = sorted(KEYS - record.keys())
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
-    done, epochs = record["epochs_done"], record["settings"].get("epochs", 0)
+    try:
+        _check(record)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError("damaged: a part has another form") from None
+    return record
+
+
+def _check(record):
+    """ValueError where a record is unfinished or contradicts itself."""
+    done, epochs, history = record["epochs_done"], record["settings"].get("epochs", 0), record["history"]
     if done < epochs:
         raise ValueError(f"unfinished, {done} of {epochs} epochs")
-    if len(record["history"]) < done:
-        raise ValueError(f"cut short, {len(record['history'])} of {done} epochs")
-    settings_of(record["settings"])
-    return record
+    if len(history) < done:
+        raise ValueError(f"cut short, {len(history)} of {done} epochs")
+    settings = settings_of(record["settings"])
+    rows = {row["epoch"]: row["test"] for row in history}
+    if [row["epoch"] for row in history] != [history[0]["epoch"] + i for i in range(len(history))]:
+        raise ValueError("the epochs of its history do not rise by one")
+    for epoch, test in rows.items():
+        _check_accuracies(test, f"epoch {epoch}")
+    for when, epoch in (("best", record["best"]["epoch"]), ("last", history[-1]["epoch"])):
+        found = record[when]
+        _check_accuracies(found, when)
+        if (
+            found["epoch"] != epoch
+            or epoch not in rows
+            or any(found[name] != rows[epoch][name] for name in TEST_FIGURES)
+        ):
+            raise ValueError(f"{when} is not what the history has for that epoch")
+    # a validation part picks the best epoch by figures that the small record does not keep
+    if settings.val_fraction == 0 and record["best"]["acc1"] < max(test["acc1"] for test in rows.values()):
+        raise ValueError("best is not the best epoch of the history")
+
+
+def _check_accuracies(test, where):
+    values = [(name, test[name]) for name in TEST_FIGURES if name != "loss"]
+    values += [("per_class", value) for value in test.get("per_class") or ()]
+    for name, value in values:
+        if not (0 <= value <= 100 if value is not None else name not in ALWAYS):
+            raise ValueError(f"{where}: {name} {json.dumps(value)} is no accuracy from 0 to 100")
 
 
 def read(folder: str | pathlib.Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
@@ -172,11 +213,11 @@ def _text(value):
 
 @functools.lru_cache(maxsize=1024)
 def _plan(settings):
-    """The stage of every epoch, and the constants in force in each kind of stage."""
+    """The first epoch, the stage of every epoch, and the constants in force in each kind of stage."""
     recipe = Recipe.from_settings(settings)
     stages, constants = recipe.stages(), {}
     for epoch, stage in enumerate(stages):
         kind = (stage.loss, stage.class_weights, stage.sampler)
         if kind not in constants:
             constants[kind] = recipe.constants_at(epoch)
-    return stages, constants
+    return settings.start_epoch, stages, constants

@@ -6,6 +6,7 @@ against a published figure; another precision is shown there with its label; all
 """
 
 import collections
+import dataclasses
 import pathlib
 import shlex
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from files import write_text
 from paper import figures, records, runs, statistics
 from paper.rows import DATASETS, Row, Rows, group, title, values
 from paper.statistics import Spread
-from utils import warn
+from utils import DataError, warn
 
 TABLES = {
     "1": "Table 1: norm of the influence",
@@ -45,15 +46,20 @@ def write(folders: Sequence[str | pathlib.Path], to: str | pathlib.Path) -> list
     """report.md and figures in the folder `to`, from the records below `folders`. Returns the paths.
 
     A folder may hold notes.md, what a reader must know of its runs: its text comes first.
+
+    Raises:
+        DataError: there is nothing to report, neither a record, whole or half, nor figure2.png in `to`.
     """
     to = pathlib.Path(to)
-    to.mkdir(parents=True, exist_ok=True)
     found, left_out, notes = [], [], []
     for folder in map(pathlib.Path, folders):
         good, bad = records.read(folder)
-        notes += [(folder / "notes.md").read_text().strip(), ""] if (folder / "notes.md").exists() else []
+        notes += [(folder / "notes.md").read_text().strip(), ""] if (folder / "notes.md").is_file() else []
         found += good
         left_out += bad
+    if not (found or left_out or (to / "figure2.png").exists()):
+        raise DataError(f"no record of a run in {', '.join(map(str, folders))}")
+    to.mkdir(parents=True, exist_ok=True)
     rows, doubtful = group(found)
     left_out += doubtful
     for line in left_out:
@@ -210,16 +216,22 @@ def others(rows: Rows) -> list[str]:
         first = next(iter(here.values()))[0]
         parts += [f"## {title(where)}", ""]
         if where[-1] == "short":
-            parts += [
-                f"Shortened to {first['settings']['epochs']} epochs, a fifth: not to be set against published figures.",
-                "",
-            ]
+            parts += [f"Shortened to {_lengths(here)}: not to be set against published figures.", ""]
         if len(first["class_counts"]) <= 20:
             parts += [f"Training images of each class: {' '.join(map(str, first['class_counts']))}.", ""]
         heads = ["method", "n", "top-1 best", "top-1 last", "top-5 last", "class mean", "many", "medium", "few"]
         parts += table([*heads, "s per epoch"], [_reached(row, found) for row, found in here.items()])
         parts += [f"Class mean and groups are of the last epoch; {first['group_rule']}.", "", *_pairs(here)]
     return parts
+
+
+def _lengths(here):
+    """'40 epochs, a fifth', or '2 of 200 epochs': the records' own against the full length."""
+    full = {row: dataclasses.replace(row.run, protocol="full").settings["epochs"] for row in here}
+    lengths = sorted({(record["settings"]["epochs"], full[row]) for row, found in here.items() for record in found})
+    if all(epochs * runs.SHORTENING["short"] == whole for epochs, whole in lengths):
+        return f"{' and '.join(str(epochs) for epochs, _ in lengths)} epochs, a fifth"
+    return f"{' and '.join(f'{epochs} of {whole}' for epochs, whole in lengths)} epochs"
 
 
 def _reached(row, found):

@@ -40,9 +40,10 @@ Rows = dict[Row, list[dict[str, Any]]]
 def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]:
     """The rows in the paper's order, their records by seed, and a line for each record that has no row.
 
-    A run that is found twice counts once; two different runs of one seed are both left out.
+    A run that is found twice counts once; two different runs of one seed are all left out, and so are two seeds with
+    one history, of which one is a copy.
     """
-    same, rows, left_out = collections.defaultdict(dict), collections.defaultdict(list), []
+    same, seeds, left_out = collections.defaultdict(dict), collections.defaultdict(list), []
     for path, record in found:
         run, difference = records.describe(record["settings"])
         if run is None:
@@ -55,14 +56,29 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
             paths = " and ".join(path for path, _ in curves.values())
             left_out.append(f"{paths}: different runs of one seed; keep one of them")
             continue
-        ((_, record),) = curves.values()
-        rows[Row(dataclasses.replace(run, seed=0), difference)].append(record)
+        seeds[Row(dataclasses.replace(run, seed=0), difference)] += curves.values()
+    rows = {}
+    for row, of_seeds in seeds.items():
+        histories = collections.defaultdict(list)
+        for path, record in of_seeds:
+            histories[_history(record)].append((path, record))
+        for copies in histories.values():
+            if len(copies) > 1:
+                paths = " and ".join(path for path, _ in copies)
+                left_out.append(f"{paths}: the same history under different seeds; keep the true one")
+        rows[row] = [copies[0][1] for copies in histories.values() if len(copies) == 1]
     methods, variants = list(runs.METHODS), list(runs.VARIANTS)
 
     def order(row):
         return row.place, methods.index(row.run.method), variants.index(row.run.variant), row.run.subset, row.difference
 
-    return {row: rows[row] for row in sorted(rows, key=order)}, left_out
+    return {row: rows[row] for row in sorted(rows, key=order) if rows[row]}, left_out
+
+
+def _history(record):
+    """The figures of all epochs, the same for a run's summary.json and for the small record made from it."""
+    figures = [[epoch["train"]["loss"], *map(epoch["test"].get, records.TEST_FIGURES)] for epoch in record["history"]]
+    return str(records.rounded(figures))
 
 
 def title(where: tuple[str, str, int, str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils import DataError, choose_device
+from utils import DataError, UsageError, choose_device
 
 _control: Any = None  # the group of broadcasts and barriers between processes, on the CPU
 
@@ -23,10 +23,11 @@ def start(gpu: int | None = None) -> torch.device:
     """Join the other ranks if torchrun started this process. Returns the device: LOCAL_RANK's, or `--gpu`'s.
 
     Raises:
-        UsageError: see `utils.choose_device`. DataError: the other ranks cannot be reached.
+        UsageError: see `utils.choose_device`; an environment that torchrun does not make. DataError: the other ranks
+            cannot be reached.
     """
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    local = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else None
+    is_alone = _number("WORLD_SIZE", 1) == 1
+    local = _number("LOCAL_RANK", 0) if torch.cuda.is_available() else None
     device = choose_device(gpu if is_alone else local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -82,7 +83,15 @@ def is_main() -> bool:
 
 def restarts() -> int:
     """How often torchrun has started this job anew after a rank died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def _number(name, default):
+    """What torchrun says in the environment; UsageError for what is no number."""
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise UsageError(f"{name} is {value!r} in the environment: torchrun sets it to a number")
+    return int(value)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

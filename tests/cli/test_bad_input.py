@@ -378,6 +378,10 @@ ODD = {
     "history without its time": (["history", 0, "time"], None),
     "history with an odd score": (["history", 0, "score"], "high"),
     "history with an odd accuracy": (["history", 0, "test", "acc1"], [90.0]),
+    "history with an accuracy over 100": (["history", 0, "test", "acc1"], 101.0),
+    "history with a class below 0": (["history", 0, "test", "per_class"], [-1.0]),
+    "classes that are none": (["classes"], "cat"),
+    "class counts of words": (["class_counts"], ["many"]),
     "history without an accuracy": (["history", 0, "test", "many"], None),
     "history with odd classes": (["history", 0, "test", "per_class"], [1.0, "x"]),
     "history with an odd stage": (["history", 0, "stage"], {"lr": "0.1"}),
@@ -522,3 +526,24 @@ def test_help_can_be_printed(tmp_path, capsys):
         assert flag in out
     assert not os.listdir(tmp_path)
     assert not log_folder(tmp_path).exists()
+
+
+@pytest.mark.parametrize("flag", ["--export_split", "--pretrained", "--exp_str", "--root_log", "--data_dir"])
+def test_an_empty_value_is_no_value(flag, tmp_path, capsys):
+    for given in ([flag, ""], [f"{flag}="]):
+        status, out, err = run_main([*ARGS, *given], tmp_path, capsys)
+        assert (status, out) == (2, "")
+        assert messages(err) == [f"cifar_train.py: error: argument {flag}: an empty value (--help lists the flags)"]
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"])
+def test_an_environment_that_torchrun_does_not_make_is_one_line(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(name, "abc")
+    status, _, err = run_main(ARGS, tmp_path, capsys)
+    assert status == 2
+    assert (
+        messages(err)[-1] == f"cifar_train.py: error: {name} is 'abc' in the environment: torchrun sets it to a number"
+    )
+    monkeypatch.setenv(name, "")
+    run_ok(ARGS, tmp_path, capsys)

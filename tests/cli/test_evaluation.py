@@ -1,6 +1,7 @@
 """-e: what a checkpoint records holds, post-hoc corrections against a slow formula, logits, calibration, the split."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -141,3 +142,80 @@ def test_calibration_against_a_slow_count():
             assert (row["accuracy"], row["confidence"]) == (pytest.approx(hits), pytest.approx(mean))
             error += len(inside) / 200 * abs(hits - mean)
     assert expected_calibration_error(rows) == pytest.approx(error)
+
+
+@pytest.fixture
+def copied(trained, tmp_path, capsys):
+    """A copy of the finished run, to change."""
+    shutil.copytree(trained(capsys), tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def change(folder, **parts):
+    """The run's newest checkpoint with other parts, as a file of its own."""
+    state = {**load_checkpoint(model_folder(folder) / "ckpt.pth.tar"), **parts}
+    torch.save({name: part for name, part in state.items() if part is not None}, folder / "changed.pth")
+    return folder / "changed.pth"
+
+
+def test_other_classes_than_the_models_are_refused(copied, capsys):
+    path = change(copied, classes=[*map(str, range(9)), "ten"])
+    status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied, capsys)
+    assert (status, out) == (1, "")
+    (line,) = messages(err)
+    assert "has other classes than ./data: 'ten' there and '9' here" in line
+    assert run_main(["-e", "--resume", path, "--threads", "1", "--force"], copied, capsys)[0] == 0
+
+
+def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
+    evaluate(copied, capsys, "--save_logits")
+    plain, _ = logits_of(copied)
+    counts = [5, 150, 7, 30, 200, 9, 11, 13, 60, 1]
+    path = change(copied, class_counts=counts)
+    out = run_ok(["-e", "--resume", path, "--threads", "1", "--posthoc_la", "1", "--save_logits"], copied, capsys)
+    prior = torch.tensor(counts).double() / sum(counts)
+    torch.testing.assert_close(logits_of(copied)[0], plain - prior.log().float(), rtol=1e-4, atol=1e-4)
+    found = json.loads((log_folder(copied) / "evaluate" / "evaluation.json").read_text())
+    assert found["many"] == pytest.approx((found["per_class"][1] + found["per_class"][4]) / 2)
+    assert "no class counts" not in out
+    path = change(copied, class_counts=None)
+    _, _, err = run_main(["-e", "--resume", path, "--threads", "1", "--posthoc_la", "1"], copied, capsys)
+    assert "changed.pth records no class counts: --posthoc_la takes those of the data given" in err
+
+
+def test_logits_of_an_evaluation_before_do_not_stay(copied, capsys):
+    evaluate(copied, capsys, "--save_logits")
+    assert (log_folder(copied) / "evaluate" / "logits.npz").exists()
+    evaluate(copied, capsys, "--posthoc_la", "1")
+    assert not (log_folder(copied) / "evaluate" / "logits.npz").exists()
+
+
+def test_overwriting_a_run_removes_its_evaluation(copied, capsys):
+    evaluate(copied, capsys, "--save_logits")
+    run_ok([*RUN, "--overwrite"], copied, capsys)
+    assert [path.name for path in (log_folder(copied) / "evaluate").rglob("*")] == []
+
+
+def test_logits_that_are_not_finite_are_no_accuracy(copied, capsys):
+    weights = load_checkpoint(model_folder(copied) / "ckpt.pth.tar")["state_dict"]
+    path = change(copied, state_dict={**weights, "linear.bias": torch.full((10,), float("nan"))})
+    status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied, capsys)
+    assert status == 1
+    assert "top-1" not in out
+    assert "changed.pth gives logits that are not finite" in messages(err)[-1]
+
+
+@pytest.mark.parametrize("flag", ["--tau_norm", "--posthoc_la"])
+def test_a_normalised_head_takes_no_correction(flag, tmp_path, capsys):
+    run_ok([*DIGITS, *TINY, "--epochs", "1", "--milestones", "--loss_type", "LDAM"], tmp_path, capsys)
+    path = model_folder(tmp_path, "LDAM") / "ckpt.pth.tar"
+    status, _, err = run_main(["-e", "--resume", path, "--threads", "1", flag, "1"], tmp_path, capsys)
+    assert status == 2
+    assert f"{flag} needs a linear layer with a bias" in messages(err)[-1]
+
+
+def test_an_evaluation_without_a_checkpoint_is_one_line(tmp_path, capsys):
+    status, out, err = run_main([*RUN, "-e", "--resume", "auto"], tmp_path, capsys)
+    assert (status, out) == (1, "")
+    (line,) = messages(err)
+    assert f"no checkpoint at {model_folder(tmp_path).relative_to(tmp_path)}/ckpt.pth.tar" in line

@@ -106,7 +106,7 @@ def test_fork_resume_and_evaluation(folder, tmp_path):
 
 def test_ldam_gets_a_normalised_head_and_is_evaluated_with_it(folder, tmp_path):
     args = ["--data_dir", folder, *RUN, "-a", "mobilenet_v3_small", "--loss_type", "LDAM", "--epochs", "1"]
-    args += ["--milestones"]
+    args += ["--milestones", "--lr", "0.01"]  # at 0.1 the logits of the evaluation are not finite
     run_ok(tmp_path, *args)
     path = tmp_path / "checkpoint" / "digits3_mobilenet_v3_small_LDAM_None_none_0" / "ckpt.pth.tar"
     state = load_checkpoint(path)["state_dict"]
@@ -286,3 +286,8 @@ def test_real_images(tmp_path):
             shutil.copytree(Path(arranged) / part / name, tmp_path / "four" / part / name)
     out = run_ok(tmp_path, "--data_dir", tmp_path / "four", *RUN, *IB)
     assert "class counts: 10 10 10 10, total 40" in out
+
+
+def test_a_factor_without_a_shape_of_the_tail_is_refused(folder, tmp_path):
+    line = fails(tmp_path, "--data_dir", folder, *RUN, "--imb_factor", "0.1", status=2)
+    assert "--imb_factor needs --imb_type exp or step" in line

@@ -116,6 +116,64 @@ def test_class_without_training_images_is_named(copy, tmp_path):
     assert "classes without training images: species 10" in fails(tmp_path, "--data_dir", copy, *RUN, script=inat_train)
 
 
+def annotate(row, **fields):
+    return lambda content: content["annotations"].append({**content["annotations"][row], **fields})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda content: (
+                content["images"].append({"id": 99999, "file_name": content["images"][5]["file_name"]}),
+                annotate(5, image_id=99999)(content),
+            ),
+            r"duplicated files: train_val2018/Plantae/3/train5\.jpg",
+        ),
+        (
+            lambda content: (content["images"][6].update(id=5), content["annotations"][6].update(image_id=5)),
+            r"images whose id another image has: train_val2018/Plantae/3/train5\.jpg",
+        ),
+        (annotate(5, category_id=10), r"images in two classes: train_val2018/Plantae/3/train5\.jpg"),
+        (annotate(5, category_id=True), "classes that are no numbers or that its categories do not list: true"),
+        (annotate(5, category_id=4), "classes that are no numbers or that its categories do not list: 4"),
+    ],
+    ids=["file twice", "id twice", "two classes", "true", "unknown"],
+)
+def test_annotations_that_contradict_themselves(copy, edit, message):
+    for name in ("train2018.json", "val2018.json"):
+        content = json.loads((copy / name).read_text())
+        content["categories"].append({"id": 1, "name": "one"})  # which `true` equals
+        (copy / name).write_text(json.dumps(content))
+    change(copy / "train2018.json", edit)
+    with pytest.raises(DataError, match=r"train2018\.json has " + message):
+        imbalance_inat.load(str(copy))
+
+
+def test_an_annotation_that_only_stands_twice_is_a_warning(copy, capsys):
+    change(copy / "train2018.json", annotate(5))
+    train, _ = imbalance_inat.load(str(copy))
+    assert len(train.paths) == 42
+    line = "has 1 images with the same annotation twice: train_val2018/Plantae/3/train5.jpg\n"
+    assert line in capsys.readouterr().err
+
+
+def test_validation_rows_that_name_training_images_are_counted(copy, capsys):
+    name = "train_val2018/Plantae/3/train0.jpg"
+    change(copy / "val2018.json", lambda content: content["images"][0].update(file_name=name))
+    imbalance_inat.load(str(copy))
+    assert f"warning: 1 of the 8 images of {copy}/val2018.json are training images too\n" in capsys.readouterr().err
+
+
+def test_class_without_validation_images_is_named(copy):
+    def remove(content):
+        content["images"], content["annotations"] = content["images"][2:], content["annotations"][2:]
+
+    change(copy / "val2018.json", remove)
+    with pytest.raises(DataError, match=r"classes without validation images: species 3$"):
+        imbalance_inat.load(str(copy))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import script_runner
@@ -18,6 +19,7 @@ import reproduce
 from files import run_lock
 from paper import driver, executors, records, runs
 from paper.runs import Run
+from utils import Terminated
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 #: Flags after a run's own: three epochs, the IB phase in the last one.
@@ -232,6 +234,41 @@ def test_a_run_whose_machine_goes_away_continues_and_is_given_up_in_the_end(thre
     assert failed == [run]
     assert text.count("it continues elsewhere") == driver.MAX_LOSSES
     assert len(executor.commands) == driver.MAX_LOSSES + 1
+
+
+def test_ray_leaves_sigterm_to_us(monkeypatch):
+    """With a stand-in for Ray, which takes the signal's handler and turns what comes while it waits into Ctrl-C."""
+
+    def init(**options):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def wait(references, num_returns, timeout):
+        if timeout:
+            raise KeyboardInterrupt
+        return [], references
+
+    def remote(**resources):
+        return lambda function: types.SimpleNamespace(remote=lambda *arguments: "reference")
+
+    def stop(*frame):
+        raise Terminated
+
+    fake = types.SimpleNamespace(
+        cloudpickle=types.SimpleNamespace(register_pickle_by_value=lambda module: None),
+        init=init,
+        wait=wait,
+        remote=remote,
+    )
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(executors.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        executor = executors.Ray(None, 1, 0, None)
+        executor.start("run", ["script"], "log")
+        with pytest.raises(Terminated):
+            executor.wait(60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_starts_of_figure_3_fork_from_one_run(three_epochs, tmp_path, capsys, monkeypatch):

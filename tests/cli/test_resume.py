@@ -820,6 +820,32 @@ def test_start_epoch_numbers_the_first_epoch(tmp_path, capsys):
     assert [float(row["lr"]) for row in rows] == pytest.approx([1e-3, 1e-5])
 
 
+def test_a_run_without_its_first_epochs_is_another_run(tmp_path, capsys):
+    _, _, err = run_main([*FIVE, *TINY, "--start-epoch", "3"], tmp_path, capsys)
+    assert "--start-epoch 3 without --resume: the epochs before it are left out" in err
+    status, _, err = run_main([*FIVE, *TINY], tmp_path, capsys)
+    assert status == 2
+    assert "holds a run with other settings (start_epoch is 3 there and 0 here)" in messages(err)[0]
+
+
+@pytest.mark.parametrize("name", ["ckpt.pth.tar", "ckpt.epoch001.pth.tar"])
+def test_a_fork_takes_the_best_checkpoint_along(name, tmp_path, capsys):
+    """Of a finished run, and of a fork of a fork."""
+    run_ok([*FIVE, *TINY, "--epochs", "3", "--milestones", "2", "--keep_epochs", "1"], tmp_path, capsys)
+    for exp, before in (("one", "0"), ("two", "one")):
+        path = model_folder(tmp_path, exp=before) / (
+            name if before == "0" or "001" in name else "ckpt.epoch003.pth.tar"
+        )
+        more = ["--epochs", "4", "--milestones", "2", "--exp_str", exp, "--resume", path]
+        with mock.patch("experiment.run.Run._write"):  # nothing better comes
+            run_main([*FIVE, *TINY, *more], tmp_path, capsys)
+        epoch = load_checkpoint(path)["epoch"]
+        best = model_folder(tmp_path, exp=exp) / "ckpt.best.pth.tar"
+        assert best.exists()
+        assert load_checkpoint(best)["epoch"] <= epoch
+        assert (model_folder(tmp_path, exp=exp) / f"ckpt.epoch{epoch:03}.best.pth.tar").exists()
+
+
 def test_resume_sets_the_start_epoch(one_epoch, tmp_path, capsys):
     out = run_ok([*FIVE, *TINY, "--start-epoch", "3", "--resume", one_epoch(capsys)], tmp_path, capsys)
     assert "epoch 2/5 done" in out

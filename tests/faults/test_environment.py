@@ -31,6 +31,8 @@ from script_runner import (
 )
 from tensorboardX.event_file_writer import EventsWriter
 
+from utils import code_version, warn
+
 #: cifar_train.py with the model 'tiny' beside the published ones.
 DRIVER = REPOSITORY / "tests" / "helpers" / "distributed_run.py"
 RUN_OF_TWO = [*TWO_EPOCHS, *TINY, "-p", "1"]
@@ -226,3 +228,26 @@ def test_standard_output_on_a_full_disk_is_named():
         )
     line = "reproduce.py: error: standard output, or an open file: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_in_a_git_hook_the_commit_is_still_that_of_this_checkout(tmp_path, monkeypatch):
+    expected = code_version()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert code_version() == expected
+
+
+def test_a_rank_alone_is_no_job_and_is_warned(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    warn("seen")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    warn("said by rank 0")
+    assert capsys.readouterr().err == "warning: seen\n"
+
+
+def test_files_have_the_permissions_that_the_user_gives(tmp_path):
+    code = "import sys; from files import write_text; write_text(sys.argv[1], 'text')"
+    for umask, mode in ((0o077, 0o600), (0o022, 0o644)):
+        path = tmp_path / f"{umask}"
+        subprocess.run([sys.executable, "-c", code, path], cwd=REPOSITORY, check=True, umask=umask)
+        assert path.stat().st_mode & 0o777 == mode

@@ -12,6 +12,7 @@ from PIL import Image
 from tinyimagenet_maker import image_of, tiles
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import functional
 
 import imbalance
 import imbalance_folder
@@ -116,13 +117,76 @@ def test_named_pipes_are_skipped(data, capsys):
 
 
 def test_class_folders_without_images_are_named_by_path(data):
-    hidden = data / "train" / ".ipynb_checkpoints"
-    hidden.mkdir()
+    (data / "train" / "empty").mkdir()
     (data / "train" / "notes").mkdir()
     (data / "train" / "notes" / "readme.txt").write_text("no image")
     with pytest.raises(DataError) as error:
         read_folder(str(data / "train"))
-    assert f"{hidden}, {data / 'train' / 'notes'} (images end in .jpg" in str(error.value)
+    assert f"{data / 'train' / 'empty'}, {data / 'train' / 'notes'} (images end in .jpg" in str(error.value)
+
+
+def test_hidden_folders_and_files_are_skipped(data, capsys):
+    before = read_folder(str(data / "train")).samples
+    for hidden in (".ipynb_checkpoints", "class0/.ipynb_checkpoints", "class1/more/.thumbs"):
+        (data / "train" / hidden / "deeper").mkdir(parents=True)
+        shutil.copy(before[0][0], data / "train" / hidden / "a.jpg")
+        shutil.copy(before[0][0], data / "train" / hidden / "deeper" / "a.jpg")
+    shutil.copy(before[0][0], data / "train" / "class1" / "._a.jpg")
+    assert read_folder(str(data / "train")).samples == before
+    assert capsys.readouterr().err == f"warning: skipped in {data / 'train'}: hidden: 4\n"
+
+
+def test_what_does_not_end_as_an_image_and_links_to_nowhere_are_counted(data, capsys):
+    folder = data / "train" / "class0"
+    before = read_folder(str(data / "train")).paths
+    for number in range(3):
+        (folder / f"{number}.gif").write_bytes(b"GIF89a")
+    (data / "train" / "class3").symlink_to("nowhere")
+    assert read_folder(str(data / "train")).paths == before
+    err = capsys.readouterr().err
+    assert err.endswith(": links that lead nowhere: 1, files that do not end as images do: 3, as 0.gif\n")
+    assert err.count("\n") == 1
+
+
+def test_other_endings_of_jpeg_are_read(data, capsys):
+    before = read_folder(str(data / "train"))
+    for old, new in (("0.jpg", "0.jfif"), ("1.jpg", "1.JPE"), ("2.jpg", "2.JFIF")):
+        (data / "train" / "class2" / old).rename(data / "train" / "class2" / new)
+    found = read_folder(str(data / "train"))
+    assert found.targets == before.targets
+    for path in found.paths[-4:]:
+        assert np.array_equal(read_image(path), np.asarray(Image.open(path).convert("RGB")))
+    assert capsys.readouterr().err == ""
+
+
+def test_test_images_that_lie_in_train_are_counted(data, capsys):
+    load(str(data))
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(data / "val" / "class2")
+    (data / "val" / "class2").symlink_to(data / "train" / "class2")
+    load(str(data))
+    line = f"warning: 4 of the 8 images of {data / 'val'} are training images too\n"
+    assert capsys.readouterr().err == line
+    shutil.rmtree(data / "val")
+    (data / "val").symlink_to("train")
+    load(str(data))
+    assert capsys.readouterr().err == line.replace("4 of the 8", "23 of the 23")
+
+
+def test_a_copy_of_train_as_val_is_a_warning(data, capsys):
+    shutil.rmtree(data / "val")
+    shutil.copytree(data / "train", data / "val")
+    load(str(data))
+    line = f"warning: the images of {data / 'val'} look like training images: all have the names and sizes of images"
+    assert capsys.readouterr().err == f"{line} of train/\n"
+    first = data / "val" / "class0" / "0.jpg"
+    first.write_bytes(first.read_bytes()[:-1] + b"x")  # names and sizes alone: bitmaps share them
+    load(str(data))
+    assert capsys.readouterr().err == ""
+    shutil.copy(data / "train" / "class0" / "0.jpg", first)
+    shutil.copy(first, data / "val" / "class0" / "new.jpg")
+    load(str(data))
+    assert capsys.readouterr().err == ""
 
 
 def test_missing_folders_are_named(data, monkeypatch):
@@ -219,9 +283,17 @@ def test_train_list_alone_needs_a_fraction(listed):
 
 
 def test_images_of_both_lists_are_counted(listed, capsys):
-    (listed / "val.txt").write_text("".join((listed / "train.txt").read_text().splitlines(keepends=True)[:3]))
+    rows = (listed / "train.txt").read_text().splitlines(keepends=True)
+    (listed / "val.txt").write_text("".join([rows[0], rows[10], rows[22]]))
     of_lists(listed)
     assert "3 of the 3 images of" in capsys.readouterr().err
+
+
+def test_a_test_list_without_a_class_is_refused(listed):
+    rows = (listed / "val.txt").read_text().splitlines(keepends=True)
+    (listed / "val.txt").write_text("".join(row for row in rows if row.endswith(" 1\n")))
+    with pytest.raises(DataError, match=r"val\.txt has no images of classes of the training list: 0, 2$"):
+        of_lists(listed)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +386,14 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     for name in ("pipe.jpg", "none.jpg", "folder.jpg"):
         with pytest.raises(DataError, match=f"{name} is missing or no regular file"):
             open_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_the_line_of_an_undecodable_image_names_it_once(tmp_path, kind):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError) as error:
+        open_image(kind(tmp_path / "bad.jpg"))
+    assert str(error.value) == f"{tmp_path / 'bad.jpg'} cannot be decoded (cannot identify image file)"
 
 
 # --------------------------------------------------------------------------------------------- iNaturalist
@@ -431,6 +511,21 @@ def test_evaluation_equals_torchvisions_transform(images):
     for image, path in zip(found, few.paths, strict=True):
         torch.testing.assert_close(image, expected(Image.open(path).convert("RGB")), rtol=1e-5, atol=1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [(2000, 1), (1999, 1), (3, 1000), (999, 2)])
+def test_of_a_long_strip_only_the_middle_is_resized(tmp_path, size):
+    """The same pixels as of the whole strip, to a grey level, from a part of it."""
+    levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "strip.png")
+    dataset = ImageSet([str(tmp_path / "strip.png")], [0], ["a"])
+    dataset.mean, dataset.std = (0, 0, 0), (1 / 255,) * 3
+    wanted = transforms.CenterCrop(28)(transforms.Resize(32)(Image.fromarray(levels)))
+    with mock.patch("loaders.image_folder.functional.resize", side_effect=functional.resize) as resize:
+        found, _ = next(ImageFileBatches(dataset, 1, image_size=28).eval_epoch())
+    assert max(resize.call_args.args[0].size) <= 33 * min(size)
+    difference = found[0].permute(1, 2, 0).numpy() - np.asarray(wanted, dtype=np.float32)
+    assert np.abs(difference).max() <= (1.01 if min(size) == 1 else 12)
 
 
 def test_training_crop_of_a_whole_box_is_a_resize(tmp_path):

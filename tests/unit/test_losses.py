@@ -484,12 +484,22 @@ def test_influence_of_half_precision_inputs_is_computed_in_float32(function, dty
         (lambda: FocalLoss(gamma=-0.1), "gamma must be 0 or more"),
         (lambda: FocalLoss(gamma=math.nan), "gamma must be 0 or more"),
         (lambda: IB_FocalLoss(gamma=-1), "gamma must be 0 or more"),
+        (lambda: FocalLoss(scale=0), "scale must be over 0 and finite, got 0"),
+        (lambda: FocalLoss(scale=-10.0), "scale must be over 0"),
+        (lambda: FocalLoss(scale=math.inf), "scale must be over 0"),
         (lambda: LDAMLoss(COUNTS, s=0), "s must be over 0"),
         (lambda: LDAMLoss(COUNTS, s=-30), "s must be over 0"),
-        (lambda: IBLoss(alpha=0), "alpha must be over 0 or 'auto'"),
-        (lambda: IBLoss(alpha=-1.0), "alpha must be over 0 or 'auto'"),
-        (lambda: IBLoss(alpha=math.nan), "alpha must be over 0 or 'auto'"),
+        (lambda: LDAMLoss(COUNTS, s=math.inf), "s must be over 0 and finite, got inf"),
+        (lambda: LDAMLoss(COUNTS, max_m=-0.5), "max_m must be 0 or more and finite, got -0.5"),
+        (lambda: LDAMLoss(COUNTS, max_m=math.inf), "max_m must be 0 or more and finite"),
+        (lambda: LDAMLoss(COUNTS, max_m=math.nan), "max_m must be 0 or more and finite"),
+        (lambda: IBLoss(alpha=0), "alpha must be over 0 and finite, or 'auto'"),
+        (lambda: IBLoss(alpha=-1.0), "alpha must be over 0 and finite, or 'auto'"),
+        (lambda: IBLoss(alpha=math.nan), "alpha must be over 0 and finite, or 'auto'"),
+        (lambda: IBLoss(alpha=math.inf), "alpha must be over 0 and finite, or 'auto'"),
+        (lambda: IBLoss(alpha=None), "alpha must be over 0 and finite, or 'auto', got None"),
         (lambda: IBLoss(epsilon=-1e-3), "epsilon must be 0 or more"),
+        (lambda: IBLoss(epsilon=math.inf), "epsilon must be 0 or more and finite"),
         (lambda: IBLoss(norm="l3"), "unknown norm 'l3': choose from l1, l2, linf"),
         (lambda: IB_FocalLoss(norm="L1"), "unknown norm 'L1'"),
         (lambda: IB_FocalLoss(alpha=0), "alpha must be over 0"),
@@ -561,6 +571,17 @@ def test_auto_alpha_sums_in_float64():
     }  # fmt: skip
 
 
+def test_auto_alpha_of_a_halved_module_still_sums_in_full_precision():
+    whole, halved = IBLoss(alpha="auto"), IBLoss(alpha="auto").half()
+    for i in range(20):
+        assert torch.equal(halved(*batch(seed=i)), whole(*batch(seed=i))), i
+    assert halved.auto.sums.tolist() == whole.auto.sums.tolist()
+    assert halved.state_dict().keys() == whole.state_dict().keys()
+    before = whole.auto.sums
+    whole(*batch(seed=20))
+    assert whole.auto.sums is before, "a CUDA graph holds the buffer"
+
+
 @pytest.mark.parametrize("stop", [0, 7, 25])
 def test_auto_alpha_survives_a_state_dict_round_trip(stop):
     criterion, resumed = IBLoss(alpha="auto"), IBLoss(alpha="auto")
@@ -593,6 +614,29 @@ def test_auto_alpha_lets_no_gradient_through():
 def test_what_would_give_nan_or_a_late_error_is_refused(make):
     with pytest.raises(ValueError, match=r"got|unknown norm"):
         make()
+
+
+@pytest.mark.parametrize("count", [math.inf, math.nan])
+@pytest.mark.parametrize(
+    "use",
+    [
+        losses.inverse_frequency_weights, lambda counts: losses.inverse_frequency_weights(counts, empty="zero"),
+        losses.effective_number_weights, losses.effective_number_rates, losses.ldam_margins, losses.log_prior,
+        losses.LDAMLoss, losses.VSLoss, losses.LogitAdjustedLoss, losses.BalancedSoftmaxLoss,
+    ],
+)  # fmt: skip
+def test_counts_that_are_not_finite_are_refused(use, count):
+    with pytest.raises(ValueError, match=f"a finite count, got the counts .*{count}"):
+        use([3.0, count])
+
+
+@pytest.mark.parametrize("counts", [[50], [50, 20], [50, 20, 10, 5]])
+@pytest.mark.parametrize("loss", [losses.LDAMLoss, losses.VSLoss, losses.LogitAdjustedLoss, losses.BalancedSoftmaxLoss])
+def test_another_number_of_counts_than_classes_is_refused(loss, counts):
+    for shape in ((2, 3), (2, 3, 4)):
+        logits, target = torch.zeros(shape), torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+        with pytest.raises(ValueError, match=f"{len(counts)} class counts beside logits of 3 classes"):
+            loss(counts)(logits, target)
 
 
 def test_a_batch_that_is_not_finite_leaves_auto_alpha_alone():

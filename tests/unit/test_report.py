@@ -5,8 +5,11 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import statistics
+import subprocess
+import sys
 
 import pytest
 
@@ -33,11 +36,13 @@ def record_of(run, best, last, **settings):
     record["name"] = run.name
     record["epochs_done"] = record["settings"]["epochs"]
     record["history"] = [copy.deepcopy(record["history"][0]) for _ in range(record["epochs_done"])]
-    for epoch in record["history"]:
-        epoch["seconds"] = 36.0
-        epoch["test"]["acc1"] = best
-    record["best"] |= {"acc1": best, "class_mean": best}
-    record["last"] |= {"acc1": last, "class_mean": last}
+    for i, epoch in enumerate(record["history"]):
+        accuracy = last if i == record["epochs_done"] - 1 else best
+        epoch |= {"epoch": i, "seconds": 36.0}
+        epoch["test"] |= {"acc1": accuracy, "class_mean": accuracy}
+    for when, i in (("best", 0), ("last", -1)):
+        epoch = record["history"][i]
+        record[when] |= {"epoch": epoch["epoch"], **{name: epoch["test"][name] for name in records.TEST_FIGURES}}
     record["code"] = {"commit": "0123456789abcdef", "clean": True}
     return record
 
@@ -332,6 +337,82 @@ def test_half_records_are_named_and_left_out(write_record, tmp_path, capsys):
     assert cells((tmp_path / "report.md").read_text(), "cifar10", "exp", "100", "IB", "78.26 (authors)")[5] == "1"
 
 
+def in_history(value, name="acc1"):
+    return lambda record: record["history"][5]["test"].update({name: value})
+
+
+#: What is done to a record -> what its line says.
+CONTRADICTIONS = {
+    "last of 200 %": (lambda r: r["last"].update(acc1=200.0), "last: acc1 200.0 is no accuracy from 0 to 100"),
+    "negative": (in_history(-5.0), "epoch 5: acc1 -5.0 is no accuracy from 0 to 100"),
+    "null": (in_history(None), "epoch 5: acc1 null is no accuracy from 0 to 100"),
+    "NaN": (in_history(math.nan, "few"), "epoch 5: few NaN is no accuracy from 0 to 100"),
+    "class of 101 %": (lambda r: r["best"].update(per_class=[101.0]), "best: per_class 101.0 is no accuracy"),
+    "invented best": (lambda r: r["best"].update(acc1=99.99), "best is not what the history has for that epoch"),
+    "best of no epoch": (lambda r: r["best"].update(epoch=900), "best is not what the history has for that epoch"),
+    "best of a worse epoch": (in_history(79.5), "best is not the best epoch of the history"),
+    "last of another epoch": (lambda r: r["last"].update(epoch=3), "last is not what the history has for that epoch"),
+    "reversed": (lambda r: r["history"].reverse(), "the epochs of its history do not rise by one"),
+    "an epoch twice": (lambda r: r["history"][7].update(epoch=6), "the epochs of its history do not rise by one"),
+    "text for epochs": (lambda r: r.update(epochs_done="all"), "damaged: a part has another form"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_a_record_that_contradicts_itself_is_left_out_with_one_line(kind, tmp_path, capsys):
+    change, reason = CONTRADICTIONS[kind]
+    for seed in (0, 1):
+        record = record_of(dataclasses.replace(IB, seed=seed), 78.0 + seed, 77.0)
+        if seed:
+            change(record)
+        (tmp_path / f"{seed}.json").write_text(json.dumps(record))
+    reproduce.main(["report", str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: left out: 1.json: {reason}")
+    text = (tmp_path / "report.md").read_text()
+    assert f"- 1.json: {reason}" in section(text + "\n#", "## Left out")
+    assert cells(text, "cifar10", "exp", "100", "IB", "78.26 (authors)")[5:7] == ["1", "78.00"]
+
+
+def test_a_validation_part_may_pick_an_epoch_that_is_not_the_best_on_the_test_set(tmp_path):
+    record = record_of(IB, 78.0, 77.0, val_fraction=0.5)
+    in_history(79.0)(record)
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    assert records.load(tmp_path / "record.json") == record
+
+
+def test_files_that_are_no_records_at_all_are_named_without_waiting_for_a_pipe(write_record, tmp_path):
+    write_record(IB, 78.0, 78.0, name="good")
+    (tmp_path / "list.json").write_text("[1,2]")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    os.mkfifo(tmp_path / "pipe.json")
+    command = [sys.executable, "reproduce.py", "report", str(tmp_path)]  # a process, so that one that hangs ends
+    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "warning: left out: deep.json: damaged or cut short",
+        "warning: left out: list.json: damaged: a JSON list, not an object",
+        "warning: left out: pipe.json: not a regular file",
+    ]
+
+
+def test_a_run_copied_under_another_seed_is_named_and_counts_for_none(write_record, tmp_path, capsys):
+    write_record(IB, 78.0, 77.0, name="true")
+    write_record(IB, 78.0, 77.0, name="copied", seed=7)
+    write_record(IB, 79.0, 77.0, name="other", seed=1)
+    text = written(tmp_path, capsys)
+    assert "- true.json and copied.json: the same history under different seeds; keep the true one" in text
+    assert cells(section(text, "### Table 4"), "cifar10", "exp", "100", "IB")[5:7] == ["1", "79.00"]
+
+
+def test_a_short_length_is_the_records_own(write_record, tmp_path, capsys):
+    run = Run("cifar10", "exp", 100, "CE", protocol="short")
+    write_record(run, 70.0, 70.0)
+    assert "Shortened to 40 epochs, a fifth: not to be set" in written(tmp_path, capsys)
+    write_record(run, 70.0, 70.0, epochs=2, milestones=[1], lr_factors=[0.1])
+    assert "Shortened to 2 of 200 epochs: not to be set" in written(tmp_path, capsys)
+
+
 def test_two_runs_of_one_seed_are_both_left_out_with_a_line(write_record, tmp_path, capsys):
     write_record(IB, 78.0, 78.0)
     write_record(IB, 90.0, 90.0, name="zz_doctored")
@@ -356,10 +437,20 @@ def test_the_notes_of_a_folder_come_first(write_record, tmp_path, capsys):
 
 
 def test_a_folder_without_records_and_no_folder(tmp_path, capsys):
-    assert "nothing has run" in written(tmp_path, capsys)
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(["report", str(tmp_path / "none")])
-    assert stop.value.code == 1
+    (tmp_path / "args.json").write_text("{}")
+    for folder, line in ((tmp_path, "no record of a run in"), (tmp_path / "none", "no folder")):
+        with pytest.raises(SystemExit) as stop:
+            reproduce.main(["report", str(folder), "--to", str(tmp_path / "to")])
+        assert stop.value.code == 1
+        assert capsys.readouterr().err == f"reproduce.py: error: {line} {folder}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
+
+
+def test_no_weights_to_verify_are_not_taken_for_agreement(tmp_path):
+    (tmp_path / "verify_weights.py").write_bytes((RESULTS / "verify_weights.py").read_bytes())
+    done = subprocess.run([sys.executable, str(tmp_path / "verify_weights.py")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "verify_weights.py: no weights.csv in results/\n"
 
 
 # ------------------------------------------------------------------------------------- runs, pairs and figures

@@ -280,12 +280,38 @@ BAD = {
     "--ratio 0": "at least 1", "--ratio -5": "at least 1", "--seeds -1": "at least 0", "--subsets -2": "at least 0",
     "--ratio x": "invalid", "--table 9": "invalid choice", "--table 2 --dataset cifar100": "leave out one",
     "--dataset inaturalist --imb_type exp": "--imb_type none", "--dataset digits --ratio 200": "leave out one",
+    "--seeds 2147483648": "at most 2147483647", "--subsets 4294967296": "at most 4294967295",
+    "--table 2 -- --seed 5": "reproduce.py sets --seed itself", "--table 2 -- --bogus": "--bogus",
+    "--table 2 -- --export_split X": "reproduce.py sets --export_split itself",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("words", BAD)
 def test_a_bad_selection_is_one_line(words, capsys):
     assert BAD[words] in refused("list", *words.split(), capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["list", "--out", ""], ["run", "--table", "2", "--out", ""], ["run", "--results", ""], ["report", "x", "--to="]],
+)
+def test_an_empty_folder_name_is_refused(words, capsys):
+    assert f"argument {words[-2] if words[-1] == '' else '--to'}: it must name a folder" in refused(
+        *words, capsys=capsys
+    )
+
+
+def test_each_seed_and_subset_counts_once(capsys):
+    select = ("--ratio", 100, "--method", "CE")
+    lines = listed(*select, "--seeds", 1, 0, 1, "--subsets", 2, 2, capsys=capsys)
+    assert [flag(line, "--exp_str") for line in lines] == ["full_s1_r2", "full_s0_r2"]
+
+
+@pytest.mark.parametrize("words", ["--address 1.2.3.4:5", "--gpus_per_run 0.5"])
+def test_flags_of_ray_are_refused_without_it(words, capsys, tmp_path):
+    line = refused("run", "--table", 2, "--out", tmp_path / "out", *words.split(), capsys=capsys)
+    assert line == "reproduce.py: error: --address and --gpus_per_run need --executor ray"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("words", ["--gpus_per_run nan", "--gpus_per_run -1", "--jobs 0", "--threads 0"])

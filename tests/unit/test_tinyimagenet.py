@@ -5,6 +5,8 @@ import hashlib
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import zipfile
 from unittest import mock
 
@@ -94,6 +96,14 @@ def test_command_arranges_an_archive_and_then_changes_nothing(archive, source, d
         assert (status, err) == (0, "")
         assert out.endswith("nothing to change\n")
         assert snapshot(data_dir) == before
+
+
+def test_both_files_are_the_command(archive, data_dir, capsys):
+    assert run(capsys, "--data_dir", data_dir, "--zip", archive)[0] == 0
+    for script in (prepare, tiny):
+        done = subprocess.run([sys.executable, script.__file__, "--data_dir", data_dir], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith("val: 6 images, 3 classes, 2 a class\nnothing to change\n")
 
 
 def test_archive_in_the_data_folder(archive, source, data_dir):
