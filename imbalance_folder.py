@@ -212,7 +212,7 @@ class _Tree:
 
     def _walk(self, folder):
         for parent, folders, names in os.walk(folder):
-            folders[:] = self._shown(folders)  # os.walk goes on with these
+            folders[:] = self._shown(folders)  # os.walk descends into these
             yield parent, folders, self._shown(names)
 
     def images(self, class_folder: str) -> Iterator[str]:

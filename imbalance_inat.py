@@ -99,7 +99,7 @@ def _check_rows(path, files, names, classes, categories):
 
 
 def _check_repeated(path, images, rows):
-    """Refuse files, ids and classes that contradict each other; an annotation that only stands twice is a warning."""
+    """Refuse files, ids and classes that contradict each other; one that only repeats itself is a warning."""
     files, classes = dict(images), dict(rows)
     twice = [name for name, count in Counter(posixpath.normpath(name) for _, name in images).items() if count > 1]
     if twice:
