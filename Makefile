@@ -43,4 +43,4 @@ soak: $(VENV)/installed  ## the long fault tests, and mutants of the code, drawn
 	$(BIN)/python tests/faults/mutants.py --sample 15
 
 verify-weights: $(VENV)/installed  ## evaluate the weights in results/ and compare with their records: DATA=DIR
-	$(BIN)/python results/verify_weights.py --data_dir $(DATA)
+	$(BIN)/python results/weights.py verify --data_dir $(DATA)

@@ -446,13 +446,6 @@ def test_a_folder_without_records_and_no_folder(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
 
 
-def test_no_weights_to_verify_are_not_taken_for_agreement(tmp_path):
-    (tmp_path / "verify_weights.py").write_bytes((RESULTS / "verify_weights.py").read_bytes())
-    done = subprocess.run([sys.executable, str(tmp_path / "verify_weights.py")], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "verify_weights.py: no weights.csv in results/\n"
-
-
 # ------------------------------------------------------------------------------------- runs, pairs and figures
 
 

@@ -1,0 +1,128 @@
+"""results/weights.py: weights that are added are the run's, `verify` evaluates them, and no disagreement is missed."""
+
+import csv
+import hashlib
+import json
+
+import pytest
+import torch
+from script_runner import DIGITS, REAL, REPOSITORY, load_checkpoint, log_folder, model_folder, run_process
+
+from paper import records
+
+RUN = [*DIGITS, *REAL, "--epochs", "1", "--milestones", "--loss_type", "LDAM", "--exp_str", "kept"]
+WHICH = {"arch": "resnet20", "loss": "LDAM", "exp": "kept"}
+
+
+def weights(*args):
+    return run_process(args, REPOSITORY, REPOSITORY / "results" / "weights.py")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run_process(RUN, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def added(run, tmp_path):
+    """(folder of results with the run's record and weights, checkpoint of the run)."""
+    name, path = log_folder(run, **WHICH).name, model_folder(run, **WHICH) / "ckpt.pth.tar"
+    records.collect(log_folder(run, **WHICH) / "summary.json", tmp_path / f"{name}.json")
+    done = weights("add", tmp_path, path)
+    assert (done.returncode, done.stdout) == (0, f"written: {tmp_path}/weights/{name}.pth.tar\n"), done.stderr
+    return tmp_path, path
+
+
+def rows(folder):
+    with open(folder / "weights" / "weights.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_weight_file_has_the_runs_weights_and_no_place_of_a_machine(added):
+    folder, path = added
+    (row,) = rows(folder)
+    file = folder / "weights" / row["file"]
+    state, trained = load_checkpoint(file), load_checkpoint(path)
+    assert all(torch.equal(state["state_dict"][name], tensor) for name, tensor in trained["state_dict"].items())
+    assert state["state_dict"].keys() == trained["state_dict"].keys()
+    assert not {"optimizer", "history"} & state.keys()
+    assert not {"data_dir", "root_log", "root_model"} & state["settings"].keys()
+    assert state["class_counts"] == trained["class_counts"]
+    assert row["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert float(row["acc1_last"]) == pytest.approx(trained["history"][-1]["test"]["acc1"], abs=0.005)
+
+
+def test_verify_evaluates_the_file_and_agrees(added, run, tmp_path):
+    folder, _ = added
+    done = weights("verify", folder)
+    (row,) = rows(folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        f"{folder.name}/{row['file']}: ok, {row['acc1_last']}\nall 1 weight files agree with their records\n"
+    )
+
+
+def test_adding_again_replaces_the_row(added):
+    folder, path = added
+    before = rows(folder)
+    assert weights("add", folder, path).returncode == 0
+    assert rows(folder) == before
+
+
+@pytest.mark.parametrize("wrong", ["file", "weights", "table", "record"])
+def test_verify_finds_what_does_not_agree(added, wrong):
+    folder, _ = added
+    (row,) = rows(folder)
+    file, table, record = (folder / "weights" / row["file"], folder / "weights" / "weights.csv", folder / row["record"])
+    if wrong == "file":
+        file.write_bytes(file.read_bytes()[:-1] + b"0")
+        line = "the file is missing or its sha256 differs"
+    elif wrong == "weights":  # other weights, whose checksum the table has
+        state = load_checkpoint(file)
+        state["state_dict"]["linear.weight"].neg_()
+        torch.save(state, file)
+        table.write_text(table.read_text().replace(row["sha256"], hashlib.sha256(file.read_bytes()).hexdigest()))
+        line = "the record has"
+    elif wrong == "table":
+        table.write_text(table.read_text().replace(row["acc1_last"], "99.00"))
+        line = "has another top-1 than the table"
+    else:
+        record.unlink()
+        line = f"{record}: not a regular file"
+    done = weights("verify", folder)
+    assert done.returncode == 1
+    assert line in done.stdout
+    assert done.stderr == "weights.py: error: 1 of 1 weight files do not agree with their records\n"
+
+
+def test_no_weights_are_not_taken_for_agreement(tmp_path):
+    done = weights("verify", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"weights.py: error: no weights.csv in {tmp_path}\n"
+
+
+@pytest.mark.parametrize("case", ["none", "epoch", "subset"])
+def test_weights_without_their_record_are_refused(run, tmp_path, case):
+    name, path = log_folder(run, **WHICH).name, model_folder(run, **WHICH) / "ckpt.pth.tar"
+    record_path = tmp_path / f"{name}.json"
+    if case != "none":
+        records.collect(log_folder(run, **WHICH) / "summary.json", record_path)
+        record = json.loads(record_path.read_text())
+        if case == "epoch":
+            last = {**record["history"][0], "epoch": 1}
+            record |= {"epochs_done": 2, "history": [*record["history"], last], "last": {**record["last"], "epoch": 1}}
+        else:
+            record["split"]["sha256"] = "0" * 64
+        record_path.write_text(json.dumps(record))
+    done = weights("add", tmp_path, path)
+    line = {
+        "none": f"{record_path}: not a regular file",
+        "epoch": f"{path} is not of the last epoch of {record_path}",
+        "subset": f"{record_path} is not the record of {path}",
+    }[case]
+    assert (done.returncode, done.stderr) == (1, f"weights.py: error: {line}\n")
+    assert not (tmp_path / "weights").exists()
