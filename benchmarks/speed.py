@@ -448,6 +448,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.child:
         return run_child(*options.child)
+    for path in filter(None, (options.markdown, options.json)):  # a path that cannot be written shows now, not later
+        open(path, "a").close()
     report = measure(options)
     print(markdown(report))
     if options.markdown:

@@ -49,17 +49,17 @@ def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val
     print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
     folder = os.path.join(settings.log_folder, EVALUATION)
     os.makedirs(folder, exist_ok=True)
+    logits_path = os.path.join(folder, LOGITS)
+    with contextlib.suppress(FileNotFoundError):  # of an evaluation before: not beside the figures of this one
+        os.unlink(logits_path)
     where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, "data_dir": settings.data_dir}
     path = os.path.join(folder, "evaluation.json")
     write_text(path, to_json({**where, "classes": run.class_names, **result}))
     written = [path, *plots.of_evaluation(result, run.class_names, run.class_counts, folder, settings.name)]
     written += plots.of_calibration(result["calibration"], folder, settings.name)
-    path = os.path.join(folder, LOGITS)
-    with contextlib.suppress(FileNotFoundError):  # of an evaluation before
-        os.unlink(path)
     if settings.save_logits:
-        written.append(path)
-        write_atomically(path, lambda file: np.savez(file, logits=logits.float().numpy(), target=target.numpy()))
+        written.append(logits_path)
+        write_atomically(logits_path, lambda file: np.savez(file, logits=logits.float().numpy(), target=target.numpy()))
     print(f"written: {' '.join(written)}")
     return result
 
