@@ -47,7 +47,7 @@ def _starts(pyplot, curves, dataset, protocol, to):
         spread = [stdev(values) if len(values) > 1 else 0 for _, values in points]
         axes.errorbar([start for start, _ in points], means, spread, marker="o", capsize=3, label=f"ratio {ratio}")
     axes.set(xlabel="epochs before the IB phase", ylabel="test top-1, last epoch [%]")
-    axes.settitle(f"{DATASETS[dataset]}, {protocol} length: start of the IB phase (Fig. 3)", fontsize=10)
+    axes.set_title(f"{DATASETS[dataset]}, {protocol} length: start of the IB phase (Fig. 3)", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     return plots.save_figure(pyplot, figure, to, f"figure3_{dataset}_{protocol}.png")

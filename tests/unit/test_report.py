@@ -493,6 +493,19 @@ def test_figure_3_takes_the_starts_of_plain_ib_only(write_record, tmp_path):
     assert figures.starts(rows, "cifar10", "full") == {}
 
 
+def test_the_report_draws_figure_3(write_record, tmp_path, capsys, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(plots, "save_figure", lambda pyplot, figure, to, name: kept.update({name: figure}) or name)
+    for seed, best in ((0, 60.0), (1, 64.0)):
+        write_record(Run("cifar10", "exp", 100, "IB", "start020", seed=seed, protocol="short"), best, best)
+        write_record(Run("cifar10", "exp", 100, "IB", seed=seed, protocol="short"), best + 10, best + 10)
+    written(tmp_path, capsys)
+    (axes,) = kept["figure3_cifar10_short.png"].axes
+    assert axes.get_title() == "CIFAR-10, short length: start of the IB phase (Fig. 3)"
+    (line,) = [line for line in axes.get_lines() if len(line.get_xdata()) == 2 and line.get_marker() == "o"]
+    assert [*zip(line.get_xdata(), line.get_ydata(), strict=True)] == [(4, 62.0), (20, 72.0)]
+
+
 def test_figures_have_titles_and_tell_identical_methods_apart(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(plots, "save_figure", lambda pyplot, figure, to, name: kept.append((name, figure)) or name)
