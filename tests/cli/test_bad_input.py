@@ -88,6 +88,11 @@ USAGE = {
     "ImageNet's weights": (["--pretrained", "imagenet"], "--pretrained imagenet", "name a checkpoint"),
     "several gpus": (["--gpu", "0", "1"], "1"),
     "auto and overwrite": (["--resume", "auto", "--overwrite"], "--resume auto", "--overwrite"),
+    "split of an evaluation": (["-e", "--resume", "x", "--export_split", "y"], "--export_split and -e exclude"),
+    "two corrections": (["-e", "--resume", "x", "--posthoc_la", "1", "--tau_norm", "1"], "--posthoc_la and --tau_norm"),
+    "size of IB without L1": (["--auto_target", "ib", "--ib_norm", "l2"], "--auto_target ib", "--ib_norm l2"),
+    "a head without a network": (["--train_rule", "cRT", "--start-epoch", "170"], "--train_rule cRT", "170"),
+    "held-out part of no image": (["--val_fraction", "0.001"], "--val_fraction 0.001", "one image in each class"),
 }
 
 

@@ -232,6 +232,16 @@ def test_no_folder(tmp_path):
     assert "no folder some/train" in fails(tmp_path, "--data_dir", "some")
 
 
+def test_no_test_images(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    shutil.rmtree(data / "val")
+    listed = ["--data_dir", data, "--train_list", tmp_path / "list.txt"]
+    way = "--val_fraction F tests on a part of the training images"
+    assert f"no val folder in {data}: {way}" in fails(tmp_path, "--data_dir", data, status=2)
+    assert f"no --val_list: {way}" in fails(tmp_path, *listed, status=2)
+    assert "--val_list needs --train_list" in fails(tmp_path, "--data_dir", data, "--val_list", "x", status=2)
+
+
 def test_a_folder_whose_name_cannot_be_part_of_the_runs(folder, tmp_path):
     odd = shutil.copytree(folder, tmp_path / "a\nb")
     assert "a\\nb: its name cannot be part of the run's" in fails(tmp_path, "--data_dir", odd, *RUN, status=2)

@@ -591,6 +591,18 @@ def test_another_runs_logs_are_safe_where_its_checkpoints_lie_elsewhere(tmp_path
     assert "--exp_str" in err
 
 
+def test_logs_of_this_run_without_its_checkpoints_are_not_written_over(tmp_path, capsys):
+    run_ok([*FIVE, *TINY], tmp_path, capsys)
+    shutil.rmtree(tmp_path / "checkpoint")
+    before = snapshot(tmp_path)
+    for more in ([], ["--resume", "auto"]):
+        status, _, err = run_main([*FIVE, *TINY, *more], tmp_path, capsys)
+        assert status == 2
+        assert "holds the logs of this run, but" in messages(err)[-1]
+        assert "holds no checkpoint: --overwrite it" in messages(err)[-1]
+        assert snapshot(tmp_path) == before
+
+
 def test_overwrite_starts_anew(tmp_path, capsys):
     args = [*FIVE, *TINY]
     run_ok([*args, "--keep_epochs", "3"], tmp_path, capsys)

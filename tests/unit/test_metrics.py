@@ -4,6 +4,7 @@ import pytest
 import torch
 from script_runner import tiny
 
+from experiment.fit import print_classes
 from training import metrics
 from training.loop import evaluate
 
@@ -58,6 +59,19 @@ def test_groups_are_means_of_class_accuracies_and_an_empty_one_is_none():
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
+
+
+def test_of_many_classes_the_ten_worst_and_the_ten_best_are_printed(capsys):
+    accuracy = [float(k % 211) / 3 for k in range(0, 210 * 7, 7)]  # of 210 classes, all different
+    accuracy[5] = None  # without test images
+    print_classes([f"class{k}" for k in range(210)], [k + 1 for k in range(210)], {"per_class": accuracy})
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert first == "the 10 worst and best of 210 classes; all of them are in class_accuracy.csv"
+    assert head.split() == ["class", "train", "acc"]
+    ranked = sorted((k for k in range(210) if k != 5), key=lambda k: accuracy[k])
+    assert [row.split() for row in rows] == [
+        [f"class{k}", str(k + 1), f"{accuracy[k]:.2f}"] for k in [*ranked[:10], *ranked[-10:]]
+    ]
 
 
 def test_an_evaluation_depends_on_no_order_or_batch_and_leaves_every_buffer_to_the_bit():

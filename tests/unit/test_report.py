@@ -314,26 +314,28 @@ def test_a_method_that_the_paper_does_not_have_is_named(write_record, tmp_path, 
 
 
 def test_half_records_are_named_and_left_out(write_record, tmp_path, capsys):
-    for seed in range(4):
+    for seed in range(5):
         write_record(dataclasses.replace(IB, seed=seed), 78.0 + seed, 78.0)
-    names = [f"{dataclasses.replace(IB, seed=seed).name}.json" for seed in range(4)]
-    cut, unfinished, short = (tmp_path / name for name in names[:3])
+    names = [f"{dataclasses.replace(IB, seed=seed).name}.json" for seed in range(5)]
+    cut, unfinished, short, without = (tmp_path / name for name in names[:4])
     cut.write_bytes(cut.read_bytes()[:5000])
     content = json.loads(unfinished.read_text())
     unfinished.write_text(json.dumps({**content, "epochs_done": 7}))
     short.write_text(json.dumps({**json.loads(short.read_text()), "history": content["history"][:9]}))
+    kept = {name: value for name, value in content.items() if name not in ("best", "class_counts")}
+    without.write_text(json.dumps(kept))
     (tmp_path / "figure2.json").write_text("{}")
     reproduce.main(["report", str(tmp_path)])
     err = capsys.readouterr().err
     left_out = section((tmp_path / "report.md").read_text() + "\n#", "## Left out")
     expected = {
         names[0]: "damaged or cut short", names[1]: "unfinished, 7 of 200 epochs",
-        names[2]: "cut short, 9 of 200 epochs",
+        names[2]: "cut short, 9 of 200 epochs", names[3]: "lacks best, class_counts",
     }  # fmt: skip
     for name, reason in expected.items():
         assert f"- {name}: {reason}" in left_out
         assert f"warning: left out: {name}: {reason}" in err
-    assert left_out.count("\n- ") == 3
+    assert left_out.count("\n- ") == 4
     assert cells((tmp_path / "report.md").read_text(), "cifar10", "exp", "100", "IB", "78.26 (authors)")[5] == "1"
 
 

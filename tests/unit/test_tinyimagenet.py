@@ -122,6 +122,17 @@ def test_unpacked_folder(raw, source):
     assert prepare.arrange(raw.parent) == (str(raw), False)
 
 
+def test_a_foreign_file_among_the_validation_images_is_named_and_kept(raw):
+    (raw / "val/images/notes.txt").write_text("mine")
+    for _ in range(2):  # the second time no image is left to move
+        with pytest.raises(DataError, match=r"val/images/notes\.txt is no image of the data set: move it elsewhere"):
+            prepare.arrange(raw.parent)
+    assert (raw / "val/images/notes.txt").read_text() == "mine"
+    (raw / "val/images/notes.txt").unlink()
+    prepare.arrange(raw.parent)
+    assert prepare.arrange(raw.parent) == (str(raw), False)
+
+
 def test_folder_arranged_earlier_by_others(raw):
     """val/<wnid>/images/, the annotation file deleted, no wnids.txt: right as it is."""
     for name, label in annotated(raw).items():
