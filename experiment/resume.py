@@ -55,7 +55,7 @@ def find_start(settings: Settings) -> ResumeState:
     path = _own_newest(own, settings) if settings.resume == "auto" else settings.resume or None
     state = held if path == own else checkpoint.load(path) if path else None
     is_own = path is not None and _is_below(path, settings.model_folder)
-    theirs = _settings_of(state, path)
+    theirs = settings_of_checkpoint(state, path)
     if settings.seed is None and theirs is not None:
         settings = dataclasses.replace(settings, seed=theirs.seed)
     newest = held.get("epoch", 0) if held else 0
@@ -63,7 +63,7 @@ def find_start(settings: Settings) -> ResumeState:
     is_finished = _check_folder(settings, held, own, is_own) and not (is_older and settings.force)
     if is_finished or (held is not None and is_own and not is_older and _is_trained(settings, held)):
         path, state, is_own, is_older = own, held, True, False  # at most its logs or figures are missing
-        theirs = _settings_of(state, path)
+        theirs = settings_of_checkpoint(state, path)
     if state is None:
         return ResumeState(epoch=settings.start_epoch)
     if is_older and not settings.force:
@@ -108,7 +108,7 @@ def _is_below(path, folder):
     return os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
 
 
-def _settings_of(state, path):
+def settings_of_checkpoint(state: dict | None, path: str | None) -> Settings | None:
     """The Settings of a checkpoint, None where it records none. Raises DataError for values that no flag takes."""
     if state is None or not state.get("settings"):
         return None
@@ -182,7 +182,8 @@ def _difference_of_folder(settings, recorded, held):
     """What sets the run in the folder apart from this one. A longer run with the same plan so far is the same run."""
     if not recorded:
         return None
-    theirs = _settings_of({"settings": recorded}, settings.log_folder)
+    theirs = settings_of_checkpoint({"settings": recorded}, settings.log_folder)
+    assert theirs is not None  # something is recorded
     longer = held is not None and settings.epochs > theirs.epochs and settings.resume == "auto"
     if not longer:
         return differing(settings, theirs, IDENTITY, recorded)
@@ -300,7 +301,7 @@ def load_for_evaluation(settings: Settings) -> tuple[Settings, str, dict]:
             raise DataError(f"no checkpoint at {os.path.join(settings.model_folder, checkpoint.NEWEST)}")
         path = found
     state = state or checkpoint.load(path)
-    theirs = _settings_of(state, path)
+    theirs = settings_of_checkpoint(state, path)
     if theirs is None:
         wrong = {"arch": state["arch"]} if state.get("arch", settings.arch) != settings.arch else {}
         is_normalised = checkpoint.has_normalised_head(state["state_dict"])

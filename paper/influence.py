@@ -10,7 +10,7 @@ import torch
 import imbalance_cifar
 import models
 from experiment import checkpoint, plots
-from experiment.settings import from_record
+from experiment.resume import settings_of_checkpoint
 from files import write_text
 from loaders.in_memory import InMemoryBatches
 from losses import influence
@@ -40,11 +40,8 @@ def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
         dict(classes: two names, images: training images of each, influence: two falling lists in [0, 1]).
     """
     state = checkpoint.load(path)
-    try:
-        settings = from_record(state.get("settings") or {})
-    except ValueError as error:
-        raise DataError(f"{path} is not a checkpoint of this repository: in its settings, {error}") from None
-    if settings.dataset not in imbalance_cifar.DATASETS:
+    settings = settings_of_checkpoint(state, path)
+    if settings is None or settings.dataset not in imbalance_cifar.DATASETS:
         raise DataError(f"{path} does not say on which data of cifar_train.py it was trained")
     # as the script builds them, with the L1 norm for the features whatever its loss wanted
     train_set, _ = imbalance_cifar.load(

@@ -7,7 +7,6 @@ A folder of results holds weights/<run>.pth.tar, which -e of the scripts evaluat
 sha256, record of the run, its top-1 of the last epoch in percent.
 """
 
-import argparse
 import csv
 import hashlib
 import json
@@ -20,10 +19,10 @@ RESULTS = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
 from experiment import checkpoint  # noqa: E402
-from experiment.settings import from_record  # noqa: E402
+from experiment.resume import settings_of_checkpoint  # noqa: E402
 from files import write_text  # noqa: E402
 from paper import records  # noqa: E402
-from utils import DataError, command  # noqa: E402
+from utils import DataError, HelpFormatter, Parser, command  # noqa: E402
 
 TOLERANCE = 0.01
 TABLE, COLUMNS = "weights.csv", ("file", "sha256", "record", "acc1_last")
@@ -33,7 +32,7 @@ KEPT = ("epoch", "arch", "state_dict", "split_sha256")
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, prog="weights.py")
     commands = parser.add_subparsers(dest="command", required=True)
     verifying = commands.add_parser("verify", help="evaluate every weight file and compare with its record")
     verifying.add_argument("--data_dir", default="data", help="folder of CIFAR (default: %(default)s)")
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     adding.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="the last epoch's, ckpt.pth.tar")
     options = parser.parse_args(argv)
     if options.command == "verify":
-        return verify(options.folders or sorted(RESULTS.iterdir()), pathlib.Path(options.data_dir).resolve())
+        return verify(options.folders or sorted(RESULTS.glob("*/")), pathlib.Path(options.data_dir).resolve())
     for path in options.checkpoints:
         print(f"written: {add(options.folder, path)}")
 
@@ -60,7 +59,7 @@ def verify(folders: list[pathlib.Path], data_dir: pathlib.Path) -> None:
     tables = [folder / "weights" / TABLE for folder in folders if (folder / "weights" / TABLE).exists()]
     rows = [(table.parent, row) for table in tables for row in _rows(table)]
     if not rows:
-        raise DataError(f"no {TABLE} in {', '.join(map(str, folders))}")
+        raise DataError(f"no weights in {', '.join(map(str, folders))}")
     wrong = 0
     for folder, row in rows:
         problem = check(folder, row, data_dir)
@@ -68,7 +67,7 @@ def verify(folders: list[pathlib.Path], data_dir: pathlib.Path) -> None:
         print(f"{folder.parent.name}/{row['file']}: {problem or 'ok, ' + row['acc1_last']}", flush=True)
     if wrong:
         raise DataError(f"{wrong} of {len(rows)} weight files do not agree with their records")
-    print(f"all {len(rows)} weight files agree with their records")
+    print(f"{len(rows)} of {len(rows)} weight files agree with their records")
 
 
 def check(folder: pathlib.Path, row: dict[str, str], data_dir: pathlib.Path) -> str | None:
@@ -103,15 +102,18 @@ def add(folder: pathlib.Path, path: str) -> pathlib.Path:
         DataError: `folder` has no record of the run, or the checkpoint is not of the record's last epoch.
     """
     state = checkpoint.load(path)
-    name = from_record(state.get("settings") or {}).name
+    settings = settings_of_checkpoint(state, path)
+    if settings is None or not state.get("history"):
+        raise DataError(f"{path} records no settings or no history: it is no run of this repository")
+    name = settings.name
     record = _record(folder / f"{name}.json")
-    if record["split"]["sha256"] != state["split_sha256"]:
+    if record.get("split", {}).get("sha256") != state.get("split_sha256"):
         raise DataError(f"{folder / name}.json is not the record of {path}")
     last = records.rounded(state["history"][-1]["test"]["acc1"])
     if (state["epoch"], last) != (record["epochs_done"], record["last"]["acc1"]):
         raise DataError(f"{path} is not of the last epoch of {folder / name}.json")
-    content = {part: state[part] for part in KEPT}
-    content["settings"] = {**record["settings"], "exp_str": state["settings"]["exp_str"]}
+    content = {part: state[part] for part in KEPT if part in state}
+    content["settings"] = {**record["settings"], "exp_str": settings.exp_str}
     content |= {"classes": record["classes"], "class_counts": record["class_counts"]}
     weights = folder / "weights"
     weights.mkdir(exist_ok=True)
@@ -137,10 +139,20 @@ def _record(path):
 
 
 def _rows(table):
+    """The rows of a weights.csv as dicts, none where there is no file; raises DataError for a row of another form."""
     if not table.exists():
         return []
     with open(table, newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, 2):
+        try:
+            float(row["acc1_last"])
+            is_row = tuple(row) == COLUMNS and all(row.values())
+        except (KeyError, TypeError, ValueError):
+            is_row = False
+        if not is_row:
+            raise DataError(f"{table}, line {number}: not a row of {','.join(COLUMNS)}")
+    return rows
 
 
 def _sha256(path):

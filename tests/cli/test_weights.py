@@ -6,16 +6,23 @@ import json
 
 import pytest
 import torch
-from script_runner import DIGITS, REAL, REPOSITORY, load_checkpoint, log_folder, model_folder, run_process
+from script_runner import (
+    DIGITS,
+    REAL,
+    REPOSITORY,
+    load_checkpoint,
+    log_folder,
+    model_folder,
+    run_process,
+    run_script,
+)
 
 from paper import records
+from results import weights
 
 RUN = [*DIGITS, *REAL, "--epochs", "1", "--milestones", "--loss_type", "LDAM", "--exp_str", "kept"]
+NAME = "results.weights.py"  # as `utils.command` calls a module that is imported
 WHICH = {"arch": "resnet20", "loss": "LDAM", "exp": "kept"}
-
-
-def weights(*args):
-    return run_process(args, REPOSITORY, REPOSITORY / "results" / "weights.py")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +39,8 @@ def added(run, tmp_path):
     """(folder of results with the run's record and weights, checkpoint of the run)."""
     name, path = log_folder(run, **WHICH).name, model_folder(run, **WHICH) / "ckpt.pth.tar"
     records.collect(log_folder(run, **WHICH) / "summary.json", tmp_path / f"{name}.json")
-    done = weights("add", tmp_path, path)
-    assert (done.returncode, done.stdout) == (0, f"written: {tmp_path}/weights/{name}.pth.tar\n"), done.stderr
+    status, out, err = run_script(weights, ["add", tmp_path, path], run)
+    assert (status, out) == (0, f"written: {tmp_path}/weights/{name}.pth.tar\n"), err
     return tmp_path, path
 
 
@@ -56,20 +63,20 @@ def test_a_weight_file_has_the_runs_weights_and_no_place_of_a_machine(added):
     assert float(row["acc1_last"]) == pytest.approx(trained["history"][-1]["test"]["acc1"], abs=0.005)
 
 
-def test_verify_evaluates_the_file_and_agrees(added, run, tmp_path):
+def test_verify_evaluates_the_file_and_agrees(added):
     folder, _ = added
-    done = weights("verify", folder)
+    done = run_process(["verify", folder], REPOSITORY, REPOSITORY / "results" / "weights.py")
     (row,) = rows(folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        f"{folder.name}/{row['file']}: ok, {row['acc1_last']}\nall 1 weight files agree with their records\n"
+        f"{folder.name}/{row['file']}: ok, {row['acc1_last']}\n1 of 1 weight files agree with their records\n"
     )
 
 
 def test_adding_again_replaces_the_row(added):
     folder, path = added
     before = rows(folder)
-    assert weights("add", folder, path).returncode == 0
+    assert run_script(weights, ["add", folder, path], folder)[0] == 0
     assert rows(folder) == before
 
 
@@ -93,16 +100,33 @@ def test_verify_finds_what_does_not_agree(added, wrong):
     else:
         record.unlink()
         line = f"{record}: not a regular file"
-    done = weights("verify", folder)
-    assert done.returncode == 1
-    assert line in done.stdout
-    assert done.stderr == "weights.py: error: 1 of 1 weight files do not agree with their records\n"
+    status, out, err = run_script(weights, ["verify", folder], folder)
+    assert status == 1
+    assert line in out
+    assert err == f"{NAME}: error: 1 of 1 weight files do not agree with their records\n"
+
+
+@pytest.mark.parametrize("row", ["a.pth.tar,0", "a.pth.tar,0,a.json,high", "a.pth.tar,0,,70.00"])
+def test_a_table_of_another_form_is_one_line(tmp_path, row):
+    table = tmp_path / "weights" / "weights.csv"
+    table.parent.mkdir()
+    table.write_text(f"file,sha256,record,acc1_last\n{row}\n")
+    status, _, err = run_script(weights, ["verify", tmp_path], tmp_path)
+    assert (status, err) == (1, f"{NAME}: error: {table}, line 2: not a row of file,sha256,record,acc1_last\n")
 
 
 def test_no_weights_are_not_taken_for_agreement(tmp_path):
-    done = weights("verify", tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"weights.py: error: no weights.csv in {tmp_path}\n"
+    status, out, err = run_script(weights, ["verify", tmp_path], tmp_path)
+    assert (status, out, err) == (1, "", f"{NAME}: error: no weights in {tmp_path}\n")
+
+
+@pytest.mark.parametrize("settings", [{}, {"settings": {"lr": "fast"}, "history": []}])
+def test_a_checkpoint_without_a_run_is_one_line(tmp_path, settings):
+    path = tmp_path / "ckpt.pth.tar"
+    torch.save({"state_dict": {"linear.bias": torch.zeros(10)}, "epoch": 1, "arch": "resnet20", **settings}, path)
+    status, _, err = run_script(weights, ["add", tmp_path, path], tmp_path)
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith(f"{NAME}: error: {path} ")
 
 
 @pytest.mark.parametrize("case", ["none", "epoch", "subset"])
@@ -118,11 +142,11 @@ def test_weights_without_their_record_are_refused(run, tmp_path, case):
         else:
             record["split"]["sha256"] = "0" * 64
         record_path.write_text(json.dumps(record))
-    done = weights("add", tmp_path, path)
+    status, _, err = run_script(weights, ["add", tmp_path, path], tmp_path)
     line = {
         "none": f"{record_path}: not a regular file",
         "epoch": f"{path} is not of the last epoch of {record_path}",
         "subset": f"{record_path} is not the record of {path}",
     }[case]
-    assert (done.returncode, done.stderr) == (1, f"weights.py: error: {line}\n")
+    assert (status, err) == (1, f"{NAME}: error: {line}\n")
     assert not (tmp_path / "weights").exists()
