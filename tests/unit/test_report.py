@@ -533,7 +533,9 @@ def test_the_committed_reports_are_those_of_the_committed_records(folder, tmp_pa
     report.write([folder], tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert text == (folder / "report.md").read_text()
-    assert sum(line.startswith("| IB") for line in text.splitlines()) >= 3
+    table = text.split("| run | seed |")[1].split("\n\n")[0].splitlines()[2:]
+    names = [line.split(" | ")[0].removeprefix("| ") for line in table]
+    assert sorted(names) == sorted(record["name"] for _, record in records.read(folder)[0])
     assert "Left out" not in text
     images = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert all((folder / name).exists() for name in images)
