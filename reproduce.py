@@ -18,23 +18,16 @@ import shlex
 from collections.abc import Sequence
 
 from paper import runs
-from utils import DataError, UsageError, command
+from utils import DataError, HelpFormatter, Parser, UsageError, command
 
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
 #: The largest --seed and --rand_number that the scripts take.
 MAX_SEED, MAX_SUBSET = 2**31 - 1, 2**32 - 1
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message):
-        raise UsageError(f"{message} (--help lists the flags)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the three subcommands."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="reproduce.py")
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, prog="reproduce.py")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="print the runs as commands, one a line")
     _add_selection(listing)
@@ -44,9 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_execution(running)
     report = commands.add_parser("report", help="Markdown and figures from what has run")
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with records of runs")
-    report.add_argument(
-        "--to", type=_folder, metavar="DIR", help="where report.md and figures go (default: the first folder)"
-    )
+    report.add_argument("--to", metavar="DIR", help="where report.md and figures go (default: the first folder)")
     report.add_argument(
         "--influence", nargs=2, metavar=("BALANCED", "LONG_TAILED"),
         help="Fig. 2 from two checkpoints: the same model trained on balanced and on long-tailed data",
@@ -67,13 +58,6 @@ def _at_least(low, kind=int, high=math.inf):
 
     convert.__name__ = kind.__name__
     return convert
-
-
-def _folder(text):
-    """An argparse type: the path of a folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("it must name a folder, '' names none")
-    return text
 
 
 def _add_selection(parser):
@@ -98,7 +82,7 @@ def _add_selection(parser):
     )  # fmt: skip
     number("--protocol", choices=list(runs.SHORTENING), default="full", help="short: every length divided by five")
     number(
-        "--out", type=_folder, default="reproduced", metavar="DIR",
+        "--out", default="reproduced", metavar="DIR",
         help="folder of logs and checkpoints (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="flags for every training script")
@@ -107,7 +91,7 @@ def _add_selection(parser):
 def _add_execution(parser):
     group = parser.add_argument_group("execution")
     number = group.add_argument
-    number("--results", type=_folder, metavar="DIR", help="a small record of each finished run (default: OUT/results)")
+    number("--results", metavar="DIR", help="a small record of each finished run (default: OUT/results)")
     number("--jobs", type=_at_least(1), metavar="N", help="runs at a time (default: 1; with Ray, as many as fit)")
     number("--threads", type=_at_least(1), default=1, metavar="T", help="CPU threads of a run (default: %(default)s)")
     number("--executor", choices=("local", "ray"), default="local", help="default: %(default)s")

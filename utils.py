@@ -144,18 +144,19 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):  # called by parse_args and for subcommands
         given = list(sys.argv[1:] if args is None else args)
         for before, value in zip(["", *given], given, strict=False):
             # an unset shell variable is no name, path or number; for --resume it is the published default
             flag = value[:-1] if value.startswith("--") and value.endswith("=") else before if value == "" else ""
             if flag.startswith("-") and flag != "--resume":
                 self.error(f"argument {flag}: an empty value")
-        found = super().parse_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:  # argparse of Python 3.11 makes an empty list of '--flag=--'
-            if action.nargs is None and getattr(found, action.dest, None) == []:
-                self.error(f"argument {'/'.join(action.option_strings)}: '--' is no value")
-        return found
+            value = getattr(found, action.dest, None)
+            if action.nargs in (None, "+") and value == [] and value is not action.default:
+                self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: '--' is no value")
+        return found, rest
 
     def error(self, message):
         print(f"{self.prog}: error: {one_line(message)} (--help lists the flags)", file=sys.stderr)

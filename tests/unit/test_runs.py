@@ -296,9 +296,14 @@ def test_a_bad_selection_is_one_line(words, capsys):
     [["list", "--out", ""], ["run", "--table", "2", "--out", ""], ["run", "--results", ""], ["report", "x", "--to="]],
 )
 def test_an_empty_folder_name_is_refused(words, capsys):
-    assert f"argument {words[-2] if words[-1] == '' else '--to'}: it must name a folder" in refused(
-        *words, capsys=capsys
-    )
+    flag = words[-2] if words[-1] == "" else "--to"
+    assert f"argument {flag}: an empty value" in refused(*words, capsys=capsys)
+
+
+@pytest.mark.parametrize("words", [["list", "--ratio=--"], ["list", "--table=--"], ["run", "--jobs=--"]])
+def test_two_dashes_are_no_value_of_a_flag(words, capsys):
+    flag = words[-1].removesuffix("=--")
+    assert f"argument {flag}: '--' is no value" in refused(*words, capsys=capsys)
 
 
 def test_each_seed_and_subset_counts_once(capsys):
