@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import struct
 import warnings
 from collections.abc import Iterable
@@ -107,6 +108,13 @@ def save(folder: str, names: Iterable[str], state: dict) -> None:
 def exists(folder: str) -> bool:
     """Whether a run's folder holds a checkpoint to continue from; between two writes it is the previous one."""
     return any(os.path.exists(os.path.join(folder, name)) for name in (NEWEST, PREVIOUS))
+
+
+def newest_kept(folder: str) -> str | None:
+    """The path of the newest checkpoint that `epoch_name` names in a run's folder, or None."""
+    kept = re.compile(r"ckpt\.epoch(\d+)\.pth\.tar")
+    names = [name for name in (os.listdir(folder) if os.path.isdir(folder) else []) if kept.fullmatch(name)]
+    return os.path.join(folder, max(names, key=lambda name: int(name[10:-8]))) if names else None
 
 
 def load_newest(folder: str) -> tuple[str, dict] | tuple[None, None]:

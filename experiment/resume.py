@@ -60,7 +60,7 @@ def find_start(settings: Settings) -> ResumeState:
         settings = dataclasses.replace(settings, seed=theirs.seed)
     newest = held.get("epoch", 0) if held else 0
     is_older = state is not None and is_own and state.get("epoch", 0) < newest
-    is_finished = _check_folder(settings, held, own, is_own) and not (is_older and settings.force)
+    is_finished = _check_folder(settings, held, state, is_own) and not (is_older and settings.force)
     if is_finished or (held is not None and is_own and not is_older and _is_trained(settings, held)):
         path, state, is_own, is_older = own, held, True, False  # at most its logs or figures are missing
         theirs = settings_of_checkpoint(state, path)
@@ -99,9 +99,11 @@ def find_start(settings: Settings) -> ResumeState:
 
 
 def _own_newest(own, settings):
-    if own is None:
+    """The run's own newest checkpoint; of a fork that was stopped in its first epoch, the one that it started from."""
+    path = own or checkpoint.newest_kept(settings.model_folder)
+    if path is None:
         print(f"--resume auto: no checkpoint in {one_line(settings.model_folder)}, starting from scratch", flush=True)
-    return own
+    return path
 
 
 def _is_below(path, folder):
@@ -148,12 +150,16 @@ def _first_difference_in_plan(mine, theirs, epochs):
     return None
 
 
-def _check_folder(settings, held, own, is_own):
-    """Refuse to write over another run, or over this one's progress. True if the folder holds this run, finished."""
+def _check_folder(settings, held, state, is_own):
+    """Refuse to write over another run, or over this one's progress. True if the folder holds this run, finished.
+
+    `held` is the folder's newest checkpoint, `state` the one to start from.
+    """
     if settings.overwrite:
         return False
     log_folder, model_folder = settings.log_folder, settings.model_folder
-    recorded = (held.get("settings") if held else _recorded_settings(log_folder)) or {}
+    summary = _summary(log_folder)
+    recorded = (held or summary).get("settings") or {}
     differs = _difference_of_folder(settings, recorded, held)
     if differs is not None and not (is_own and settings.force):
         ways = ["choose another --exp_str", "--overwrite it"]
@@ -162,7 +168,8 @@ def _check_folder(settings, held, own, is_own):
         if is_own:
             ways.append("use --force to continue anyway")
         raise UsageError(f"{log_folder} holds a run with other settings ({differs}): {', or '.join(ways)}")
-    if held is None and recorded:
+    # a fork stopped in its first epoch has the logs of the epochs before it and no checkpoint of its own
+    if held is None and recorded and summary["epochs_done"] > len((state or {}).get("history", [])):
         raise UsageError(
             f"{log_folder} holds the logs of this run, but {model_folder} holds no checkpoint: --overwrite it"
         )
@@ -195,22 +202,19 @@ def _is_trained(settings, held):
     return held.get("epoch", 0) == settings.epochs
 
 
-def _recorded_settings(log_folder):
-    """The settings of a run with at least one epoch in its logs, whose checkpoints lie elsewhere; else None."""
+def _summary(log_folder):
+    """Settings and number of epochs of the run in these logs; empty where no epoch is logged."""
     try:
         with open(os.path.join(log_folder, "summary.json")) as file:
-            return json.load(file)["settings"]
+            summary = json.load(file)
+        return {"settings": dict(summary["settings"]), "epochs_done": int(summary["epochs_done"])}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
 
 
 def _is_complete(log_folder, held):
     """Whether logs and figures are there for every epoch of the checkpoint."""
-    try:
-        with open(os.path.join(log_folder, "summary.json")) as file:
-            done = json.load(file)["epochs_done"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    done = _summary(log_folder).get("epochs_done", 0)
     figures = all(os.path.exists(os.path.join(log_folder, name)) for name in FIGURES)
     return done >= len(held.get("history", [])) and (figures or not plots.available())
 
@@ -259,12 +263,13 @@ def take_over_checkpoint(start: ResumeState, model_folder: str) -> None:
             os.replace(previous, os.path.join(model_folder, checkpoint.NEWEST))
         return
     assert start.path is not None  # a fork has a checkpoint
-    checkpoint.copy(start.path, os.path.join(model_folder, checkpoint.epoch_name(start.epoch)))
     folder, name = os.path.split(start.path)
     best = os.path.join(folder, checkpoint.BEST if name == checkpoint.NEWEST else checkpoint.best_name(start.epoch))
     if os.path.exists(best):
         for name in (checkpoint.BEST, checkpoint.best_name(start.epoch)):
             checkpoint.copy(best, os.path.join(model_folder, name))
+    # last: it says that the best one is there
+    checkpoint.copy(start.path, os.path.join(model_folder, checkpoint.epoch_name(start.epoch)))
 
 
 def clear(log_folder: str, model_folder: str) -> None:

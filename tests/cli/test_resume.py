@@ -266,6 +266,35 @@ def test_a_fork_can_itself_be_stopped_and_resumed(ce_run, tmp_path, capsys):
     assert_same_weights(fork, whole)
 
 
+@pytest.mark.parametrize("again", ["the same command", "auto"])
+def test_a_fork_stopped_in_its_first_epoch_is_continued(again, ce_run, tmp_path, capsys):
+    # its folder has the logs of the epochs before the fork, and no checkpoint of its own yet
+    args = [*FIVE, *TINY, "--loss_type", "IB", "--alpha", "auto"]
+    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
+    forked = [*args, "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    status, _, err = break_off(forked, tmp_path, capsys, after=0)
+    assert (status, messages(err)[-1]) == (130, "cifar_train.py: stopped by Ctrl-C: no epoch was finished")
+    assert not (model_folder(tmp_path, "IB") / "ckpt.pth.tar").exists()
+    out = run_ok(forked if again != "auto" else [*args, "--resume", "auto"], tmp_path, capsys)
+    assert "after 2 epochs" in out
+    whole, fork = (model_folder(tmp_path, "IB", exp=e) for e in ("whole", "0"))
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
+        assert_same_weights(fork / name, whole / name)
+    logs = [read_logs(log_folder(tmp_path, "IB", exp=e)) for e in ("0", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_logs_that_go_beyond_the_fork_are_not_written_over(ce_run, tmp_path, capsys):
+    args = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    run_ok(args, tmp_path, capsys)
+    shutil.rmtree(model_folder(tmp_path, "IB"))
+    before = snapshot(tmp_path)
+    status, _, err = run_main(args, tmp_path, capsys)
+    assert status == 2
+    assert "holds the logs of this run, but" in messages(err)[-1]
+    assert snapshot(tmp_path) == before
+
+
 def test_resample_run_forks_into_ib_with_resample_only(tmp_path, capsys):
     args = [*FIVE, *TINY]
     resample = [*args, "--train_rule", "Resample"]
@@ -661,7 +690,7 @@ def test_a_refused_overwrite_deletes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize("epochs", [None, 1, 2])
 def test_a_finished_run_is_one_with_logs_and_figures_of_every_epoch(epochs, figures, has_matplotlib, tmp_path):
     if epochs is not None:
-        (tmp_path / "summary.json").write_text(json.dumps({"epochs_done": epochs}))
+        (tmp_path / "summary.json").write_text(json.dumps({"settings": {}, "epochs_done": epochs}))
     for name in FIGURES if figures else ():
         (tmp_path / name).touch()
     with mock.patch.object(plots, "available", return_value=has_matplotlib):
