@@ -22,6 +22,9 @@ from utils import DataError, warn
 
 NEWEST, PREVIOUS, BEST = "ckpt.pth.tar", "ckpt.previous.pth.tar", "ckpt.best.pth.tar"
 
+#: The name of a run's checkpoint; the group is the number of epochs of one that is kept for forks.
+NAME = re.compile(r"ckpt(?:\.previous|\.best|\.epoch\d+\.best|\.epoch(\d+))?\.pth\.tar")
+
 #: The comment: these words and 64 hexadecimal digits.
 SEAL, DIGITS = b"\nsha256 of all bytes before this line: ", 64
 #: How a zip archive begins, how its last record begins, and how long that is without the comment.
@@ -40,6 +43,12 @@ def epoch_name(epoch: int) -> str:
 def best_name(epoch: int) -> str:
     """File name of the best checkpoint of the first `epoch` epochs, kept beside `epoch_name`, for forks."""
     return f"ckpt.epoch{epoch:03d}.best.pth.tar"
+
+
+def written(folder: str) -> list[str]:
+    """Paths of the checkpoints in a run's folder, by the names that a run gives them."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [os.path.join(folder, name) for name in names if NAME.fullmatch(name)]
 
 
 def _seal(content):
@@ -112,9 +121,9 @@ def exists(folder: str) -> bool:
 
 def newest_kept(folder: str) -> str | None:
     """The path of the newest checkpoint that `epoch_name` names in a run's folder, or None."""
-    kept = re.compile(r"ckpt\.epoch(\d+)\.pth\.tar")
-    names = [name for name in (os.listdir(folder) if os.path.isdir(folder) else []) if kept.fullmatch(name)]
-    return os.path.join(folder, max(names, key=lambda name: int(name[10:-8]))) if names else None
+    matches = [(NAME.fullmatch(os.path.basename(path)), path) for path in written(folder)]
+    kept = [(int(match[1]), path) for match, path in matches if match and match[1]]
+    return max(kept)[1] if kept else None
 
 
 def load_newest(folder: str) -> tuple[str, dict] | tuple[None, None]:

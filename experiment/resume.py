@@ -4,6 +4,7 @@ A fork is allowed when both runs train every epoch before the checkpoint in the 
 the run that was never forked. A longer run continues a shorter one under the same condition.
 """
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -17,6 +18,7 @@ from experiment.plots import FIGURES
 from experiment.records import FILES
 from experiment.settings import IDENTITY, OF_CHECKPOINT, SHARED, Settings, from_record
 from training.recipe import Recipe
+from training.registry import LOSSES
 from utils import DataError, UsageError, one_line, warn
 
 #: What -e writes: a folder below the run's logs, and the file of --save_logits in it.
@@ -55,13 +57,15 @@ def find_start(settings: Settings) -> ResumeState:
     path = _own_newest(own, settings) if settings.resume == "auto" else settings.resume or None
     state = held if path == own else checkpoint.load(path) if path else None
     is_own = path is not None and _is_below(path, settings.model_folder)
+    if is_own and settings.overwrite:
+        raise UsageError(f"--overwrite would delete {path}: move it to another folder to start from it")
     theirs = settings_of_checkpoint(state, path)
     if settings.seed is None and theirs is not None:
         settings = dataclasses.replace(settings, seed=theirs.seed)
     newest = held.get("epoch", 0) if held else 0
     is_older = state is not None and is_own and state.get("epoch", 0) < newest
     is_finished = _check_folder(settings, held, state, is_own) and not (is_older and settings.force)
-    if is_finished or (held is not None and is_own and not is_older and _is_trained(settings, held)):
+    if is_finished or (held is not None and not is_older and _is_trained(settings, held)):
         path, state, is_own, is_older = own, held, True, False  # at most its logs or figures are missing
         theirs = settings_of_checkpoint(state, path)
     if state is None:
@@ -77,6 +81,8 @@ def find_start(settings: Settings) -> ResumeState:
     is_done_here = epoch == settings.epochs and state is held and is_same
     if epoch >= settings.epochs and not is_done_here:
         raise UsageError(f"{path} has {epoch} epochs done: --epochs {settings.epochs} leaves nothing to train")
+    if epoch >= settings.epochs and not state.get("history"):
+        raise UsageError(f"{path} has all epochs done, but no history to make logs of: evaluate it with -e")
     return ResumeState(
         epoch=epoch,
         history=state.get("history", []),
@@ -242,11 +248,13 @@ def _check_same(settings, theirs, state, epoch, path):
 
 
 def _criterion_state(settings, theirs, state, epoch):
-    """The criterion's state, where the next epoch has the same loss."""
+    """The criterion's state, where the next epoch has the same loss with the same constants."""
     if theirs is None or not 0 < epoch < settings.epochs or not state.get("criterion"):
         return None
-    same = plan(settings, epoch)["loss"] == plan(theirs, epoch - 1)["loss"]
-    return state["criterion"] if same else None
+    loss = plan(settings, epoch)["loss"]
+    is_same = loss == plan(theirs, epoch - 1)["loss"]
+    is_same &= all(getattr(settings, name) == getattr(theirs, name) for name in LOSSES[loss].constants)
+    return state["criterion"] if is_same else None
 
 
 # ------------------------------------------------------------------------------------------------- folders
@@ -255,36 +263,45 @@ def _criterion_state(settings, theirs, state, epoch):
 def take_over_checkpoint(start: ResumeState, model_folder: str) -> None:
     """Give a fork's folder the checkpoint that it starts from, and the best one of the epochs before it.
 
-    A run that continues from its previous checkpoint makes it the newest, in place of one that is damaged.
+    A run that continues from its previous checkpoint makes it the newest, in place of one that is damaged. A run that
+    goes back to an older one gets the best one of the epochs before it back.
+
+    Raises:
+        DataError: the fork's checkpoint has been written over since it was read.
     """
-    if not start.is_fork:
-        previous = os.path.join(model_folder, checkpoint.PREVIOUS)
-        if start.path and os.path.abspath(start.path) == os.path.abspath(previous):
-            os.replace(previous, os.path.join(model_folder, checkpoint.NEWEST))
+    if start.path is None:
         return
-    assert start.path is not None  # a fork has a checkpoint
     folder, name = os.path.split(start.path)
-    best = os.path.join(folder, checkpoint.BEST if name == checkpoint.NEWEST else checkpoint.best_name(start.epoch))
+    own_best = os.path.join(model_folder, checkpoint.BEST)
+    best_then = os.path.join(folder, checkpoint.best_name(start.epoch))
+    if not start.is_fork:
+        if os.path.realpath(start.path) == os.path.realpath(os.path.join(model_folder, checkpoint.PREVIOUS)):
+            os.replace(start.path, os.path.join(model_folder, checkpoint.NEWEST))
+        elif name == checkpoint.epoch_name(start.epoch) and os.path.exists(best_then):
+            checkpoint.copy(best_then, own_best)
+        return
+    best = os.path.join(folder, checkpoint.BEST) if name in (checkpoint.NEWEST, checkpoint.BEST) else best_then
     if os.path.exists(best):
-        for name in (checkpoint.BEST, checkpoint.best_name(start.epoch)):
-            checkpoint.copy(best, os.path.join(model_folder, name))
+        for path in (own_best, os.path.join(model_folder, checkpoint.best_name(start.epoch))):
+            checkpoint.copy(best, path)
     # last: it says that the best one is there
-    checkpoint.copy(start.path, os.path.join(model_folder, checkpoint.epoch_name(start.epoch)))
+    kept = os.path.join(model_folder, checkpoint.epoch_name(start.epoch))
+    checkpoint.copy(start.path, kept)
+    if checkpoint.load(kept).get("epoch", start.epoch) != start.epoch:
+        os.unlink(kept)
+        raise DataError(f"{start.path} was written over while this run started: start it again")
 
 
 def clear(log_folder: str, model_folder: str) -> None:
     """Delete what an earlier run left, file by file: nothing that a run does not write."""
-    patterns = [os.path.join(glob.escape(model_folder), "ckpt*.pth.tar")]
-    patterns += [
-        os.path.join(glob.escape(log_folder), name)
-        for name in (*FILES, *FIGURES, "confusion.png", "events.out.tfevents.*")
-    ]
-    patterns += [
-        os.path.join(glob.escape(log_folder), EVALUATION, name)
-        for name in ("evaluation.json", LOGITS, "class_accuracy.png", "confusion.png", "calibration.png")
-    ]
-    for pattern in patterns:
-        for path in glob.glob(pattern):
+    figures = (*FIGURES, "confusion.png")
+    evaluation = ("evaluation.json", LOGITS, "class_accuracy.png", "confusion.png", "calibration.png")
+    paths = checkpoint.written(model_folder)
+    paths += [os.path.join(log_folder, name) for name in (*FILES, *figures)]
+    paths += glob.glob(os.path.join(glob.escape(log_folder), "events.out.tfevents.*"))
+    paths += [os.path.join(log_folder, EVALUATION, name) for name in evaluation]
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
 

@@ -118,7 +118,7 @@ class Driver:
 
     def _must_wait(self, run):
         """Whether another run of its family is to train the epochs that they share."""
-        if self._is_begun(run) or self._fork_point(run) or not run.fork_epoch:
+        if self._is_begun(run) or self.fork_point(run) or not run.fork_epoch:
             return False
         return self._trunk(run) is not run
 
@@ -127,7 +127,7 @@ class Driver:
         live = [other for other in self.families[run.family] if self.state[other] in (WAITING, RUNNING)]
         return max(live, key=lambda other: other.fork_epoch)
 
-    def _fork_point(self, run):
+    def fork_point(self, run: Run) -> pathlib.Path | None:
         """The checkpoint of another run of its family after the epochs that they share, or None."""
         for other in [*self.families[run.family], run.trunk]:
             folder = self._model_folder(other)
@@ -143,7 +143,7 @@ class Driver:
         shared = {other.fork_epoch for other in self.families[run.family]}
         keep = sorted(epoch for epoch in shared if 0 < epoch <= run.fork_epoch and epoch < run.settings["epochs"])
         flags += ["--keep_epochs", *map(str, keep)] if keep else []
-        fork = None if self._is_begun(run) else self._fork_point(run)
+        fork = None if self._is_begun(run) else self.fork_point(run)
         resume = str(fork) if fork else "auto"
         return [str(REPOSITORY / script), *flags, "--threads", str(self.threads), "--resume", resume, *self.extra]
 
@@ -252,6 +252,7 @@ class View:
         if driver.state[run] in (DONE, FAILED):
             return 0
         done, epochs = driver.epochs_done(run), run.settings["epochs"]
-        if not done and max(driver.families[run.family], key=lambda other: other.fork_epoch) is not run:
-            done = run.fork_epoch  # another run trains them
+        trunk = max(driver.families[run.family], key=lambda other: other.fork_epoch)
+        if not done and (trunk is not run or driver.fork_point(run)):
+            done = run.fork_epoch  # another run trains them, or has trained them
         return epochs - done

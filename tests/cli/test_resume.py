@@ -941,3 +941,89 @@ def test_a_checkpoint_from_before_flip_mirrored_its_digits_and_says_so(tmp_path,
     run_ok([*FIVE, *TINY, "--flip", "on", "--resume", "auto"], tmp_path, capsys)
     run_ok([*FIVE, *TINY, "--flip", "on", "--exp_str", "whole"], tmp_path, capsys)
     assert_same_weights(path, model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
+
+
+# ------------------------------------------------------------------------------------- nothing is lost unseen
+
+
+def test_the_same_command_on_a_trained_run_makes_its_logs_and_trains_nothing(tmp_path, capsys):
+    run_ok([*FIVE, *TINY], tmp_path, capsys)
+    before = read_logs(log_folder(tmp_path)), snapshot(model_folder(tmp_path))
+    shutil.rmtree(tmp_path / "log")
+    with mock.patch.object(fit, "train_one_epoch", side_effect=AssertionError("an epoch is trained")):
+        run_ok([*FIVE, *TINY], tmp_path, capsys)
+    assert (read_logs(log_folder(tmp_path)), snapshot(model_folder(tmp_path))) == before
+
+
+@pytest.mark.parametrize("name", ["ckpt.best.pth.tar", "ckpt.previous.pth.tar", "ckpt.epoch002.pth.tar"])
+def test_overwrite_never_deletes_the_checkpoint_that_it_starts_from(name, tmp_path, capsys):
+    break_off([*FIVE, *TINY], tmp_path, capsys, after=3)
+    (model_folder(tmp_path) / "ckpt.previous.pth.tar").touch()
+    before = snapshot(tmp_path)
+    args = [*FIVE, *TINY, "--overwrite", "--resume", model_folder(tmp_path) / name]
+    status, _, err = run_main(args, tmp_path, capsys)
+    assert status == 2
+    assert messages(err)[-1].startswith("cifar_train.py: error: --overwrite would delete ")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_goes_back_has_the_best_checkpoint_of_the_epochs_that_are_left(ce_run, tmp_path, capsys):
+    def best():
+        return load_checkpoint(ce_run / "ckpt.best.pth.tar")["epoch"]
+
+    kept = load_checkpoint(ce_run / "ckpt.epoch002.best.pth.tar")["epoch"]
+    assert best() > kept, "the test needs a best epoch after the one that it goes back to"
+    back = [*FIVE, *TINY, "--keep_epochs", "1", "3", "--resume", ce_run / "ckpt.epoch002.pth.tar", "--force"]
+    break_off(back, tmp_path, capsys, after=0)
+    assert best() == kept
+
+
+def test_a_fork_from_the_best_checkpoint_has_it_as_its_best(ce_run, tmp_path, capsys):
+    shutil.copy(ce_run / "ckpt.epoch002.best.pth.tar", ce_run / "ckpt.best.pth.tar")
+    args = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.best.pth.tar"]
+    break_off(args, tmp_path, capsys, after=0)
+    assert_same_weights(model_folder(tmp_path, "IB") / "ckpt.best.pth.tar", ce_run / "ckpt.best.pth.tar")
+
+
+def test_overwrite_leaves_checkpoints_that_no_run_writes(tmp_path, capsys):
+    run_ok([*FIVE, *TINY], tmp_path, capsys)
+    mine = [model_folder(tmp_path) / name for name in ("ckpt.mine.pth.tar", "ckpt.epoch.pth.tar", "ckpt-2.pth.tar")]
+    for path in mine:
+        path.write_text("mine")
+    run_ok([*FIVE, *TINY, "--overwrite"], tmp_path, capsys)
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+
+
+@pytest.mark.parametrize("flags", [["--alpha", "1000"], ["--ib_norm", "l2"], ["--epsilon", "0.1"]])
+def test_another_constant_of_the_loss_by_force_starts_without_the_calibrated_alpha(flags, tmp_path, capsys):
+    args = [*FIVE, *TINY, "--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto"]
+    path = model_folder(tmp_path, "IB", "IBReweight") / "ckpt.pth.tar"
+    break_off(args, tmp_path, capsys, after=4)
+    batches = load_checkpoint(path)["criterion"]["auto.sums"][2] / 2  # of two epochs
+    run_ok([*args, *flags, "--resume", "auto", "--force"], tmp_path, capsys)
+    criterion = load_checkpoint(path)["criterion"]
+    if flags[0] == "--alpha":
+        assert not [name for name in criterion if name.startswith("auto")]
+    else:
+        assert criterion["auto.sums"][2] == batches, "the batches of the last epoch alone"
+
+
+def test_a_checkpoint_of_all_epochs_without_history_is_refused(tmp_path, capsys):
+    run_ok([*FIVE, *TINY], tmp_path, capsys)
+    path = model_folder(tmp_path) / "ckpt.pth.tar"
+    state = load_checkpoint(path)
+    del state["history"]
+    torch.save(state, path)
+    shutil.rmtree(tmp_path / "log")
+    for more in ([], ["--resume", "auto"]):
+        status, _, err = run_main([*FIVE, *TINY, *more], tmp_path, capsys)
+        assert status == 2
+        assert "no history to make logs of: evaluate it with -e" in messages(err)[-1]
+
+
+def test_a_fork_whose_source_is_written_over_meanwhile_says_so(ce_run, tmp_path):
+    start = resume.ResumeState(epoch=2, path=str(ce_run / "ckpt.epoch003.pth.tar"), is_fork=True)
+    (tmp_path / "fork").mkdir()
+    with pytest.raises(resume.DataError, match="was written over while this run started"):
+        resume.take_over_checkpoint(start, str(tmp_path / "fork"))
+    assert not (tmp_path / "fork" / "ckpt.epoch002.pth.tar").exists()
