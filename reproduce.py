@@ -108,11 +108,12 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
     datasets, imb_types = options.dataset or ["cifar10"], options.imb_type or ["exp"]
     if set(datasets) & set(runs.NATURAL) and options.imb_type not in (None, ["none"]):
         raise UsageError("inaturalist is trained as it is: leave out --imb_type, or give --imb_type none")
+    wanted = {name: getattr(options, name) for name in ("dataset", "imb_type", "method")}
     cells = [run for table in options.table for run in runs.cells_of_table(table)]
-    wanted = {name: getattr(options, name) for name in ("dataset", "imb_type", "ratio", "method")}
-    cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
+    cells = [run for run in cells if not options.ratio or run.ratio in options.ratio]
     for figure in options.figure:
         cells += runs.cells_of_figure(figure, datasets, options.ratio or ())
+    cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
     if options.control:
         names = [name for name in options.control if runs.CONTROLS[name] in (options.method or runs.METHODS)]
         cells += runs.controls(names, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
@@ -126,10 +127,13 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
 def list_runs(options: argparse.Namespace) -> None:
     """Print the commands; each is complete in itself and continues where it was stopped."""
     chosen, out = select(options), options.out
+    shared = {run: run.fork_epoch for run in chosen}
     if options.extra:  # the check imports torch
-        from paper import driver
+        from paper import driver, records
 
         driver.check_extra(chosen, options.extra)
+        asked = {run: records.command_settings(run, tuple(options.extra)) for run in chosen}
+        shared = {run: run.fork_epoch_with(vars(settings)) for run, settings in asked.items()}
     lines = [["python", *run.argv(out), "--resume", "auto", *options.extra] for run in chosen]
     if not options.json:
         with contextlib.suppress(BrokenPipeError):  # `| head`
@@ -140,7 +144,7 @@ def list_runs(options: argparse.Namespace) -> None:
             "name": run.name, "dataset": run.dataset, "imb_type": run.imb_type, "ratio": run.ratio,
             "method": run.method, "variant": run.variant, "seed": run.seed, "subset": run.subset,
             "protocol": run.protocol, "command": line, "shared_epochs_with": run.trunk.name,
-            "shared_epochs": run.fork_epoch,
+            "shared_epochs": shared[run],
         }
         for run, line in zip(chosen, lines, strict=True)
     ]  # fmt: skip

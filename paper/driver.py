@@ -118,30 +118,39 @@ class Driver:
 
     def _must_wait(self, run):
         """Whether another run of its family is to train the epochs that they share."""
-        if self._is_begun(run) or self.fork_point(run) or not run.fork_epoch:
+        if self._is_begun(run) or self.fork_point(run) or not self.fork_epoch(run):
             return False
         return self._trunk(run) is not run
 
     def _trunk(self, run):
         """The run of the family that trains the shared epochs."""
         live = [other for other in self.families[run.family] if self.state[other] in (WAITING, RUNNING)]
-        return max(live, key=lambda other: other.fork_epoch)
+        return max(live, key=self.fork_epoch)
+
+    def epochs(self, run: Run) -> int:
+        """Epochs of the run, with the flags for every script."""
+        return records.command_settings(run, tuple(self.extra)).epochs
+
+    def fork_epoch(self, run: Run) -> int:
+        """`Run.fork_epoch` with the flags for every script."""
+        return run.fork_epoch_with(vars(records.command_settings(run, tuple(self.extra))))
 
     def fork_point(self, run: Run) -> pathlib.Path | None:
         """The checkpoint of another run of its family after the epochs that they share, or None."""
+        epoch = self.fork_epoch(run)
         for other in [*self.families[run.family], run.trunk]:
             folder = self._model_folder(other)
-            path = folder / checkpoint.epoch_name(run.fork_epoch)
+            path = folder / checkpoint.epoch_name(epoch)
             # the copy of the best one is written last
-            if other != run and path.exists() and (folder / checkpoint.best_name(run.fork_epoch)).exists():
+            if other != run and path.exists() and (folder / checkpoint.best_name(epoch)).exists():
                 return path
         return None
 
     def command(self, run: Run) -> list[str]:
         """Script and flags of `run`, as it can be started now."""
         script, *flags = run.argv(self.out)
-        shared = {other.fork_epoch for other in self.families[run.family]}
-        keep = sorted(epoch for epoch in shared if 0 < epoch <= run.fork_epoch and epoch < run.settings["epochs"])
+        shared = {self.fork_epoch(other) for other in self.families[run.family]}
+        keep = sorted(epoch for epoch in shared if 0 < epoch <= self.fork_epoch(run) and epoch < self.epochs(run))
         flags += ["--keep_epochs", *map(str, keep)] if keep else []
         fork = None if self._is_begun(run) else self.fork_point(run)
         resume = str(fork) if fork else "auto"
@@ -232,7 +241,7 @@ class View:
         text = f"{count[DONE]} of {len(driver.runs)} done, {count[FAILED]} failed, {count[WAITING]} waiting"
         text += f", {self._time_left()} to go"
         running = [
-            f"{run.name} (epoch {driver.epochs_done(run)} of {run.settings['epochs']})"
+            f"{run.name} (epoch {driver.epochs_done(run)} of {driver.epochs(run)})"
             for run, state in driver.state.items()
             if state == RUNNING
         ]
@@ -251,8 +260,8 @@ class View:
         driver = self.driver
         if driver.state[run] in (DONE, FAILED):
             return 0
-        done, epochs = driver.epochs_done(run), run.settings["epochs"]
-        trunk = max(driver.families[run.family], key=lambda other: other.fork_epoch)
+        done = driver.epochs_done(run)
+        trunk = max(driver.families[run.family], key=driver.fork_epoch)
         if not done and (trunk is not run or driver.fork_point(run)):
-            done = run.fork_epoch  # another run trains them, or has trained them
-        return epochs - done
+            done = driver.fork_epoch(run)  # another run trains them, or has trained them
+        return driver.epochs(run) - done

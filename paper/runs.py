@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import pathlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.csv")
@@ -196,9 +196,14 @@ class Run:
     @property
     def fork_epoch(self) -> int:
         """Epochs that it takes over from its family; all of them for the run that the others fork from."""
-        settings = self.settings
-        if settings["loss_type"] in IB_LOSSES or self.variant == "ib-lr":
+        return self.fork_epoch_with(self.settings)
+
+    def fork_epoch_with(self, settings: Mapping[str, Any]) -> int:
+        """The same where `settings`, by the names of the flags, are those of the command."""
+        if settings["loss_type"] in IB_LOSSES:
             return settings["start_ib_epoch"]
+        if self.variant == "ib-lr":  # its lr falls where the setup says
+            return min(settings["start_ib_epoch"], self.settings["start_ib_epoch"])
         if settings["train_rule"] == "cRT":  # a run keeps no copy of its last checkpoint: an epoch is trained twice
             return settings["drw_epoch"] - 1
         return settings["drw_epoch" if settings["train_rule"] in DEFERRED else "epochs"]

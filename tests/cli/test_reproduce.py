@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,28 @@ def test_shared_epochs_are_trained_once_with_the_same_bits(with_ce, separate, tm
     epochs = sum("done in" in line for run in chosen for line in work.output(run).read_text().splitlines())
     assert epochs == (3 + 3 * 1 + 1 + 2 * 1 + 3 + 1 if with_ce else 3 + 1 + 1)
     assert text.count("done ") == len(chosen)
+
+
+def test_forks_follow_the_flags_for_every_script(tmp_path, capsys, three_epochs):
+    extra = ["--start_ib_epoch", "1"]  # 2 without them
+    chosen = [*cell(["CE", "IB"]), *cell(["CE"], ["ib-lr"])]
+    executor = InProcess(capsys)
+    work, failed, _ = drive(chosen, tmp_path, executor, extra)
+    assert failed == []
+    forked = [command[command.index("--resume") + 1] for _, command in executor.commands]
+    assert [pathlib.Path(path).name for path in forked] == ["auto", *["ckpt.epoch001.pth.tar"] * 2]
+    assert [sum("done in" in line for line in work.output(run).read_text().splitlines()) for run in chosen] == [3, 2, 2]
+
+
+def test_epochs_left_of_a_fork_are_its_own(tmp_path, capsys, three_epochs):
+    (ce, ib), executor = cell(["CE", "IB"]), InProcess(capsys)
+    drive([ce, ib], tmp_path, executor)
+    for folder in ("log", "checkpoint", "results"):
+        for path in (tmp_path / folder).glob(f"{ib.name}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    work = driver.Driver([ib], tmp_path, tmp_path / "results", executor, stream=io.StringIO())
+    assert work.view.status().startswith("0 of 1 done")
+    assert work.view._left() == 1
 
 
 def test_finished_runs_are_skipped_and_their_records_are_small_and_complete(three_epochs, tmp_path, capsys):

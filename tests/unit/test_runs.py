@@ -324,3 +324,24 @@ def test_a_bad_execution_is_one_line(words, capsys, tmp_path):
     line = refused("run", "--table", 2, "--out", tmp_path / "out", *words.split(), capsys=capsys)
     assert "must be at least" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "count"),
+    [
+        (["--figure", "2", "--ratio", "10"], 2),
+        (["--figure", "2", "--imb_type", "exp"], 1),
+        (["--figure", "3"], 14),
+        (["--figure", "3", "--method", "IB", "--ratio", "10"], 7),
+        (["--figure", "3", "--method", "CE"], 0),
+        (["--figure", "3", "--imb_type", "step"], 0),
+    ],
+)
+def test_restrictions_hold_for_figures_too(argv, count, capsys):
+    if count:
+        reproduce.main(["list", *argv])
+        assert len(capsys.readouterr().out.splitlines()) == count
+    else:
+        with pytest.raises(SystemExit):
+            reproduce.main(["list", *argv])
+        assert "no run is all of that" in capsys.readouterr().err
