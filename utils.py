@@ -148,7 +148,8 @@ class Parser(argparse.ArgumentParser):
         given = list(sys.argv[1:] if args is None else args)
         for before, value in zip(["", *given], given, strict=False):
             # an unset shell variable is no name, path or number; for --resume it is the published default
-            flag = value[:-1] if value.startswith("--") and value.endswith("=") else before if value == "" else ""
+            is_empty = value.startswith("--") and value.endswith("=") and value.count("=") == 1
+            flag = value[:-1] if is_empty else before if value == "" else ""
             if flag.startswith("-") and flag != "--resume":
                 self.error(f"argument {flag}: an empty value")
         found, rest = super().parse_known_args(args, namespace)

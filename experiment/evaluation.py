@@ -87,7 +87,7 @@ def collect_logits(model: torch.nn.Module, batches: Any, precision: Any) -> tupl
 
 
 def _evaluate_logits(logits, target, class_counts, batch_size):
-    """As `loop.evaluate`, in the same batches, so that the loss is the recorded one to the bit; and the calibration.
+    """As `loop.evaluate`, and the calibration. On a CPU in training's batches: the loss is the recorded one to the bit.
 
     Every rank has the logits of all images: rank 0 counts them.
     """

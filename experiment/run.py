@@ -18,6 +18,7 @@ from experiment.resume import ResumeState, clear, find_start, load_for_evaluatio
 from experiment.settings import Settings, recorded
 from files import files_sha256, run_lock
 from imbalance import GROUP_RULE, count_classes, groups, hold_out, split_sha256
+from loaders import batch_slices
 from training import distributed, optimizer
 from training.precision import Precision, set_determinism
 from utils import DataError, NothingToDo, UsageError, code_version, draw_seed, one_line, versions, warn
@@ -125,7 +126,8 @@ class Run:
         if settings.export_split:
             _export_split(train_set, settings.export_split)
         split = {"sha256": split_sha256(train_set.chosen), "files_sha256": _files_sha256(train_set, test_set)}
-        if not settings.evaluate or settings.test_fraction:  # else a test image may be one that was trained on
+        chooses = len(settings.posthoc_la) > 1 or len(settings.tau_norm) > 1  # on a held-out part of these images
+        if not settings.evaluate or settings.test_fraction or chooses:  # else what is tested may have been trained on
             self._check_images(split)
             self._check_flip(train_set)
         train_set, val_set = _hold_out(train_set, settings.val_fraction)
@@ -189,13 +191,14 @@ class Run:
             )
 
     def check_last_batch(self, model: torch.nn.Module, batches: Any) -> None:
-        """Refuse a last batch of one image where batch norm cannot take it, before training gets there.
+        """Refuse a batch of one image, on any rank, where batch norm cannot take it, before training gets there.
 
         Raises:
             UsageError: see above.
         """
-        size, images = self.settings.batch_size, len(batches.targets)
-        if images % size != 1 % size or distributed.world_size() > 1:
+        size, images, ranks = self.settings.batch_size, len(batches.targets), distributed.world_size()
+        sizes = {part.stop - part.start for rank in range(ranks) for part in batch_slices(images, size, rank, ranks)}
+        if 1 not in sizes or self.settings.sync_bn:
             return
         one = torch.zeros(1, 3, *[self.settings.image_size or 32] * 2, device=self.device)
         try:
@@ -204,9 +207,10 @@ class Run:
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
+            leaves = "leaves a last batch" if ranks == 1 else f"over {ranks} processes leaves one of them a batch"
             raise UsageError(
-                f"--batch-size {size} leaves a last batch of one image of {images}, which batch norm cannot take at "
-                "this image size: choose another --batch-size"
+                f"--batch-size {size} {leaves} of one image of {images}, which batch norm cannot take at this image "
+                "size: choose another --batch-size"
             ) from None
 
     def check_deterministic(self, model: torch.nn.Module) -> None:
@@ -407,8 +411,8 @@ def _export_split(train_set, path):
     raise NothingToDo(f"{path}: indices of {len(train_set.chosen)} chosen training images, one a line")
 
 
-def _shortened(counts: Sequence[int], most: int = 200) -> str:
-    if len(counts) <= most:
+def _shortened(counts: Sequence[int]) -> str:
+    if len(counts) <= 200:
         return " ".join(map(str, counts))
     return f"{len(counts)} classes, {max(counts)} to {min(counts)} images"
 

@@ -160,6 +160,7 @@ def _cached(paths, read, folder, name, key, shape, workers):
     temporary = os.path.join(folder, f"{name}.partial")  # one writer at a time: a lock is held
     try:
         images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        _reserve(temporary)
         _decode_into(images, paths, read, workers)
         images.flush()
         path = os.path.join(folder, f"{name}-{key}-{_crc(images)}.npy")
@@ -171,6 +172,13 @@ def _cached(paths, read, folder, name, key, shape, workers):
         os.unlink(old)
     os.replace(temporary, path)
     return np.load(path, mmap_mode="c")
+
+
+def _reserve(path):
+    """Take the space of a file with holes now: where the disk is full, a write into its map would end the process."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 
 def cache_key(paths: Sequence[str]) -> str:

@@ -19,13 +19,15 @@ WEIGHTS = "IMAGENET1K_V1"
 def imagenet_weights(name: str) -> dict[str, Tensor]:
     """The state dict of torchvision's model `name`, trained on ImageNet; downloaded once, its hash checked.
 
-    The oldest weights that torchvision has, which are the published ones; without those of auxiliary outputs.
+    The V1 weights, which are the published ones, else the first that take images of 224 pixels; without those of
+    auxiliary outputs.
 
     Raises:
         DataError: no network, or a damaged file; the message names the ways out.
     """
     entries = torchvision.models.get_model_weights(name)
-    entry = entries[WEIGHTS] if WEIGHTS in entries.__members__ else entries.DEFAULT
+    fitting = [entry for entry in entries if max(entry.meta.get("min_size", (1, 1))) <= 224]
+    entry = entries[WEIGHTS] if WEIGHTS in entries.__members__ else fitting[0]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub sets none, and a blocked network would hang for minutes
     try:

@@ -31,7 +31,8 @@ def torchvision_model(arch: str, num_classes: int, use_norm: bool = False, featu
         use_norm: a normalised head (`NormedLinear`), for LDAM.
         feature_norm: 'l1', 'l2' or 'linf', the norm that `features` carries.
     """
-    extra = {"aux_logits": False, "init_weights": False} if arch in _AUXILIARY else {}
+    # ImageNet's weights of these want images scaled to -1 to 1, which the model does from the usual scale
+    extra = {"aux_logits": False, "init_weights": False, "transform_input": True} if arch in _AUXILIARY else {}
     model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
     if use_norm:
         head = last_linear(model)

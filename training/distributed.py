@@ -4,10 +4,8 @@ Every rank sees the same epoch, the single process's, and takes its part of each
 those of the whole batch. Rank 0 writes; the others are silent.
 """
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +26,10 @@ def start(gpu: int | None = None) -> torch.device:
     """
     is_alone = _number("WORLD_SIZE", 1) == 1
     local = _number("LOCAL_RANK", 0) if torch.cuda.is_available() else None
+    if gpu is not None and not is_alone:
+        raise UsageError("--gpu: torchrun gives each process a card of its own; leave it out")
+    if not is_alone and local is not None and local >= torch.cuda.device_count():
+        raise UsageError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} CUDA devices")
     device = choose_device(gpu if is_alone else local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -130,16 +132,6 @@ def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
         dist.barrier(group=_control)
-
-
-@contextlib.contextmanager
-def main_first() -> Iterator[None]:
-    """Rank 0 does what is inside, then the others: what it writes they find."""
-    if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
 
 
 def data_parallel(model: torch.nn.Module, sync_bn: bool = False) -> torch.nn.Module:

@@ -17,16 +17,17 @@ def sgd(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float)
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a checkpoint's optimizer state, an official one too; the optimizer stays fused.
+    """Load a checkpoint's momentum, of an official one too; lr, weight decay and the like stay the optimizer's own.
 
     The fused step wants buffers of its parameter's memory layout: the loaded ones are copied into such.
 
     Raises:
         Exception: whatever torch raises for a state of another model.
     """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group["fused"] = True
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
         for parameter in group["params"]:
             buffer = optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:

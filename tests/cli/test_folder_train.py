@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,8 @@ from tinyimagenet_maker import SUBSET
 import folder_train
 import models
 import prepare_tinyimagenet
+from experiment.run import Run
+from utils import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,8 @@ def test_evaluation_of_a_held_out_part_refuses_images_that_have_changed(held_out
 
 
 def test_evaluation_on_a_test_folder_of_ones_own_may_have_other_images(folder, tmp_path):
-    run_ok(tmp_path, "--data_dir", folder, *RUN, "--epochs", "1", "--milestones")
+    # the last batch of two images throws the weights far off at the usual lr
+    run_ok(tmp_path, "--data_dir", folder, *RUN, "--epochs", "1", "--milestones", "--lr", "1e-3")
     (path,) = tmp_path.glob("checkpoint/*/ckpt.pth.tar")
     copy = shutil.copytree(folder, tmp_path / folder.name)
     shutil.copy(copy / "train" / "class1" / "0.jpg", copy / "val" / "class1" / "more.jpg")
@@ -210,6 +214,20 @@ def test_other_images_in_a_folder_of_the_same_name_are_not_the_finished_run(fold
         assert snapshot(tmp_path) == before
     (tmp_path / "one").rename(tmp_path / "moved")
     assert "finished: nothing to do" in run_ok(tmp_path, "--data_dir", "moved/images", *RUN)
+
+
+def test_images_that_changed_pick_no_correction(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    args = ["--data_dir", data, *RUN, "--val_fraction", "0.3"]
+    run_ok(tmp_path, *args)
+    path = next((tmp_path / "checkpoint").glob("*/ckpt.pth.tar"))
+    image = next((data / "train" / "class0").iterdir())
+    shutil.copy(image, image.with_stem("another"))
+    evaluation = ["--data_dir", data, "-e", "--resume", path, "--posthoc_la"]
+    status, _, err = run(tmp_path, *evaluation, "0.5", "1")
+    assert status == 1
+    assert "was trained on other images" in messages(err)[-1]
+    run_ok(tmp_path, *evaluation, "1")
 
 
 def test_weights_of_another_number_of_classes_keep_the_new_head(folder, tmp_path):
@@ -280,6 +298,24 @@ def test_last_batch_of_one_image(folder, tmp_path):
     before = snapshot(tmp_path)
     assert run(tmp_path, *args, "--overwrite")[0] == 2
     assert snapshot(tmp_path) == before, "a refused --overwrite deletes nothing"
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "sync_bn", "refused"),
+    [
+        (8, 1, False, False), (11, 1, False, True),  # 34 = 4 * 8 + 2 = 3 * 11 + 1
+        (8, 2, False, True), (8, 2, True, False),  # a last batch of two, one image for each rank
+        (17, 2, False, False), (31, 2, False, True),  # the last batch has two images for one rank, one for the other
+        (3, 2, False, True), (12, 5, False, False),
+    ],
+)  # fmt: skip
+def test_batch_of_one_image_on_any_rank(size, ranks, sync_bn, refused, monkeypatch):
+    settings = types.SimpleNamespace(batch_size=size, sync_bn=sync_bn, image_size=32)
+    run = types.SimpleNamespace(settings=settings, device="cpu")
+    monkeypatch.setattr("experiment.run.distributed.world_size", lambda: ranks)
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
+    with pytest.raises(UsageError, match="of one image of 34") if refused else contextlib.nullcontext():
+        Run.check_last_batch(run, model, types.SimpleNamespace(targets=torch.zeros(34)))
 
 
 def test_dry_run_needs_no_data(tmp_path):

@@ -46,7 +46,7 @@ from training.optimizer import load_state, sgd
 from training.precision import Compiled, Precision
 from training.recipe import Recipe
 from training.registry import LOSSES
-from utils import epoch_generator, versions
+from utils import UsageError, epoch_generator, versions
 
 COUNTS = [3, 1]
 
@@ -363,6 +363,15 @@ def test_a_process_works_on_its_own_gpu(ranks, gpu, index, monkeypatch):
         assert distributed.start(gpu) == torch.device("cuda", index)
         patched["set_device"].assert_called_once_with(torch.device("cuda", index))
     assert join.call_count == (ranks > 1)
+
+
+@pytest.mark.parametrize(("gpu", "local", "message"), [(0, 0, "--gpu: torchrun"), (None, 4, "--nproc_per_node: .* 4")])
+def test_ranks_without_a_card_of_their_own_are_refused(gpu, local, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    cards = mock.patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 4)
+    with cards, pytest.raises(UsageError, match=message):
+        distributed.start(gpu)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])

@@ -493,3 +493,25 @@ def test_an_image_size_that_a_model_cannot_take_is_one_clear_line(arch, size, me
 def test_the_cifar_models_take_any_size():
     for arch in models.CIFAR_MODELS:
         models.check_image_size(arch, 8)
+
+
+@pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
+def test_images_are_scaled_as_these_models_weights_of_imagenet_want_them(arch):
+    model = models.torchvision_model(arch, 3).eval()
+    assert model.transform_input
+    seen, raw = [], torch.rand(1, 3, 96, 96)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    model._transform_input = (lambda scale: lambda x: seen.append(scale(x)) or seen[-1])(model._transform_input)
+    with torch.no_grad():
+        model((raw - mean) / std)
+    torch.testing.assert_close(seen[0], (raw - 0.5) / 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "file"), [("resnet50", "resnet50-0676ba61.pth"), ("vit_h_14", "vit_h_14_lc_swag-c1eb923e.pth")]
+)
+def test_weights_of_imagenet_are_the_published_ones_or_of_224_pixels(arch, file, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, **_: asked.append(url) or {})
+    models.imagenet_weights(arch)
+    assert asked[0].endswith("/" + file)

@@ -94,3 +94,11 @@ def test_a_state_without_momentum_gets_zeros():
     optimizer = sgd(model, 0.1, 0.9, 0.0)
     load_state(optimizer, {**optimizer.state_dict(), "state": {}})
     assert all((optimizer.state[p]["momentum_buffer"] == 0).all() for p in model.parameters())
+
+
+def test_settings_of_the_optimizer_are_its_own_and_not_the_checkpoints():
+    model = torch.nn.Linear(2, 2)
+    theirs, ours = sgd(model, 0.1, 0.9, 2e-4), sgd(model, 0.2, 0.5, 5e-4)
+    load_state(ours, theirs.state_dict())
+    (group,) = ours.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["fused"]) == (0.2, 0.5, 5e-4, True)

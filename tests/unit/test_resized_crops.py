@@ -1,5 +1,6 @@
 """Images decoded once, and tensor crops against torchvision's transforms on PIL images."""
 
+import errno
 import math
 import os
 from types import SimpleNamespace
@@ -350,3 +351,19 @@ def test_batches_of_a_part_of_tiny_imagenet(tmp_path):
     assert padded.targets.tolist() == [2, 0, 1]
     assert os.listdir(train.parent / "decoded")[0].startswith("train-")
     assert len(names) == whole.num_classes
+
+
+def test_a_full_disk_is_noticed_before_the_map_is_written_to(paths, cache, capsys):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(os, "posix_fallocate", side_effect=full) as reserve:
+        images = decode_once(paths, read_image, str(cache), "train")
+    assert reserve.call_args.args[2] > images.nbytes, "the header and all pixels"
+    assert np.array_equal(images, np.stack([read_image(path) for path in paths]))
+    assert "cannot keep the decoded images ([Errno 28] No space left on device)" in capsys.readouterr().err
+    assert not list(cache.glob("train*"))
+
+
+def test_a_file_of_decoded_images_has_no_holes(paths, cache):
+    decode_once(paths, read_image, str(cache), "train")
+    status = next(cache.glob("train-*.npy")).stat()
+    assert status.st_blocks * 512 >= status.st_size

@@ -345,3 +345,8 @@ def test_restrictions_hold_for_figures_too(argv, count, capsys):
         with pytest.raises(SystemExit):
             reproduce.main(["list", *argv])
         assert "no run is all of that" in capsys.readouterr().err
+
+
+def test_an_equals_sign_at_the_end_of_a_value_is_part_of_it(capsys):
+    reproduce.main(["list", "--table", "2", "--out=some=", "--seeds", "0"])
+    assert "--root_log some=/log" in capsys.readouterr().out
