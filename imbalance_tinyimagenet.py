@@ -6,6 +6,7 @@
 The commands put the archive in order (see prepare_tinyimagenet.py).
 """
 
+import collections
 import os
 from collections.abc import Callable
 
@@ -48,14 +49,16 @@ class TINYIMAGENET(LabelledImages, ImageFolder):
 
     @property
     def class_names(self) -> list[str]:
-        """The first word of each class in words.txt beside the part; without it the wnids."""
+        """The first name of each class in words.txt beside the part, with its wnid where two share it; else the wnids."""
         words = os.path.join(os.path.dirname(os.path.abspath(self.root)), "words.txt")
         try:
             with open(words, encoding="utf-8", errors="replace") as file:
                 names = dict(line.rstrip("\n").split("\t", 1) for line in file if "\t" in line)
         except OSError:
             names = {}
-        return [names.get(wnid, wnid).split(",")[0] for wnid in self.classes]
+        found = [names.get(wnid, wnid).split(",")[0] for wnid in self.classes]
+        many = {name for name, count in collections.Counter(found).items() if count > 1}
+        return [f"{name} ({wnid})" if name in many else name for wnid, name in zip(self.classes, found, strict=True)]
 
     def _keep(self, positions):
         super()._keep(positions)

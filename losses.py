@@ -446,6 +446,7 @@ class Loss(nn.Module):
         return function.per_sample(logits, target, *arguments, ignore_index=self.ignore_index)
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
+        """The reduced loss of logits (N, K) and target (N,) or (N, K); features: see IBLoss, else not looked at."""
         loss, counts = self.per_sample(logits, target, features)
         return _reduce(loss, counts, self.reduction)
 
@@ -602,6 +603,7 @@ class IBLoss(Loss):
         return self.alpha if self.auto is None else self.auto.value
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
+        """The reduced loss; with alpha 'auto' a call in training mode with gradients adds its batch first."""
         if self.training and torch.is_grad_enabled():
             self.calibrate(logits, target, features)
         return super().forward(logits, target, features)

@@ -54,7 +54,7 @@ def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val
         os.unlink(logits_path)
     where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, "data_dir": settings.data_dir}
     path = os.path.join(folder, "evaluation.json")
-    write_text(path, to_json({**where, "classes": run.class_names, **result}))
+    write_text(path, to_json({**where, "classes": run.classes, **result}))
     written = [path, *plots.of_evaluation(result, run.class_names, run.class_counts, folder, settings.name)]
     written += plots.of_calibration(result["calibration"], folder, settings.name)
     if settings.save_logits:

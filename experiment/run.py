@@ -86,11 +86,12 @@ def _prepared(settings, device):
 class Run:
     """One run on one device.
 
-    Attributes: settings (complete), device, precision, start (a `ResumeState`), class_counts, class_names, info
-    (what does not change during the run, for summary.json).
+    Attributes: settings (complete), device, precision, start (a `ResumeState`), class_counts, classes (as the
+    data set calls them), class_names (for people), info (what does not change during the run, for summary.json).
     """
 
     class_counts: list[int]
+    classes: list[str]
     class_names: list[str]
     info: dict[str, Any]
 
@@ -131,7 +132,7 @@ class Run:
             self._check_images(split)
             self._check_flip(train_set)
         train_set, val_set = _hold_out(train_set, settings.val_fraction)
-        self.class_names = list(train_set.classes)
+        self.classes, self.class_names = list(train_set.classes), list(train_set.class_names)
         self.class_counts = count_classes(train_set.targets, known)
         if settings.evaluate and self.start.class_counts:  # groups and prior are the model's, whatever is tested on
             self.class_counts = list(self.start.class_counts)
@@ -144,7 +145,7 @@ class Run:
             "versions": versions(),
             "code": code_version(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "classes": self.class_names,
+            "classes": self.classes,
             "class_counts": self.class_counts,
             "group_rule": GROUP_RULE,
             "split": split,
@@ -319,7 +320,7 @@ class Run:
             "settings": self.info["settings"],
             "split_sha256": self.info["split"]["sha256"],
             "files_sha256": self.info["split"]["files_sha256"],
-            "classes": self.class_names,
+            "classes": self.classes,
             "class_counts": self.class_counts,
             "history": self.history,
         }

@@ -80,6 +80,7 @@ class ResNet_s(nn.Module):  # noqa: N801 (the published name)
         return nn.Sequential(first, *[BasicBlock(channels, channels, 1) for _ in range(blocks - 1)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits (N, K), norm (N, 1) of the last layer's input) of images (N, 3, H, W)."""
         out = F.relu_(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         hidden = out.mean((2, 3))
