@@ -49,7 +49,7 @@ class TINYIMAGENET(LabelledImages, ImageFolder):
 
     @property
     def class_names(self) -> list[str]:
-        """The first name of each class in words.txt beside the part, with its wnid where two share it; else the wnids."""
+        """The first name of each class in words.txt beside the part, with the wnid where two share it; or the wnids."""
         words = os.path.join(os.path.dirname(os.path.abspath(self.root)), "words.txt")
         try:
             with open(words, encoding="utf-8", errors="replace") as file:
