@@ -136,7 +136,7 @@ class Records:
         from tensorboardX.summary import scalar
 
         def add(tag, value):
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 event = Event(wall_time=record["time"], step=record["epoch"], summary=scalar(tag, value))
                 self._writer.write_event(event)
 
