@@ -17,6 +17,7 @@ from script_runner import (
     run_script,
 )
 
+from experiment import checkpoint
 from paper import records
 from results import weights
 
@@ -150,3 +151,20 @@ def test_weights_without_their_record_are_refused(run, tmp_path, case):
     }[case]
     assert (status, err) == (1, f"{NAME}: error: {line}\n")
     assert not (tmp_path / "weights").exists()
+
+
+# ---------------------------------------------------------------------------------------- what is committed
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "results").glob("*/weights/phase_one.pth.tar")), ids=lambda p: p.parts[-3]
+)
+def test_a_committed_phase_one_is_the_beginning_of_a_recorded_run(path):
+    state = checkpoint.load(path)
+    begun = [records.rounded(epoch["test"]["acc1"]) for epoch in state["history"]]
+    found = [record for _, record in records.read(path.parent.parent)[0]]
+    run, *_ = [r for r in found if [epoch["test"]["acc1"] for epoch in r["history"]][: len(begun)] == begun]
+    assert state["epoch"] == len(begun) == run["settings"]["start_ib_epoch"]
+    assert (state["split_sha256"], state["classes"]) == (run["split"]["sha256"], run["classes"])
+    assert state["optimizer"]["state"], "its momentum"
+    assert not {"data_dir", "root_log", "root_model"} & state["settings"].keys()
