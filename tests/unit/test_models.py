@@ -280,6 +280,7 @@ def test_with_feature_norm(family, layer, by_name):
 
 
 #: family -> (model, its last layer)
+AUXILIARY = {"aux_logits": False, "transform_input": True}
 FAMILIES = {
     "alexnet": "classifier.6", "convnext_tiny": "classifier.2", "efficientnet_b0": "classifier.1",
     "googlenet": "fc", "inception_v3": "fc", "maxvit_t": "classifier.5", "mnasnet0_5": "classifier.1",
@@ -309,7 +310,7 @@ SIZES = {
 def test_wrapped_model_gives_the_same_logits_and_the_norm_of_what_enters_the_last_layer(arch, size):
     torch.manual_seed(0)
     model = models.torchvision_model(arch, 5).eval()
-    plain = torchvision.models.get_model(arch, num_classes=5, **({"aux_logits": False} if arch == "googlenet" else {}))
+    plain = torchvision.models.get_model(arch, num_classes=5, **(AUXILIARY if arch == "googlenet" else {}))
     plain.load_state_dict(model.state_dict())
     plain.eval()
     hidden, x = [], torch.randn(2, 3, size, size)
