@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from script_runner import FIVE, TINY, model_folder, run_ok
 
 #: `make test` draws the same examples every time; `make soak` (--hypothesis-profile soak) draws many, other ones.
 settings.register_profile(
@@ -29,8 +30,29 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def ce_run(tmp_path, capsys):
+    """A finished CE run of five epochs, with the checkpoints after 1, 2 and 3; its model folder."""
+    run_ok([*FIVE, *TINY, "--keep_epochs", "1", "3"], tmp_path, capsys)
+    return model_folder(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def one_epoch(tmp_path_factory):
+    """The checkpoint of a CE run after one of five epochs; made once, by whoever asks first."""
+    folder = tmp_path_factory.mktemp("one_epoch")
+
+    def get(capsys):
+        path = model_folder(folder) / "ckpt.epoch001.pth.tar"
+        if not path.exists():
+            run_ok([*FIVE, *TINY, "--keep_epochs", "1"], folder, capsys)
+        return path
+
+    return get
+
+
 #: Files that take longest: they start first, so that the workers of `pytest -n 2` end together.
-LONGEST = ("test_reproduce_ray.py", "test_distributed.py", "test_resume.py", "test_reproduce.py")
+LONGEST = ("test_reproduce_ray.py", "test_distributed.py", "test_resume.py", "test_fork.py", "test_reproduce.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -26,6 +26,8 @@ import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
+RESUME = [f"tests/cli/test_{name}.py" for name in ("resume", "other_run", "longer_run", "fork")]
+
 #: module -> its tests, quick ones first; what starts processes of its own is left out.
 TESTS = {
     "losses.py": [
@@ -39,11 +41,11 @@ TESTS = {
     ],
     "experiment/checkpoint.py": [
         "experiment/checkpoint.py", "tests/faults/test_checkpoints.py", "tests/cli/test_bad_input.py",
-        "tests/cli/test_resume.py", "tests/cli/test_records.py",
+        *RESUME, "tests/cli/test_records.py",
     ],
     "experiment/validation.py": ["tests/cli/test_bad_input.py", "tests/cli/test_records.py"],
     "experiment/resume.py": [
-        "tests/cli/test_resume.py", "tests/faults/test_checkpoints.py", "tests/cli/test_bad_input.py",
+        *RESUME, "tests/faults/test_checkpoints.py", "tests/cli/test_bad_input.py",
         "tests/cli/test_records.py", "tests/faults/test_data.py", "tests/cli/test_evaluation.py",
         "tests/cli/test_folder_train.py",
     ],

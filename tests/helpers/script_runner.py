@@ -32,6 +32,9 @@ TWO_EPOCHS = [*DIGITS, "--epochs", "2", "--start_ib_epoch", "1", "--drw_epoch", 
 TINY = ["--arch", "tiny"]
 #: Four epochs, the last two with the IB loss.
 FOUR = [*DIGITS, *TINY, "--epochs", "4", "--start_ib_epoch", "2", "--milestones", "3", "--loss_type", "IB"]
+#: Five epochs, the last three with the IB loss where one is asked for.
+EPOCHS, START = 5, 2
+FIVE = [*DIGITS, "--epochs", EPOCHS, "--start_ib_epoch", START, "--drw_epoch", "3", "--milestones", "4"]
 #: For processes, which have the published models only.
 REAL = ["--arch", "resnet20"]
 

@@ -1,0 +1,103 @@
+"""--epochs beyond the end of a finished run."""
+
+import json
+
+import pytest
+from script_runner import (
+    FIVE,
+    TINY,
+    assert_same_weights,
+    break_off,
+    messages,
+    model_folder,
+    read_logs,
+    run_main,
+    run_ok,
+    snapshot,
+)
+
+LONGER = {
+    "CE": [],
+    "IB": ["--loss_type", "IB", "--train_rule", "IBReweight"],
+    "alpha auto": ["--loss_type", "IB", "--alpha", "auto"],
+    "Resample": ["--train_rule", "Resample"],
+    "validation part": ["--val_fraction", "0.2"],
+}
+
+
+@pytest.mark.parametrize("flags", LONGER.values(), ids=LONGER.keys())
+def test_a_finished_run_is_made_longer_in_its_own_folder(flags, tmp_path, capsys):
+    args, roots = [*FIVE, *TINY, *flags], ["--root_log", "log/whole", "--root_model", "checkpoint/whole"]
+    run_ok([*args, "--epochs", "7", *roots], tmp_path, capsys)
+    run_ok(args, tmp_path, capsys)
+    out = run_ok([*args, "--epochs", "7", "--resume", "auto"], tmp_path, capsys)
+    assert "after 5 epochs" in out
+    assert "epoch 6/7 done" in out
+    (one,) = (tmp_path / "checkpoint").glob("digits_*")
+    whole = tmp_path / "checkpoint" / "whole" / one.name
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
+        assert_same_weights(one / name, whole / name)
+    log = tmp_path / "log" / one.name
+    assert read_logs(log) == read_logs(tmp_path / "log" / "whole" / one.name)
+    assert json.loads((log / "args.json").read_text())["epochs"] == 7
+    assert "finished: nothing to do" in run_ok([*args, "--epochs", "7"], tmp_path, capsys)
+
+
+def test_a_longer_run_that_is_stopped_is_resumed(tmp_path, capsys):
+    args = [*FIVE, *TINY]
+    run_ok(args, tmp_path, capsys)
+    longer = [*args, "--epochs", "8", "--resume", "auto"]
+    assert break_off(longer, tmp_path, capsys, after=1)[0] == 130
+    run_ok(longer, tmp_path, capsys)
+    run_ok([*args, "--epochs", "8", "--exp_str", "whole"], tmp_path, capsys)
+    assert_same_weights(model_folder(tmp_path) / "ckpt.pth.tar", model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--milestones", "3"], "in epoch 4, lr is "),
+        (["--lr", "0.2"], "in epoch 1, lr is 0.02 there and 0.04 here"),
+        (["--warmup_epochs", "0"], "in epoch 1, lr is 0.02 there and 0.1 here"),
+        (["--train_rule", "CBReweight", "--beta", "0.9"], "in epoch 1, beta is 0.9999 there and 0.9 here"),
+        (["--batch-size", "32"], "batch_size is 64 there and 32 here"),
+        (["--seed", "1"], "seed is 0 there and 1 here"),
+    ],
+)
+def test_a_longer_run_with_another_plan_is_refused_with_the_first_epoch_that_differs(
+    flags, difference, tmp_path, capsys
+):
+    rule = flags[:2] if flags[0] == "--train_rule" else []
+    run_ok([*FIVE, *TINY, *rule], tmp_path, capsys)
+    before = snapshot(tmp_path)
+    status, _, err = run_main([*FIVE, *TINY, *flags, "--epochs", "7", "--resume", "auto"], tmp_path, capsys)
+    assert status == 2
+    (line,) = messages(err)
+    assert difference in line
+    assert snapshot(tmp_path) == before
+
+
+def test_a_cosine_over_more_epochs_is_another_plan(tmp_path, capsys):
+    cosine = [*FIVE[:-2], *TINY, "--schedule", "cosine", "--warmup_epochs", "2"]
+    run_ok(cosine, tmp_path, capsys)
+    status, _, err = run_main([*cosine, "--epochs", "7", "--resume", "auto"], tmp_path, capsys)
+    assert status == 2
+    assert "in epoch 3, lr is " in messages(err)[0]
+
+
+def test_a_longer_run_without_resume_auto_is_refused_with_the_way_to_continue(tmp_path, capsys):
+    run_ok([*FIVE, *TINY], tmp_path, capsys)
+    before = snapshot(tmp_path)
+    status, _, err = run_main([*FIVE, *TINY, "--epochs", "7"], tmp_path, capsys)
+    assert status == 2
+    assert "epochs is 5 there and 7 here" in messages(err)[0]
+    assert "--resume auto" in messages(err)[0]
+    assert snapshot(tmp_path) == before
+
+
+def test_a_finished_run_is_made_longer_in_a_folder_of_its_own(ce_run, tmp_path, capsys):
+    longer = [*FIVE, *TINY, "--epochs", "7", "--exp_str", "longer"]
+    run_ok([*longer, "--resume", ce_run / "ckpt.pth.tar"], tmp_path, capsys)
+    run_ok([*FIVE, *TINY, "--epochs", "7", "--exp_str", "whole"], tmp_path, capsys)
+    one, two = (model_folder(tmp_path, exp=e) / "ckpt.pth.tar" for e in ("longer", "whole"))
+    assert_same_weights(one, two)
