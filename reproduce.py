@@ -12,13 +12,12 @@ for list and run; flags after `--` go to the training scripts.
 import argparse
 import contextlib
 import json
-import math
 import os
 import shlex
 from collections.abc import Sequence
 
 from paper import runs
-from utils import DataError, HelpFormatter, Parser, UsageError, command
+from utils import DataError, HelpFormatter, Parser, UsageError, command, number
 
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
 #: The largest --seed and --rand_number that the scripts take.
@@ -46,42 +45,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _at_least(low, kind=int, high=math.inf):
-    """An argparse type: a finite number that is at least `low`, at most `high`."""
-
-    def convert(text):
-        value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            limits = f"at least {low}" + (f", at most {high}" if math.isfinite(high) else "")
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be {limits}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
 def _add_selection(parser):
     group = parser.add_argument_group("selection (without a table, figure or control: every combination)")
-    number = group.add_argument
-    number("--table", nargs="+", type=int, choices=range(1, 7), default=[], metavar="1..6", help="cells of the paper")
-    number("--figure", nargs="+", type=int, choices=(2, 3), default=[], metavar="2|3", help="runs behind a figure")
-    number(
+    add = group.add_argument
+    add("--table", nargs="+", type=int, choices=range(1, 7), default=[], metavar="1..6", help="cells of the paper")
+    add("--figure", nargs="+", type=int, choices=(2, 3), default=[], metavar="2|3", help="runs behind a figure")
+    add(
         "--control", nargs="+", choices=list(runs.CONTROLS), default=[],
         help="what the paper lacks, for the data and ratios given. ib-lr: CE with the lr of the IB phase; l1-auto: "
         "the IB loss at the size of CE; weights-only: class weights without the factor, at the size of CE; "
         "weights-at-ib: the same at the size of the IB loss; detached: no gradient through the factor",
     )  # fmt: skip
-    number("--dataset", nargs="+", choices=list(runs.SETUPS))
-    number("--imb_type", nargs="+", choices=("exp", "step", "none"))
-    number("--ratio", nargs="+", type=_at_least(1), metavar="R", help="largest class over smallest")
-    number("--method", nargs="+", choices=list(runs.METHODS))
-    number("--seeds", nargs="+", type=_at_least(0, high=MAX_SEED), default=[0], metavar="N", help="default: 0")
-    number(
-        "--subsets", nargs="+", type=_at_least(0, high=MAX_SUBSET), default=[0], metavar="N",
+    add("--dataset", nargs="+", choices=list(runs.SETUPS))
+    add("--imb_type", nargs="+", choices=("exp", "step", "none"))
+    add("--ratio", nargs="+", type=number(int, low=1), metavar="R", help="largest class over smallest")
+    add("--method", nargs="+", choices=list(runs.METHODS))
+    add("--seeds", nargs="+", type=number(int, low=0, high=MAX_SEED), default=[0], metavar="N", help="default: 0")
+    add(
+        "--subsets", nargs="+", type=number(int, low=0, high=MAX_SUBSET), default=[0], metavar="N",
         help="--rand_number (default: 0)",
     )  # fmt: skip
-    number("--protocol", choices=list(runs.SHORTENING), default="full", help="short: every length divided by five")
-    number(
+    add("--protocol", choices=list(runs.SHORTENING), default="full", help="short: every length divided by five")
+    add(
         "--out", default="reproduced", metavar="DIR",
         help="folder of logs and checkpoints (default: %(default)s)",
     )  # fmt: skip
@@ -90,13 +75,13 @@ def _add_selection(parser):
 
 def _add_execution(parser):
     group = parser.add_argument_group("execution")
-    number = group.add_argument
-    number("--results", metavar="DIR", help="a small record of each finished run (default: OUT/results)")
-    number("--jobs", type=_at_least(1), metavar="N", help="runs at a time (default: 1; with Ray, as many as fit)")
-    number("--threads", type=_at_least(1), default=1, metavar="T", help="CPU threads of a run (default: %(default)s)")
-    number("--executor", choices=("local", "ray"), default="local", help="default: %(default)s")
-    number("--address", metavar="HOST:PORT", help="of the Ray cluster (default: a new one on this machine)")
-    number("--gpus_per_run", type=_at_least(0, float), default=0, metavar="F", help="Ray: share of a GPU (default: 0)")
+    add = group.add_argument
+    add("--results", metavar="DIR", help="a small record of each finished run (default: OUT/results)")
+    add("--jobs", type=number(int, low=1), metavar="N", help="runs at a time (default: 1; with Ray, as many as fit)")
+    add("--threads", type=number(int, low=1), default=1, metavar="T", help="CPU threads each (default: %(default)s)")
+    add("--executor", choices=("local", "ray"), default="local", help="default: %(default)s")
+    add("--address", metavar="HOST:PORT", help="of the Ray cluster (default: a new one on this machine)")
+    add("--gpus_per_run", type=number(float, low=0), default=0, metavar="F", help="Ray: share of a GPU (default: 0)")
 
 
 def select(options: argparse.Namespace) -> list[runs.Run]:

@@ -7,11 +7,13 @@ import argparse
 import contextlib
 import functools
 import io
+import math
 import os
 import platform
 import signal
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -162,6 +164,25 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         print(f"{self.prog}: error: {one_line(message)} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def number(
+    kind: type, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number within bounds."""
+
+    def convert(text):
+        value = kind(text)
+        inside = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
+        if not inside or (high is not None and value > high):
+            bounds = [f"over {above}" if above is not None else "", f"at least {low}" if low is not None else ""]
+            bounds.append(f"at most {high}" if high is not None else "")
+            wanted = " and ".join(b for b in bounds if b) or "finite"
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be {wanted}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 # ---------------------------------------------------------------------------------------------- randomness

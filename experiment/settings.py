@@ -14,9 +14,8 @@ are derived from `affects`:
 
 import argparse
 import dataclasses
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from imbalance import IMB_TYPES
@@ -24,7 +23,7 @@ from losses import NORMS
 from training.precision import AMP_TYPES
 from training.recipe import SCHEDULES
 from training.registry import LOSSES, RULES
-from utils import UsageError, warn
+from utils import UsageError, number, warn
 
 KINDS = ("data", "model", "start", "schedule", "optimizer", "numerics", "rounding", "nothing")
 CROPS = ("resized", "padded")
@@ -36,25 +35,6 @@ def setting(default: Any, *flags: str, affects: str, group: str = "", **of_argpa
         raise ValueError(f"affects must be one of {', '.join(KINDS)}, got {affects!r}")
     metadata = {"flags": flags, "affects": affects, "group": group, "argparse": of_argparse}
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def number(
-    kind: type, low: float | None = None, high: float | None = None, above: float | None = None
-) -> Callable[[str], Any]:
-    """An argparse type: a finite number within bounds."""
-
-    def convert(text):
-        value = kind(text)
-        inside = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
-        if not inside or (high is not None and value > high):
-            bounds = [f"over {above}" if above is not None else "", f"at least {low}" if low is not None else ""]
-            bounds.append(f"at most {high}" if high is not None else "")
-            wanted = " and ".join(b for b in bounds if b) or "finite"
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be {wanted}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def _alpha(text):
