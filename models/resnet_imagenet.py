@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from models.torchvision_models import torchvision_model
-from utils import DataError
+from utils import DataError, warn
 
 WEIGHTS = "IMAGENET1K_V1"
 
@@ -20,7 +20,7 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     """The state dict of torchvision's model `name`, trained on ImageNet; downloaded once, its hash checked.
 
     The V1 weights, which are the published ones, else the first that take images of 224 pixels; without those of
-    auxiliary outputs.
+    auxiliary outputs. Warns where they were trained on images of another scale (efficientnet_v2_l).
 
     Raises:
         DataError: no network, or a damaged file; the message names the ways out.
@@ -28,6 +28,9 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     entries = torchvision.models.get_model_weights(name)
     fitting = [entry for entry in entries if max(entry.meta.get("min_size", (1, 1))) <= 224]
     entry = entries[WEIGHTS] if WEIGHTS in entries.__members__ else fitting[0]
+    scale = entry.transforms()
+    if list(scale.mean) != [0.485, 0.456, 0.406]:  # ImageNet's, by which images are scaled here
+        warn(f"ImageNet's weights of {name} were trained on images scaled by mean {scale.mean} and std {scale.std}")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub sets none, and a blocked network would hang for minutes
     try:

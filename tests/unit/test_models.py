@@ -516,3 +516,12 @@ def test_weights_of_imagenet_are_the_published_ones_or_of_224_pixels(arch, file,
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, **_: asked.append(url) or {})
     models.imagenet_weights(arch)
     assert asked[0].endswith("/" + file)
+
+
+def test_imagenet_weights_of_another_scale_say_so(monkeypatch, capsys):
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, **_: {})
+    for arch, message in (("efficientnet_v2_m", ""), ("efficientnet_v2_l", "mean [0.5, 0.5, 0.5]")):
+        models.imagenet_weights(arch)
+        err = capsys.readouterr().err
+        assert message in err
+        assert bool(err) == bool(message)
