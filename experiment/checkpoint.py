@@ -78,10 +78,13 @@ def _read(path):
         return file.read()
 
 
-def _write_sealed(path, content):
-    """Write bytes that carry their checksum beside `path`, read them back from there, and move them to `path`.
+def write(path: str, content: bytes) -> None:
+    """Write a checkpoint's bytes beside `path`, read them back from there, and move them to `path`.
 
     The newest checkpoint is kept under the name PREVIOUS.
+
+    Raises:
+        DataError: they cannot be read back as they were written.
     """
     folder, name = os.path.split(path)
 
@@ -94,24 +97,13 @@ def _write_sealed(path, content):
     write_atomically(path, lambda file: file.write(content), read_back)
 
 
-def copy(source: str, path: str) -> None:
-    """Copy a checkpoint to `path`, atomically.
-
-    Raises:
-        DataError: the source is damaged.
-    """
-    content = _read(source)
-    _check_seal(content, source)
-    _write_sealed(path, content)
-
-
 def save(folder: str, names: Iterable[str], state: dict) -> None:
     """Write the dict `state` to files of these names, one after the other, each atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = _seal(buffer.getvalue())
     for name in names:
-        _write_sealed(os.path.join(folder, name), content)
+        write(os.path.join(folder, name), content)
 
 
 def exists(folder: str) -> bool:
@@ -121,9 +113,8 @@ def exists(folder: str) -> bool:
 
 def newest_kept(folder: str) -> str | None:
     """The path of the newest checkpoint that `epoch_name` names in a run's folder, or None."""
-    matches = [(NAME.fullmatch(os.path.basename(path)), path) for path in written(folder)]
-    kept = [(int(match[1]), path) for match, path in matches if match and match[1]]
-    return max(kept)[1] if kept else None
+    named = [(NAME.fullmatch(os.path.basename(path)), path) for path in written(folder)]
+    return max(((int(match[1]), path) for match, path in named if match and match[1]), default=(0, None))[1]
 
 
 def load_newest(folder: str) -> tuple[str, dict] | tuple[None, None]:
@@ -155,6 +146,11 @@ def load(path: str, bare: bool = False) -> dict:
     Raises:
         DataError: missing, damaged, or not a checkpoint, see validation.py.
     """
+    return read(path, bare)[1]
+
+
+def read(path: str, bare: bool = False) -> tuple[bytes, dict]:
+    """The bytes of a checkpoint, to be copied by `write`, and the dict in them. As `load`."""
     if not os.path.isfile(path):
         raise DataError(f"no checkpoint at {path}")
     content = _read(path)
@@ -171,9 +167,9 @@ def load(path: str, bare: bool = False) -> dict:
     if bare and isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
         state = {"state_dict": state}
         check_weights(state["state_dict"], path)
-        return state
-    check_state(state, path)
-    return state
+    else:
+        check_state(state, path)
+    return content, state
 
 
 def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: str | None = None) -> None:

@@ -9,13 +9,14 @@ import dataclasses
 import glob
 import json
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from experiment import checkpoint, plots
 from experiment.parser import SCRIPTS
 from experiment.plots import FIGURES
-from experiment.records import FILES
+from experiment.records import FILES, best_epoch
 from experiment.settings import IDENTITY, OF_CHECKPOINT, SHARED, Settings, from_record
 from training.recipe import Recipe
 from training.registry import LOSSES
@@ -54,19 +55,23 @@ def find_start(settings: Settings) -> ResumeState:
         UsageError: another run's folder, or a checkpoint of a run that differs. DataError: a bad checkpoint.
     """
     own, held = (None, None) if settings.overwrite else checkpoint.load_newest(settings.model_folder)
-    path = _own_newest(own, settings) if settings.resume == "auto" else settings.resume or None
-    state = held if path == own else checkpoint.load(path) if path else None
+    path = _start_of_auto(own, settings) if settings.resume == "auto" else settings.resume or None
+    if settings.overwrite:
+        _check_not_deleted([path, settings.pretrained], settings.model_folder)
     is_own = path is not None and _is_below(path, settings.model_folder)
-    if is_own and settings.overwrite:
-        raise UsageError(f"--overwrite would delete {path}: move it to another folder to start from it")
+    is_trained = held is not None and _is_trained(settings, held)
+    if path == own or (is_trained and not is_own):  # of a trained run at most its logs or figures are missing
+        state = held
+    else:
+        state = checkpoint.load(path) if path else None
     theirs = settings_of_checkpoint(state, path)
     if settings.seed is None and theirs is not None:
         settings = dataclasses.replace(settings, seed=theirs.seed)
     newest = held.get("epoch", 0) if held else 0
     is_older = state is not None and is_own and state.get("epoch", 0) < newest
     is_finished = _check_folder(settings, held, state, is_own) and not (is_older and settings.force)
-    if is_finished or (held is not None and not is_older and _is_trained(settings, held)):
-        path, state, is_own, is_older = own, held, True, False  # at most its logs or figures are missing
+    if is_finished or (is_trained and not is_older):
+        path, state, is_own, is_older = own, held, True, False
         theirs = settings_of_checkpoint(state, path)
     if state is None:
         return ResumeState(epoch=settings.start_epoch)
@@ -91,11 +96,11 @@ def find_start(settings: Settings) -> ResumeState:
         criterion=_criterion_state(settings, theirs, state, epoch),
         scaler=state.get("scaler"),
         path=path,
-        is_fork=not is_own,
+        is_fork=settings.overwrite or not is_own,
         is_finished=is_finished,
         split_sha256=state.get("split_sha256"),
         files_sha256=state.get("files_sha256"),
-        best_acc1=-1.0 if state.get("history") else float(state.get("best_acc1", -1.0)),
+        best_acc1=_published_best(state),
         seed=theirs.seed if theirs is not None else None,
         # settings without the flag are older: every data set was mirrored then
         flip=state["settings"].get("flip", "on") if theirs is not None else "auto",
@@ -104,12 +109,26 @@ def find_start(settings: Settings) -> ResumeState:
     )
 
 
-def _own_newest(own, settings):
+def _start_of_auto(own, settings):
     """The run's own newest checkpoint; of a fork that was stopped in its first epoch, the one that it started from."""
     path = own or checkpoint.newest_kept(settings.model_folder)
     if path is None:
         print(f"--resume auto: no checkpoint in {one_line(settings.model_folder)}, starting from scratch", flush=True)
     return path
+
+
+def _check_not_deleted(paths, model_folder):
+    """Refuse --overwrite of a file that the run starts from."""
+    deleted = {os.path.realpath(path) for path in checkpoint.written(model_folder)}
+    for path in paths:
+        if path and os.path.realpath(path) in deleted:
+            raise UsageError(f"--overwrite would delete {path}: move it to another folder to start from it")
+
+
+def _published_best(state):
+    """`best_acc1` of a published checkpoint, also after epochs of ours; -1 where the history has the best epoch."""
+    best = float(state.get("best_acc1", -1.0))
+    return best if all(record["test"]["acc1"] < best for record in state.get("history", [])) else -1.0
 
 
 def _is_below(path, folder):
@@ -175,20 +194,25 @@ def _check_folder(settings, held, state, is_own):
             ways.append("use --force to continue anyway")
         raise UsageError(f"{log_folder} holds a run with other settings ({differs}): {', or '.join(ways)}")
     # a fork stopped in its first epoch has the logs of the epochs before it and no checkpoint of its own
-    if held is None and recorded and summary["epochs_done"] > len((state or {}).get("history", [])):
+    done = summary.get("epochs_done", 0)
+    if held is None and recorded and done > len((state or {}).get("history", [])):
+        if os.path.exists(os.path.join(model_folder, checkpoint.epoch_name(done))):
+            raise UsageError(_continue(log_folder, done))
         raise UsageError(
-            f"{log_folder} holds the logs of this run, but {model_folder} holds no checkpoint: --overwrite it"
+            f"{log_folder} holds the logs of this run after {done} epochs, but {model_folder} holds no checkpoint of "
+            "them: --overwrite it"
         )
     if held is None or differs is not None:
         return False
     if _is_trained(settings, held) and _is_complete(log_folder, held):
         return True
     if not is_own and not _is_trained(settings, held):
-        raise UsageError(
-            f"{model_folder} holds this run after {held.get('epoch', 0)} epochs: "
-            "--resume auto continues it, --overwrite starts anew"
-        )
+        raise UsageError(_continue(model_folder, held.get("epoch", 0)))
     return False
+
+
+def _continue(folder, epochs):
+    return f"{folder} holds this run after {epochs} epochs: --resume auto continues it, --overwrite starts anew"
 
 
 def _difference_of_folder(settings, recorded, held):
@@ -251,45 +275,73 @@ def _criterion_state(settings, theirs, state, epoch):
     """The criterion's state, where the next epoch has the same loss with the same constants."""
     if theirs is None or not 0 < epoch < settings.epochs or not state.get("criterion"):
         return None
-    loss = plan(settings, epoch)["loss"]
-    is_same = loss == plan(theirs, epoch - 1)["loss"]
-    is_same &= all(getattr(settings, name) == getattr(theirs, name) for name in LOSSES[loss].constants)
-    return state["criterion"] if is_same else None
+    here, there = plan(settings, epoch), plan(theirs, epoch - 1)
+    names = ("loss", *LOSSES[here["loss"]].constants)
+    return state["criterion"] if all(here[name] == there.get(name) for name in names) else None
 
 
 # ------------------------------------------------------------------------------------------------- folders
 
 
-def take_over_checkpoint(start: ResumeState, model_folder: str) -> None:
-    """Give a fork's folder the checkpoint that it starts from, and the best one of the epochs before it.
+def read_inherited(start: ResumeState) -> dict[str, bytes]:
+    """The checkpoints that the run's folder must hold before an epoch is trained, as bytes by file name.
 
-    A run that continues from its previous checkpoint makes it the newest, in place of one that is damaged. A run that
-    goes back to an older one gets the best one of the epochs before it back.
+    They are the best one of the epochs before `start.epoch`, and for a fork the one that it starts from.
 
     Raises:
-        DataError: the fork's checkpoint has been written over since it was read.
+        DataError: the fork's checkpoint has been written over since it was read, or the best one beside it is damaged.
     """
-    if start.path is None:
-        return
-    folder, name = os.path.split(start.path)
-    own_best = os.path.join(model_folder, checkpoint.BEST)
-    best_then = os.path.join(folder, checkpoint.best_name(start.epoch))
+    best = _read_best(start)
     if not start.is_fork:
-        if os.path.realpath(start.path) == os.path.realpath(os.path.join(model_folder, checkpoint.PREVIOUS)):
-            os.replace(start.path, os.path.join(model_folder, checkpoint.NEWEST))
-        elif name == checkpoint.epoch_name(start.epoch) and os.path.exists(best_then):
-            checkpoint.copy(best_then, own_best)
-        return
-    best = os.path.join(folder, checkpoint.BEST) if name in (checkpoint.NEWEST, checkpoint.BEST) else best_then
-    if os.path.exists(best):
-        for path in (own_best, os.path.join(model_folder, checkpoint.best_name(start.epoch))):
-            checkpoint.copy(best, path)
-    # last: it says that the best one is there
-    kept = os.path.join(model_folder, checkpoint.epoch_name(start.epoch))
-    checkpoint.copy(start.path, kept)
-    if checkpoint.load(kept).get("epoch", start.epoch) != start.epoch:
-        os.unlink(kept)
+        return {checkpoint.BEST: best} if best else {}
+    content, state = checkpoint.read(str(start.path))
+    if state.get("epoch", start.epoch) != start.epoch:
         raise DataError(f"{start.path} was written over while this run started: start it again")
+    files = dict.fromkeys((checkpoint.BEST, checkpoint.best_name(start.epoch)), best) if best else {}
+    return {**files, checkpoint.epoch_name(start.epoch): content}  # the last says that the others are there
+
+
+def _read_best(start):
+    """The bytes of the best checkpoint of the epochs before `start.epoch`, or None where there is none."""
+    best = best_epoch(start.history) if start.history else None
+    if best is None or best["test"]["acc1"] <= start.best_acc1:
+        return None
+    folder, damaged = os.path.dirname(start.path), None
+    for path in [*(os.path.join(folder, n) for n in (checkpoint.best_name(start.epoch), checkpoint.BEST)), start.path]:
+        if not os.path.exists(path):
+            continue
+        try:
+            content, state = checkpoint.read(path)
+        except DataError as error:
+            damaged = error
+        else:
+            # a name alone says little: another run, or epochs that were given up, may have left the file
+            if repr(state.get("history", [])[-1:]) == repr([best]):  # as text, in which NaN equals NaN
+                return content
+    if damaged is not None and start.is_fork:
+        raise damaged
+    return None
+
+
+def take_over(start: ResumeState, inherited: dict[str, bytes], model_folder: str) -> None:
+    """Write what `read_inherited` has read to the run's folder.
+
+    A run that continues there from another checkpoint than the newest (which is damaged, or it goes back) makes that
+    one the newest, so that it is resumed from it if it is stopped in its first epoch.
+    """
+    newest = os.path.join(model_folder, checkpoint.NEWEST)
+    if start.path is not None and not start.is_fork:
+        if os.path.realpath(start.path) == os.path.realpath(os.path.join(model_folder, checkpoint.PREVIOUS)):
+            os.replace(start.path, newest)
+        elif os.path.exists(newest) and os.path.realpath(start.path) != os.path.realpath(newest):
+            checkpoint.write(newest, checkpoint.read(start.path)[0])
+        if start.history and not inherited:  # what is there is of epochs that are no longer this run's
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(model_folder, checkpoint.BEST))
+    for name, content in inherited.items():
+        path = os.path.join(model_folder, name)
+        if not os.path.exists(path) or pathlib.Path(path).read_bytes() != content:
+            checkpoint.write(path, content)
 
 
 def clear(log_folder: str, model_folder: str) -> None:

@@ -14,7 +14,7 @@ import torch
 import models
 from experiment import checkpoint
 from experiment.records import Records, best_epoch
-from experiment.resume import ResumeState, clear, find_start, load_for_evaluation, take_over_checkpoint
+from experiment.resume import ResumeState, clear, find_start, load_for_evaluation, read_inherited, take_over
 from experiment.settings import Settings, recorded
 from files import files_sha256, run_lock
 from imbalance import GROUP_RULE, count_classes, groups, hold_out, split_sha256
@@ -65,7 +65,8 @@ def open_run(settings: Settings) -> Iterator["Run"]:
         raise DataError(f"another process of this job has ended ({str(error).splitlines()[0]})") from None
     except KeyboardInterrupt as stop:
         newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
-        hint = f"add --resume auto to continue from {newest}" if os.path.exists(newest) else "no epoch was finished"
+        found = newest if os.path.exists(newest) else checkpoint.newest_kept(settings.model_folder)
+        hint = f"add --resume auto to continue from {found}" if found else "no epoch was finished"
         raise type(stop)(f": {hint}") from None
     finally:
         distributed.stop()
@@ -130,6 +131,7 @@ class Run:
         chooses = len(settings.posthoc_la) > 1 or len(settings.tau_norm) > 1  # on a held-out part of these images
         if not settings.evaluate or settings.test_fraction or chooses:  # else what is tested may have been trained on
             self._check_images(split)
+        if not settings.evaluate:
             self._check_flip(train_set)
         train_set, val_set = _hold_out(train_set, settings.val_fraction)
         self.classes, self.class_names = list(train_set.classes), list(train_set.class_names)
@@ -185,7 +187,7 @@ class Run:
     def _check_flip(self, train_set):
         """Refuse to continue with mirrored images what was trained without, and the other way round."""
         flips = [{"on": True, "off": False}.get(flip, train_set.flip) for flip in (self.start.flip, self.settings.flip)]
-        if self.start.path is not None and flips[0] != flips[1] and not (self.settings.force or self.settings.evaluate):
+        if self.start.path is not None and flips[0] != flips[1] and not self.settings.force:
             raise UsageError(
                 f"{self.start.path} was trained {'with' if flips[0] else 'without'} mirrored images: "
                 f"use --flip {'on' if flips[0] else 'off'}, or --force to continue anyway"
@@ -197,9 +199,10 @@ class Run:
         Raises:
             UsageError: see above.
         """
-        size, images, ranks = self.settings.batch_size, len(batches.targets), distributed.world_size()
+        size, images = self.settings.batch_size, len(batches.targets)
+        ranks = 1 if self.settings.sync_bn else distributed.world_size()  # which normalises all ranks' images together
         sizes = {part.stop - part.start for rank in range(ranks) for part in batch_slices(images, size, rank, ranks)}
-        if 1 not in sizes or self.settings.sync_bn:
+        if 1 not in sizes:
             return
         one = torch.zeros(1, 3, *[self.settings.image_size or 32] * 2, device=self.device)
         try:
@@ -280,9 +283,10 @@ class Run:
             yield
             return
         settings = self.settings
+        inherited = read_inherited(self.start)
         if settings.overwrite:
             clear(settings.log_folder, settings.model_folder)
-        take_over_checkpoint(self.start, settings.model_folder)
+        take_over(self.start, inherited, settings.model_folder)
         records = Records(settings.log_folder, self.class_names, self.info, self.history)
         with contextlib.closing(records) as self._records, contextlib.closing(Writer()) as self._writer:
             yield
@@ -338,7 +342,7 @@ class Run:
         checkpoint.save(folder, reversed(names), state)  # the newest last: it says that the others are there
         best_path = os.path.join(folder, checkpoint.BEST)
         if keep and os.path.exists(best_path):
-            checkpoint.copy(best_path, os.path.join(folder, checkpoint.best_name(done)))
+            checkpoint.write(os.path.join(folder, checkpoint.best_name(done)), checkpoint.read(best_path)[0])
         self._records.add(history[-1])
 
 

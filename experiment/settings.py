@@ -325,7 +325,11 @@ class Settings:
         False, "--dry_run", affects="nothing", group="run", help="print the recipe, one CSV row an epoch, and stop"
     )
     force: bool = setting(
-        False, "--force", affects="nothing", group="run", help="resume although settings differ from the checkpoint's"
+        False,
+        "--force",
+        affects="nothing",
+        group="run",
+        help="resume although settings or data differ from the checkpoint's, or a newer one is there",
     )
     overwrite: bool = setting(
         False,

@@ -101,7 +101,7 @@ class Driver:
         except ValueError as error:
             reason = str(error)
         else:
-            differs = records.differences(records.command_settings(run, tuple(self.extra)), settings)
+            differs = records.differences(self._settings(run), settings)
             reason = ", ".join(f"{name} {value}" for name, value in differs)
             reason = reason or f"seed {settings.seed}" * (settings.seed != run.seed)
         if reason:
@@ -118,7 +118,7 @@ class Driver:
 
     def _must_wait(self, run):
         """Whether another run of its family is to train the epochs that they share."""
-        if self._is_begun(run) or self.fork_point(run) or not self.fork_epoch(run):
+        if self._is_begun(run) or self.fork_point(run) or not self.forks(run):
             return False
         return self._trunk(run) is not run
 
@@ -129,19 +129,25 @@ class Driver:
 
     def epochs(self, run: Run) -> int:
         """Epochs of the run, with the flags for every script."""
-        return records.command_settings(run, tuple(self.extra)).epochs
+        return self._settings(run).epochs
 
     def fork_epoch(self, run: Run) -> int:
         """`Run.fork_epoch` with the flags for every script."""
-        return run.fork_epoch_with(vars(records.command_settings(run, tuple(self.extra))))
+        return run.fork_epoch_with(vars(self._settings(run)))
+
+    def forks(self, run: Run) -> bool:
+        """Whether it goes its own way after epochs that it shares; false for one that others fork from."""
+        return 0 < self.fork_epoch(run) < self.epochs(run)
 
     def fork_point(self, run: Run) -> pathlib.Path | None:
         """The checkpoint of another run of its family after the epochs that they share, or None."""
+        if not self.forks(run):
+            return None
         epoch = self.fork_epoch(run)
         for other in [*self.families[run.family], run.trunk]:
             folder = self._model_folder(other)
             path = folder / checkpoint.epoch_name(epoch)
-            # the copy of the best one is written last
+            # one of the two is written last
             if other != run and path.exists() and (folder / checkpoint.best_name(epoch)).exists():
                 return path
         return None
@@ -183,6 +189,9 @@ class Driver:
                 self.view.line(f"failed {other.name}: it continues from {run.name}")
 
     # -------------------------------------------------------------------------------------------- places
+
+    def _settings(self, run):
+        return records.command_settings(run, tuple(self.extra))
 
     def _in(self, *states):
         return [run for run in self.runs if self.state[run] in states]
@@ -262,6 +271,6 @@ class View:
             return 0
         done = driver.epochs_done(run)
         trunk = max(driver.families[run.family], key=driver.fork_epoch)
-        if not done and (trunk is not run or driver.fork_point(run)):
+        if not done and driver.forks(run) and (trunk is not run or driver.fork_point(run)):
             done = driver.fork_epoch(run)  # another run trains them, or has trained them
         return driver.epochs(run) - done

@@ -200,13 +200,14 @@ class Run:
 
     def fork_epoch_with(self, settings: Mapping[str, Any]) -> int:
         """The same where `settings`, by the names of the flags, are those of the command."""
+        epoch = settings["drw_epoch" if settings["train_rule"] in DEFERRED else "epochs"]
         if settings["loss_type"] in IB_LOSSES:
-            return settings["start_ib_epoch"]
-        if self.variant == "ib-lr":  # its lr falls where the setup says
-            return min(settings["start_ib_epoch"], self.settings["start_ib_epoch"])
-        if settings["train_rule"] == "cRT":  # a run keeps no copy of its last checkpoint: an epoch is trained twice
-            return settings["drw_epoch"] - 1
-        return settings["drw_epoch" if settings["train_rule"] in DEFERRED else "epochs"]
+            epoch = settings["start_ib_epoch"]
+        elif self.variant == "ib-lr":  # its lr falls where the setup says
+            epoch = min(settings["start_ib_epoch"], self.settings["start_ib_epoch"])
+        elif settings["train_rule"] == "cRT":  # a run keeps no copy of its last checkpoint: an epoch is trained twice
+            epoch = settings["drw_epoch"] - 1
+        return min(epoch, settings["epochs"])
 
 
 def titled(method: str, variant: str) -> str:

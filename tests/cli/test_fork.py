@@ -4,6 +4,7 @@ import shutil
 from unittest import mock
 
 import pytest
+import torch
 from script_runner import (
     FIVE,
     TINY,
@@ -20,6 +21,7 @@ from script_runner import (
 )
 
 from experiment import resume
+from experiment.records import best_epoch
 
 
 @pytest.mark.parametrize(
@@ -72,8 +74,14 @@ def test_a_fork_stopped_in_its_first_epoch_is_continued(again, ce_run, tmp_path,
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
     forked = [*args, "--resume", ce_run / "ckpt.epoch002.pth.tar"]
     status, _, err = break_off(forked, tmp_path, capsys, after=0)
-    assert (status, messages(err)[-1]) == (130, "cifar_train.py: stopped by Ctrl-C: no epoch was finished")
+    kept = f"checkpoint/{model_folder(tmp_path, 'IB').name}/ckpt.epoch002.pth.tar"
+    assert (status, messages(err)[-1]) == (
+        130, f"cifar_train.py: stopped by Ctrl-C: add --resume auto to continue from {kept}"
+    )  # fmt: skip
     assert not (model_folder(tmp_path, "IB") / "ckpt.pth.tar").exists()
+    status, _, err = run_main(args, tmp_path, capsys)
+    assert status == 2
+    assert "holds this run after 2 epochs: --resume auto continues it" in messages(err)[-1]
     out = run_ok(forked if again != "auto" else [*args, "--resume", "auto"], tmp_path, capsys)
     assert "after 2 epochs" in out
     whole, fork = (model_folder(tmp_path, "IB", exp=e) for e in ("whole", "0"))
@@ -90,7 +98,7 @@ def test_logs_that_go_beyond_the_fork_are_not_written_over(ce_run, tmp_path, cap
     before = snapshot(tmp_path)
     status, _, err = run_main(args, tmp_path, capsys)
     assert status == 2
-    assert "holds the logs of this run, but" in messages(err)[-1]
+    assert "holds the logs of this run after 5 epochs, but" in messages(err)[-1]
     assert snapshot(tmp_path) == before
 
 
@@ -168,9 +176,59 @@ def test_a_fork_from_the_best_checkpoint_has_it_as_its_best(ce_run, tmp_path, ca
     assert_same_weights(model_folder(tmp_path, "IB") / "ckpt.best.pth.tar", ce_run / "ckpt.best.pth.tar")
 
 
-def test_a_fork_whose_source_is_written_over_meanwhile_says_so(ce_run, tmp_path):
+def test_a_fork_whose_source_is_written_over_meanwhile_says_so(ce_run):
     start = resume.ResumeState(epoch=2, path=str(ce_run / "ckpt.epoch003.pth.tar"), is_fork=True)
-    (tmp_path / "fork").mkdir()
     with pytest.raises(resume.DataError, match="was written over while this run started"):
-        resume.take_over_checkpoint(start, str(tmp_path / "fork"))
-    assert not (tmp_path / "fork" / "ckpt.epoch002.pth.tar").exists()
+        resume.read_inherited(start)
+
+
+def third_epoch_is_worse(ce_run):
+    """The source's checkpoint after three epochs, with the second as its best epoch."""
+    path = ce_run / "ckpt.epoch003.pth.tar"
+    state = load_checkpoint(path)
+    state["history"][2]["score"] = 0.0
+    assert best_epoch(state["history"])["epoch"] == 1
+    torch.save(state, path)
+    shutil.copy(ce_run / "ckpt.epoch002.pth.tar", ce_run / "ckpt.epoch003.best.pth.tar")
+    return path
+
+
+FORK = [*FIVE, *TINY, "--loss_type", "IB", "--start_ib_epoch", "3", "--resume"]
+
+
+def test_a_fork_that_cannot_start_deletes_nothing(ce_run, tmp_path, capsys):
+    path = third_epoch_is_worse(ce_run)
+    run_ok([*FORK, path], tmp_path, capsys)
+    best = ce_run / "ckpt.epoch003.best.pth.tar"
+    content = bytearray(best.read_bytes())
+    content[len(content) // 2] ^= 1
+    best.write_bytes(content)
+    before = snapshot(tmp_path)
+    status, _, err = run_main([*FORK, path, "--overwrite"], tmp_path, capsys)
+    assert status == 1
+    assert f"{best} is damaged" in messages(err)[-1]
+    assert snapshot(tmp_path) == before
+
+
+def test_a_fork_finds_the_best_checkpoint_by_what_is_in_it(ce_run, tmp_path, capsys):
+    """Beside a copy; and not where the file of that name is another epoch's."""
+    copied, best = ce_run / "copied.pth.tar", model_folder(tmp_path, "IB") / "ckpt.best.pth.tar"
+    shutil.move(third_epoch_is_worse(ce_run), copied)
+    shutil.move(ce_run / "ckpt.epoch003.best.pth.tar", ce_run / "ckpt.best.pth.tar")
+    break_off([*FORK, copied], tmp_path, capsys, after=0)
+    assert_same_weights(best, ce_run / "ckpt.best.pth.tar")
+    shutil.copy(ce_run / "ckpt.pth.tar", ce_run / "ckpt.best.pth.tar")
+    break_off([*FORK, copied, "--overwrite"], tmp_path, capsys, after=0)
+    assert not best.exists()
+
+
+def test_the_same_command_on_a_finished_fork_needs_no_source(ce_run, tmp_path, capsys):
+    args = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    run_ok(args, tmp_path, capsys, figures=True)
+    shutil.rmtree(ce_run)
+    before = snapshot(tmp_path)
+    assert "finished: nothing to do" in run_ok(args, tmp_path, capsys, figures=True)
+    status, _, err = run_main([*args, "--lr", "0.2"], tmp_path, capsys)
+    assert status == 2
+    assert "holds a run with other settings" in messages(err)[-1]
+    assert snapshot(tmp_path) == before

@@ -141,8 +141,8 @@ def test_logs_of_this_run_without_its_checkpoints_are_not_written_over(tmp_path,
     for more in ([], ["--resume", "auto"]):
         status, _, err = run_main([*FIVE, *TINY, *more], tmp_path, capsys)
         assert status == 2
-        assert "holds the logs of this run, but" in messages(err)[-1]
-        assert "holds no checkpoint: --overwrite it" in messages(err)[-1]
+        assert "holds the logs of this run after 5 epochs, but" in messages(err)[-1]
+        assert "holds no checkpoint of them: --overwrite it" in messages(err)[-1]
         assert snapshot(tmp_path) == before
 
 
@@ -282,12 +282,13 @@ def test_a_refused_overwrite_deletes_nothing(tmp_path, capsys):
         assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
 @pytest.mark.parametrize("name", ["ckpt.best.pth.tar", "ckpt.previous.pth.tar", "ckpt.epoch002.pth.tar"])
-def test_overwrite_never_deletes_the_checkpoint_that_it_starts_from(name, tmp_path, capsys):
+def test_overwrite_never_deletes_the_checkpoint_that_it_starts_from(name, flag, tmp_path, capsys):
     break_off([*FIVE, *TINY], tmp_path, capsys, after=3)
     (model_folder(tmp_path) / "ckpt.previous.pth.tar").touch()
     before = snapshot(tmp_path)
-    args = [*FIVE, *TINY, "--overwrite", "--resume", model_folder(tmp_path) / name]
+    args = [*FIVE, *TINY, "--overwrite", flag, model_folder(tmp_path) / name]
     status, _, err = run_main(args, tmp_path, capsys)
     assert status == 2
     assert messages(err)[-1].startswith("cifar_train.py: error: --overwrite would delete ")
@@ -301,3 +302,13 @@ def test_overwrite_leaves_checkpoints_that_no_run_writes(tmp_path, capsys):
         path.write_text("mine")
     run_ok([*FIVE, *TINY, "--overwrite"], tmp_path, capsys)
     assert [path.read_text() for path in mine] == ["mine"] * 3
+
+
+def test_overwrite_starts_from_a_checkpoint_of_the_folder_that_it_leaves(ce_run, tmp_path, capsys):
+    mine = shutil.copy(ce_run / "ckpt.epoch002.pth.tar", ce_run / "ckpt.mine.pth.tar")
+    args = [*FIVE, *TINY, "--milestones", "3"]  # another run from the fourth epoch on
+    run_ok([*args, "--overwrite", "--resume", mine], tmp_path, capsys)
+    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar", "ckpt.epoch002.pth.tar"):
+        assert_same_weights(ce_run / name, model_folder(tmp_path, exp="whole") / name)
+    assert mine.exists()

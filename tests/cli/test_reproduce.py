@@ -133,6 +133,18 @@ def test_epochs_left_of_a_fork_are_its_own(tmp_path, capsys, three_epochs):
     assert work.view._left() == 1
 
 
+def test_runs_that_end_before_they_could_fork_do_not_wait(tmp_path, capsys, three_epochs):
+    extra = ["--epochs", "2", "--milestones", "1"]  # the IB loss would start with the third
+    chosen, executor = cell(["CE", "IB"]), InProcess(capsys)
+    work = driver.Driver(chosen, tmp_path, tmp_path / "results", executor, extra, stream=io.StringIO())
+    assert list(map(work.fork_epoch, chosen)) == [2, 2]
+    assert [work._must_wait(run) for run in chosen] == [False, False]
+    assert work.view._left() == 4
+    assert work.run() == []
+    assert all(command[command.index("--resume") + 1] == "auto" for _, command in executor.commands)
+    assert work.view._left() == 0
+
+
 def test_finished_runs_are_skipped_and_their_records_are_small_and_complete(three_epochs, tmp_path, capsys):
     chosen = cell(["CE", "IB"])
     drive(chosen, tmp_path, InProcess(capsys))

@@ -1,5 +1,6 @@
 """Stop and resume: the same weights and logs as the run never stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from script_runner import (
 )
 
 from experiment import fit
-from experiment.records import Records
+from experiment.records import Records, best_epoch
 from training.precision import Precision
 
 # ----------------------------------------------------------------------------------------------- killed, as processes
@@ -330,12 +331,60 @@ def test_the_same_command_on_a_trained_run_makes_its_logs_and_trains_nothing(tmp
     assert (read_logs(log_folder(tmp_path)), snapshot(model_folder(tmp_path))) == before
 
 
-def test_a_run_that_goes_back_has_the_best_checkpoint_of_the_epochs_that_are_left(ce_run, tmp_path, capsys):
-    def best():
-        return load_checkpoint(ce_run / "ckpt.best.pth.tar")["epoch"]
+@pytest.mark.parametrize("flags", [[], ["--lr", "0.05"]], ids=["same settings", "another lr"])
+def test_a_run_that_goes_back_and_is_stopped_at_once_is_resumed_from_there(flags, ce_run, tmp_path, capsys):
+    def epochs():
+        return [load_checkpoint(ce_run / f"ckpt{name}.pth.tar")["epoch"] for name in ("", ".previous", ".best")]
 
     kept = load_checkpoint(ce_run / "ckpt.epoch002.best.pth.tar")["epoch"]
-    assert best() > kept, "the test needs a best epoch after the one that it goes back to"
-    back = [*FIVE, *TINY, "--keep_epochs", "1", "3", "--resume", ce_run / "ckpt.epoch002.pth.tar", "--force"]
-    break_off(back, tmp_path, capsys, after=0)
-    assert best() == kept
+    assert epochs()[2] > kept, "the test needs a best epoch after the one that it goes back to"
+    args = [*FIVE, *TINY, *flags, "--force", "--resume"]
+    _, _, err = break_off([*args, ce_run / "ckpt.epoch002.pth.tar"], tmp_path, capsys, after=0)
+    assert messages(err)[-1].endswith(f"add --resume auto to continue from {ce_run.relative_to(tmp_path)}/ckpt.pth.tar")
+    assert epochs() == [2, 5, kept]
+    out = run_ok([*args, "auto"], tmp_path, capsys)
+    assert "after 2 epochs" in out
+    state = load_checkpoint(ce_run / "ckpt.pth.tar")
+    assert epochs() == [5, 4, best_epoch(state["history"])["epoch"] + 1]
+    assert state["settings"]["lr"] == (0.05 if flags else 0.1)
+
+
+def test_a_run_that_goes_back_leaves_no_best_checkpoint_of_the_epochs_that_it_gives_up(tmp_path, capsys):
+    run_ok([*FIVE, *TINY], tmp_path, capsys)
+    path, best = (model_folder(tmp_path) / name for name in ("ckpt.previous.pth.tar", "ckpt.best.pth.tar"))
+    assert load_checkpoint(best)["epoch"] == 5
+    then = best_epoch(load_checkpoint(path)["history"])["epoch"] + 1
+    break_off([*FIVE, *TINY, "--resume", path, "--force"], tmp_path, capsys, after=0)
+    assert load_checkpoint(best)["epoch"] == 4 if then == 4 else not best.exists()
+
+
+def test_a_run_stopped_between_its_best_checkpoint_and_its_newest_is_the_run_never_stopped(tmp_path, capsys):
+    break_off([*FIVE, *TINY], tmp_path, capsys, after=4)
+    run_ok([*FIVE, *TINY, "--exp_str", "whole"], tmp_path, capsys)
+    here, whole = model_folder(tmp_path), model_folder(tmp_path, exp="whole")
+    assert load_checkpoint(whole / "ckpt.best.pth.tar")["epoch"] == 5
+    shutil.copy(whole / "ckpt.best.pth.tar", here)
+    fork = [*FIVE, *TINY, "--loss_type", "IB", "--start_ib_epoch", "4", "--resume", here / "ckpt.pth.tar"]
+    run_ok(fork, tmp_path, capsys)
+    summary = json.loads((log_folder(tmp_path, "IB") / "summary.json").read_text())
+    best = model_folder(tmp_path, "IB") / "ckpt.best.pth.tar"
+    if summary["best"]["epoch"] < 4:  # its file is gone, and no other run's stands in for it
+        assert not best.exists()
+    else:
+        assert load_checkpoint(best)["epoch"] == summary["best"]["epoch"] + 1
+    run_ok([*FIVE, *TINY, "--resume", "auto"], tmp_path, capsys)
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
+        assert_same_weights(here / name, whole / name)
+
+
+def test_the_best_accuracy_of_a_published_checkpoint_outlives_a_stop(tmp_path, capsys):
+    run_ok([*FIVE, *TINY, "--keep_epochs", "2"], tmp_path, capsys)
+    state = load_checkpoint(model_folder(tmp_path) / "ckpt.epoch002.pth.tar")
+    published = {name: state[name] for name in ("epoch", "arch", "state_dict", "optimizer")}
+    torch.save({**published, "best_acc1": torch.tensor(90.0)}, tmp_path / "published.pth.tar")
+    args = [*FIVE, *TINY, "--exp_str", "more"]
+    break_off([*args, "--resume", "published.pth.tar"], tmp_path, capsys, after=2)
+    run_ok([*args, "--resume", "auto"], tmp_path, capsys)
+    more = model_folder(tmp_path, exp="more")
+    assert load_checkpoint(more / "ckpt.pth.tar")["best_acc1"] == 90.0
+    assert not (more / "ckpt.best.pth.tar").exists()

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import models
 from benchmarks import speed
-from experiment.run import on_cpu
+from experiment.run import Run, on_cpu
 from experiment.settings import Settings
 from loaders import sampled_order
 from loaders.image_folder import ImageFileBatches
@@ -318,6 +318,19 @@ def test_an_official_optimizer_state_takes_a_step_with_the_scaler_of_fp16():
     load_state(optimizer, {"state": {0: {"momentum_buffer": momentum.clone()}}, "param_groups": [group]})
     Precision("fp16", "cpu").step(model(torch.ones(1, 4)).sum(), optimizer)
     torch.testing.assert_close(model.weight.detach(), before - 0.1 * (0.9 * momentum + 1))
+
+
+@pytest.mark.parametrize(("ranks", "sync_bn", "refused"), [(1, True, True), (2, True, False), (2, False, True)])
+def test_one_image_is_refused_where_batch_norm_would_see_it_alone(ranks, sync_bn, refused, monkeypatch):
+    # four batches of 4 over 14 images leave one of 2: with synchronised batch norm the ranks' two images count together
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    images = 13 if ranks == 1 else 14
+    run = SimpleNamespace(
+        settings=SimpleNamespace(batch_size=4, sync_bn=sync_bn, image_size=32), device=torch.device("cpu")
+    )
+    context = pytest.raises(UsageError, match="of one image") if refused else contextlib.nullcontext()
+    with context:
+        Run.check_last_batch(run, models.torchvision_model("resnet18", 10), SimpleNamespace(targets=range(images)))
 
 
 class FakeSyncBatchNorm(torch.nn.SyncBatchNorm):
