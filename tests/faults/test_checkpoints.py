@@ -114,15 +114,17 @@ def test_files_without_a_checksum_are_read(how, tmp_path):
     assert checkpoint.load(str(path))["epoch"] == 1
 
 
-def test_a_damaged_file_is_not_copied(tmp_path):
-    path = sealed(tmp_path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    before = snapshot(tmp_path)
+def test_a_copy_has_the_same_bytes_and_a_damaged_file_is_not_read(tmp_path):
+    path, copy = sealed(tmp_path), tmp_path / "copy.pth.tar"
+    content, state = checkpoint.read(str(path))
+    checkpoint.write(str(copy), content)
+    assert copy.read_bytes() == path.read_bytes()
+    assert state["epoch"] == 1
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 1
+    path.write_bytes(damaged)
     with pytest.raises(DataError, match="checksum"):
-        checkpoint.copy(str(path), str(tmp_path / "copy.pth.tar"))
-    assert snapshot(tmp_path) == before
+        checkpoint.read(str(path))
 
 
 def test_a_file_is_written_beside_its_place_where_it_can_be_renamed(tmp_path):
