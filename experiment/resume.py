@@ -60,10 +60,9 @@ def find_start(settings: Settings) -> ResumeState:
         _check_not_deleted([path, settings.pretrained], settings.model_folder)
     is_own = path is not None and _is_below(path, settings.model_folder)
     is_trained = held is not None and _is_trained(settings, held)
-    if path == own or (is_trained and not is_own):  # of a trained run at most its logs or figures are missing
-        state = held
-    else:
-        state = checkpoint.load(path) if path else None
+    if is_trained and not is_own:
+        path = own  # nothing is to be started: at most its logs or figures are missing
+    state = held if path == own else checkpoint.load(path) if path else None
     theirs = settings_of_checkpoint(state, path)
     if settings.seed is None and theirs is not None:
         settings = dataclasses.replace(settings, seed=theirs.seed)
