@@ -74,7 +74,7 @@ class Bench:
     @functools.cached_property
     def loops(self) -> "Loops":
         """Both loops, warm."""
-        loops = Loops(self.device, *self.sizes)
+        loops = Loops(self.device, *self.sizes, self.on_cuda and self.options.compiled)
         loops.train(batches=loops.batches(2))
         loops.plain_train(batches=loops.batches(2))
         return loops
@@ -109,10 +109,11 @@ class Bench:
 class Loops:
     """Both loops over the same synthetic images, each with a model of its own.
 
-    `ways` are ours: float32, and on CUDA bfloat16 and compiled ones too.
+    `ways` are ours: float32, and on CUDA bfloat16 ones, those replayed as a CUDA graph (the scripts' own way there) and
+    compiled ones too.
     """
 
-    def __init__(self, device: Any, train_size: int, test_size: int) -> None:
+    def __init__(self, device: Any, train_size: int, test_size: int, compiled: bool = False) -> None:
         import torch
 
         import losses
@@ -132,10 +133,14 @@ class Loops:
         self.plain_optimizer = torch.optim.SGD(self.plain_model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4)
         torch.manual_seed(0)
         model = models.resnet32(CLASSES).to(device).to(memory_format=torch.channels_last)
-        self.ways: dict[str, tuple[Any, Any]] = {"": (model, Precision())}
+        self.graphs: dict[tuple[str, Any], Any] = {}
+        self.ways: dict[str, tuple[Any, Any, bool]] = {"": (model, Precision(), False)}
         if device.type == "cuda":
-            self.ways[", bf16"] = model, Precision("bf16", "cuda")
-            self.ways[", compiled"] = Compiled(model, device), Precision()
+            self.ways[", bf16"] = model, Precision("bf16", "cuda"), False
+            self.ways[", graph"] = model, Precision(), True
+            self.ways[", graph, bf16"] = model, Precision("bf16", "cuda"), True
+        if compiled:
+            self.ways[", compiled"] = Compiled(model, device), Precision(), False
         self.optimizer = sgd(model, 0.01, 0.9, 2e-4)
         self.ce, self.ib = losses.CrossEntropyLoss(), losses.IBLoss(torch.ones(CLASSES)).to(device)
 
@@ -145,8 +150,12 @@ class Loops:
         return [next(source) for _ in range(number)]
 
     def train(self, way: str = "", criterion: Any = None, batches: Any = None) -> None:
-        (model, precision), batches = self.ways[way], batches or self.train_batches.train_epoch(0)
-        self.loop.train_one_epoch(model, batches, criterion or self.ce, self.optimizer, CLASSES, precision)
+        from training.cuda_graph import StepGraph
+
+        model, precision, captured = self.ways[way]
+        batches, criterion = batches or self.train_batches.train_epoch(0), criterion or self.ce
+        graph = self.graphs.setdefault((way, criterion), StepGraph()) if captured else None
+        self.loop.train_one_epoch(model, batches, criterion, self.optimizer, CLASSES, precision, None, graph)
 
     def evaluate(self, way: str = "") -> None:
         self.loop.evaluate(self.ways[""][0], self.test_batches.eval_epoch(), [1] * CLASSES, self.ways[way][1])
@@ -183,7 +192,7 @@ def measure_steps(bench: Bench) -> None:
     batch = loops.batches(1)
     contiguous = [(images.contiguous(), target) for images, target in batch]
     variants = {"plain step": lambda: loops.plain_train(batches=contiguous)}
-    for way in loops.ways:
+    for way in [way for way, (*_, captured) in loops.ways.items() if not captured]:  # which wants an epoch's loader
         variants[f"CE step{way}"] = functools.partial(loops.train, way, loops.ce, batch)
         variants[f"IB step{way}"] = functools.partial(loops.train, way, loops.ib, batch)
     times = bench.interleave(variants, bench.repeats * bench.steps)
@@ -302,6 +311,9 @@ def measure_epoch(bench: Bench) -> None:
     for part, (ours, plain) in parts.items():
         variants |= {f"{part}, ours{way}": functools.partial(ours, way) for way in loops.ways}
         variants |= {f"{part}, plain, {n} workers": functools.partial(plain, n) for n in (0, 2)}
+    if bench.on_cuda:
+        variants["IB's train, ours, graph"] = functools.partial(loops.train, ", graph", loops.ib)
+        variants["IB's train, ours"] = functools.partial(loops.train, "", loops.ib)
     times = bench.interleave(variants)
     for name in [name.removeprefix("train") for name in times if name.startswith("train")]:
         times[f"epoch{name}"] = [a + b for a, b in zip(times[f"train{name}"], times[f"eval{name}"], strict=True)]
@@ -309,7 +321,8 @@ def measure_epoch(bench: Bench) -> None:
         bench.figure(f"s, {name}", values)
     for key, part in (("train_epoch", "train"), ("eval", "eval"), ("epoch", "epoch")):
         for suffix, workers in (("", 0), ("_2_workers", 2)):
-            bench.ratio(key + suffix, times[f"{part}, plain, {workers} workers"], times[f"{part}, ours"])
+            way = "ours, graph" if bench.on_cuda and part != "eval" else "ours"
+            bench.ratio(key + suffix, times[f"{part}, plain, {workers} workers"], times[f"{part}, {way}"])
 
 
 def child(*arguments: Any) -> subprocess.Popen:
@@ -320,10 +333,10 @@ def child(*arguments: Any) -> subprocess.Popen:
 
 def measure_side_by_side(bench: Bench) -> None:
     """Throughput of two processes of one thread over that of one of two threads; on CUDA they share the card."""
-    one, two = [], []
+    one, two, steps = [], [], bench.steps * (100 if bench.on_cuda else 1)
     for _ in range(bench.repeats):
-        one.append(float(child("steps", 2, bench.steps).communicate()[0]))
-        pair = [child("steps", 1, bench.steps) for _ in range(2)]
+        one.append(float(child("steps", 2, steps).communicate()[0]))
+        pair = [child("steps", 1, steps) for _ in range(2)]
         two.append(max(float(process.communicate()[0]) for process in pair) / 2)
     bench.ratio("side_by_side", one, two)
 
@@ -386,11 +399,12 @@ def run_child(task: str, *arguments: str) -> None:
     if task == "steps":
         threads, steps = map(int, arguments)
         torch.set_num_threads(threads)
-        loops = Loops(choose_device(), BATCH * 4, BATCH)
-        batches = loops.batches(4)
-        loops.train(batches=batches)
-        started = time.perf_counter()
-        loops.train(batches=[batches[step % 4] for step in range(steps)])  # ends with a read from the device
+        device = choose_device()
+        loops = Loops(device, BATCH * steps, BATCH)
+        way = ", graph" if device.type == "cuda" else ""
+        for _ in range(2):  # the second one ends with a read from the device
+            started = time.perf_counter()
+            loops.train(way)
         print((time.perf_counter() - started) / steps)
     elif arguments[0] == "bare import":
         time.sleep(0.2)  # for the one who measures
@@ -439,6 +453,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one rough repeat of the main parts")
     parser.add_argument("--only", nargs="+", default=None, choices=PARTS, help="measure these parts only")
+    parser.add_argument("--compiled", action="store_true", help="on CUDA --compile too, which takes minutes")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--data_dir", default=os.environ.get("CIFAR_ROOT"), help="real CIFAR-10, for the first batch")

@@ -12,7 +12,9 @@ from experiment import plots
 from experiment.records import Progress, best_epoch, epoch_line
 from experiment.run import Run
 from imbalance import GROUP_RULE
+from loaders.in_memory import InMemoryBatches
 from training import distributed
+from training.cuda_graph import StepGraph
 from training.loop import NonFiniteLoss, evaluate, finite_figures, for_evaluation, train_one_epoch
 from training.precision import Compiled
 from training.recipe import Recipe, Stage
@@ -45,6 +47,7 @@ def fit(
     test_batches, val_batches = (b and for_evaluation(b, side) for b in (test_batches, val_batches))
     progress, trained, trains = Progress(epochs, settings.print_freq), model, None
     criterion = Criterion(recipe, run.class_counts, run.device, run.start.criterion)
+    graph = StepGraph() if _captures_steps(run, train_batches) else None
     with run.recording():
         for epoch in range(run.start.epoch, epochs):
             started, stage = time.monotonic(), recipe.stage(epoch)
@@ -59,7 +62,7 @@ def fit(
             rates = recipe.sampling_rates(stage, run.class_counts)
             batches = train_batches.train_epoch(epoch, None if rates is None else rates[train_batches.targets.cpu()])
             progress.epoch(epoch, len(train_batches), stage.lr)
-            train = _train(run, trained, batches, current, optimizer, progress)
+            train = _train(run, trained, batches, current, optimizer, progress, graph)
             distributed.broadcast_buffers(model)
             train["seconds"] = time.monotonic() - started
             tested = time.monotonic()
@@ -116,7 +119,16 @@ def _as_trained(model, trains, settings, device):
     return Compiled(model, device) if settings.compile else model
 
 
-def _train(run, model, batches, criterion, optimizer, progress):
+def _captures_steps(run, batches):
+    """Whether steps are replayed as a CUDA graph: for one process, on images in the GPU's memory. --compile makes
+    graphs of its own, and fp16's scaler reads from the device in every step."""
+    settings = run.settings
+    on_gpu = run.device.type == "cuda" and isinstance(batches, InMemoryBatches)
+    is_plain = not settings.compile and settings.amp != "fp16" and distributed.world_size() == 1
+    return settings.cuda_graph and on_gpu and is_plain
+
+
+def _train(run, model, batches, criterion, optimizer, progress, graph):
     """`train_one_epoch` with progress lines; its errors name the epoch, the batch and a way out."""
 
     def on_batch(batch, metrics):
@@ -124,8 +136,9 @@ def _train(run, model, batches, criterion, optimizer, progress):
             run.raise_write_error()
             progress.show(batch, finite_figures(metrics))
 
+    classes = len(run.class_counts)
     try:
-        return train_one_epoch(model, batches, criterion, optimizer, len(run.class_counts), run.precision, on_batch)
+        return train_one_epoch(model, batches, criterion, optimizer, classes, run.precision, on_batch, graph)
     except NonFiniteLoss as bad:
         smaller = (
             "a smaller --alpha (or --alpha auto), or a smaller --lr" if criterion.needs_features else "a smaller --lr"

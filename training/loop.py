@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from training import distributed
+from training.cuda_graph import StepGraph
 from training.metrics import MetricAccumulator, group_accuracy
 from training.precision import Precision
 from utils import DataError
@@ -33,10 +34,14 @@ def train_one_epoch(
     num_classes: int,
     precision: Precision | None = None,
     on_batch: OnBatch | None = None,
+    graph: StepGraph | None = None,
 ) -> dict[str, Any]:
     """One pass over `batches`, (images, targets) on the model's device: this rank's slices of the global batches.
 
     Nothing is read from the device in between, but what `on_batch` reads.
+
+    Args:
+        graph: trains most batches by replaying a captured step; the same one in every epoch. See `can_capture`.
 
     Returns:
         dict(loss, acc1, acc5, seen, ib_factor): accuracies in percent; ib_factor is the mean factor of each class
@@ -48,14 +53,26 @@ def train_one_epoch(
     model.train()
     precision = precision or Precision()
     metrics = MetricAccumulator(num_classes, next(model.parameters()).device, by_class=False)
+    if graph is not None:
+        metrics = graph.hold(batches, metrics, (model, criterion, [group["lr"] for group in optimizer.param_groups]))
+
+    def step(images, target):
+        train_step(model, images, target, criterion, optimizer, precision, metrics)
+
     with _batches_counted_once(model, metrics):
-        for batch, (images, target) in enumerate(batches):
-            train_step(model, images, target, criterion, optimizer, precision, metrics)
-            metrics.count_batch(len(target))
+        for batch, size in enumerate(_each_step(batches, step) if graph is None else graph.steps(step)):
+            metrics.count_batch(size)
             if on_batch is not None:
                 on_batch(batch, metrics)
     figures = finite_figures(metrics)
     return {**figures, "ib_factor": metrics.mean_factors() if criterion.needs_features else None}
+
+
+def _each_step(batches, step):
+    """Train the batches, one kernel after another; yields the size of each."""
+    for images, target in batches:
+        step(images, target)
+        yield len(target)
 
 
 def train_step(

@@ -35,6 +35,12 @@ class MetricAccumulator:
         self.table = torch.zeros(rows * num_classes, device=device, dtype=torch.int64)
         self.factors = torch.zeros(2, num_classes, device=device, dtype=torch.float64)  # sums by class, and counts
 
+    def reset(self) -> None:
+        """Count from zero again, in the same memory."""
+        self.batches = self.seen = 0
+        for sums in (self.loss, self.hits, self.finite, self.table, self.factors):
+            sums.zero_()
+
     def count_batch(self, samples: int) -> None:
         """Count a batch and its samples, on the host; all else works on the device, where a CUDA graph can hold it."""
         self.batches += 1

@@ -26,27 +26,23 @@ from script_runner import (
     run_ok,
     tiny,
 )
+from small_training import LR, criterion_of, fresh
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import models
 from benchmarks import speed
 from experiment.run import Run, on_cpu
-from experiment.settings import Settings
-from loaders import sampled_order
 from loaders.image_folder import ImageFileBatches
 from loaders.in_memory import InMemoryBatches
-from loaders.transforms import crop_and_flip, normalise
 from training import distributed, loop
 from training.metrics import MetricAccumulator
 from training.optimizer import load_state, sgd
 from training.precision import Compiled, Precision
-from training.recipe import Recipe
 from training.registry import LOSSES
-from utils import UsageError, epoch_generator, versions
+from utils import UsageError, versions
 
 COUNTS = [3, 1]
 
@@ -66,12 +62,6 @@ def never_read():
     figures = mock.patch.object(loop, "finite_figures", return_value={})
     with figures, mock.patch.object(MetricAccumulator, "mean_factors"):
         yield
-
-
-def criterion_of(loss, alpha="auto"):
-    settings = Settings(loss_type=loss, train_rule="CBReweight", start_ib_epoch=0, alpha=alpha)
-    recipe = Recipe.from_settings(settings)
-    return recipe.criterion(recipe.stage(0), COUNTS)
 
 
 def as_fake(criterion, mode):
@@ -468,175 +458,6 @@ def test_the_benchmarks_profile_counts_each_kernel_once_by_the_operator_that_sta
         speed.measure_profile(bench)
     shares = {name.removeprefix("% of a step, "): figure["median"] for name, figure in bench.figures.items()}
     assert shares == {"convolution": 60, "batch norm": 20, "ReLU": 10, "shortcuts": 5, "rest": 5}
-
-
-# ------------------------------------------------------------------------------- a step as a CUDA graph holds it
-
-
-class Recording(TorchDispatchMode):
-    """A CUDA graph on the CPU: the operators of a step, with the memory and the numbers that they were called with.
-
-    `replay` calls them again, and writes every result where the first one is.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, out))
-        return out
-
-    @torch.no_grad()
-    def replay(self):
-        for function, args, kwargs, out in self.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-SIZE, SEED, LR = 8, 5, 0.1
-#: 43 images: five batches of 8 and one of 3. A shuffled epoch, then a resampled one.
-EPOCHS = ((0, None), (1, torch.linspace(0.1, 1, 43, dtype=torch.float64)))
-
-
-def noise():
-    images, targets = np.random.RandomState(0).randint(0, 256, (43, 32, 32, 3)), [0, 0, 0, 1] * 10 + [0, 1, 1]
-    return SimpleNamespace(data=images.astype(np.uint8), targets=targets, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
-
-
-def fresh(loss, alpha):
-    """A small model, its optimizer and criterion."""
-    torch.manual_seed(0)
-    model = tiny(2).to(memory_format=torch.channels_last)
-    return model, sgd(model, LR, 0.9, 2e-4), criterion_of(loss, alpha)
-
-
-def state_of(model, optimizer, criterion, metrics):
-    """Every tensor that a step changes."""
-    momentum = {f"momentum {n}": optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
-    sums = {name: value for name, value in vars(metrics).items() if isinstance(value, torch.Tensor)}
-    return {**model.state_dict(), **momentum, **criterion.state_dict(), **sums}
-
-
-def written_out(loss, alpha, amp):
-    """Two epochs of a plain loop with slices: the state at the end; each batch's targets, and the sums after it."""
-    model, optimizer, criterion = fresh(loss, alpha)
-    metrics, data, dealt = MetricAccumulator(2, "cpu", by_class=False), noise(), []
-    images, targets = torch.as_tensor(data.data), torch.tensor(data.targets)
-    mean, std = (torch.tensor(values).repeat(32) for values in (data.mean, data.std))
-    for epoch, rates in EPOCHS:
-        generator = epoch_generator(SEED, epoch)
-        order = sampled_order(43, generator, rates)
-        offsets = torch.randint(0, 9, (43, 2), generator=generator)
-        flips = torch.rand(43, generator=generator) < 0.5
-        for start in range(0, 43, SIZE):
-            part = slice(start, start + SIZE)
-            target = targets[order[part]]
-            crops = crop_and_flip(images[order[part]], offsets[part], flips[part], 4)
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
-                logits, features = model(normalise(crops, mean, std))
-            loss = criterion(logits, target, features)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            ranked = logits.detach().argsort(1, descending=True) == target[:, None]
-            metrics.hits += ranked.sum(0)
-            metrics.loss += loss.detach() * len(target)
-            metrics.finite += 1
-            if criterion.needs_features:
-                for k, factor in zip(target, criterion.factor(logits.detach(), target, features.detach()), strict=True):
-                    metrics.factors[:, k] += torch.tensor([factor.double(), 1.0])
-            metrics.count_batch(len(target))
-            dealt.append((target.tolist(), metrics.loss.item(), metrics.finite.item()))
-    return state_of(model, optimizer, criterion, metrics), metrics, dealt
-
-
-def replayed(loss, alpha, amp, damage=lambda epoch, metrics: None):
-    """The same, of which all full batches but the first two are made by a recording of the second.
-
-    Also the addresses of all that the recorded step reads or changes, after the recording and at the end.
-    """
-    model, optimizer, criterion = fresh(loss, alpha)
-    metrics, recording, precision = MetricAccumulator(2, "cpu", by_class=False), Recording(), Precision(amp)
-    source = InMemoryBatches(noise(), SIZE, seed=SEED)
-    static, recorded, before, dealt = source.train_epoch(0), None, {}, []
-    damage(static, metrics)
-
-    def step(size):
-        images, target = static.take(size)
-        loop.train_step(model, images, target, criterion, optimizer, precision, metrics)
-        return target
-
-    def addresses():
-        state = {**state_of(model, optimizer, criterion, metrics), **vars(static)}
-        return {name: value.data_ptr() for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-    for number, rates in EPOCHS:
-        epoch = source.train_epoch(number, rates)
-        for name in ("order", "offsets", "flips", "places"):
-            getattr(static, name).copy_(getattr(epoch, name))
-        for batch, size in enumerate(epoch.sizes):
-            if size < SIZE or (number, batch) == (0, 0):
-                target = step(size)
-            elif recorded is None:
-                with recording:
-                    target = recorded = step(size)
-                before = addresses()
-            else:
-                recording.replay()
-                target = recorded
-            metrics.count_batch(size)
-            dealt.append((target.tolist(), metrics.loss.item(), metrics.finite.item()))
-    return state_of(model, optimizer, criterion, metrics), metrics, dealt, (before, addresses())
-
-
-@pytest.mark.parametrize(
-    ("loss", "alpha", "amp"),
-    [("CE", 1, "none"), ("IB", 1000.0, "none"), ("IB", "auto", "none"), ("LDAM", 1, "none"), ("IB", "auto", "bf16")],
-)
-def test_a_step_replayed_on_fixed_memory_is_the_plain_one_to_the_bit(loss, alpha, amp):
-    expected, plain, plainly_dealt = written_out(loss, alpha, amp)
-    state, metrics, dealt, (before, after) = replayed(loss, alpha, amp)
-    assert before == after
-    assert {"order", "offsets", "flips", "places", "conv1.weight", "momentum conv1.weight", "loss"} <= before.keys()
-    assert dealt == plainly_dealt
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor), name
-    assert (metrics.seen, metrics.batches) == (plain.seen, plain.batches) == (86, 12)
-
-
-def counted_by_the_host(epoch, metrics):
-    """The places of a batch come from a Python number, which is right in every batch that is not replayed."""
-    real, start = epoch.take, 0
-
-    def take(size):
-        nonlocal start
-        epoch.places.copy_((torch.arange(SIZE) + start).clamp(max=42))
-        start = (start + size) % 43
-        return real(size)
-
-    epoch.take = take
-
-
-def made_anew(epoch, metrics):
-    """The sum of the losses is another tensor in every batch."""
-    real = metrics.add
-
-    def add(logits, target, loss):
-        metrics.loss = metrics.loss.clone()
-        real(logits, target, loss)
-
-    metrics.add = add
-
-
-@pytest.mark.parametrize(("damage", "name"), [(counted_by_the_host, "linear.weight"), (made_anew, "loss")])
-def test_what_a_graph_would_freeze_is_noticed(damage, name):
-    expected, _, _ = written_out("CE", 1, "none")
-    state, *_ = replayed("CE", 1, "none", damage)
-    assert not torch.equal(state[name], expected[name])
 
 
 # ------------------------------------------------------------------------------------- what waits for a real one
