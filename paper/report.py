@@ -283,7 +283,8 @@ def runs_and_commands(rows: Rows) -> list[str]:
             amp, threads = record["settings"].get("amp", "none"), record["settings"].get("threads")
             hours = sum(epoch["seconds"] for epoch in record["history"]) / 3600
             machine = f"{record['device']}, {threads or 'all'} threads, {record['versions']['machine']}"
-            precision = "float32" if amp == "none" else amp
+            in_tf32 = amp == "none" and record["versions"].get("tf32") == "on"  # the convolutions, on a GPU
+            precision = "TF32" if in_tf32 else "float32" if amp == "none" else amp
             lines.append(
                 [record["name"], record["settings"]["seed"], precision, machine, f"{hours:.2f}", _commit(record)]
             )

@@ -22,9 +22,11 @@ from experiment import checkpoint  # noqa: E402
 from experiment.resume import settings_of_checkpoint  # noqa: E402
 from files import write_text  # noqa: E402
 from paper import records  # noqa: E402
-from utils import DataError, HelpFormatter, Parser, command  # noqa: E402
+from utils import DataError, HelpFormatter, Parser, choose_device, command  # noqa: E402
 
-TOLERANCE = 0.01
+#: Points of top-1 between evaluation and record: on the kind of device of the run; on the other kind. A GPU's
+#: convolutions are in TF32, so images at the edge of two classes fall to either.
+TOLERANCE, OTHER_DEVICE = 0.01, 0.05
 TABLE, COLUMNS = "weights.csv", ("file", "sha256", "record", "acc1_last")
 #: What a weight file has of its checkpoint; settings and classes are the record's.
 KEPT = ("epoch", "arch", "state_dict", "split_sha256")
@@ -54,7 +56,7 @@ def verify(folders: list[pathlib.Path], data_dir: pathlib.Path) -> None:
     """Evaluate the weights of `folders` on the test images in `data_dir`; print a line for each file.
 
     Raises:
-        DataError: there are none; a file is missing; a checksum, or a figure by more than 0.01, does not agree.
+        DataError: there are none; a file is missing; a checksum does not agree, or a figure by more than TOLERANCE.
     """
     tables = [folder / "weights" / TABLE for folder in folders if (folder / "weights" / TABLE).exists()]
     rows = [(table.parent, row) for table in tables for row in _rows(table)]
@@ -62,34 +64,37 @@ def verify(folders: list[pathlib.Path], data_dir: pathlib.Path) -> None:
         raise DataError(f"no weights in {', '.join(map(str, folders))}")
     wrong = 0
     for folder, row in rows:
-        problem = check(folder, row, data_dir)
-        wrong += problem is not None
-        print(f"{folder.parent.name}/{row['file']}: {problem or 'ok, ' + row['acc1_last']}", flush=True)
+        agrees, line = check(folder, row, data_dir)
+        wrong += not agrees
+        print(f"{folder.parent.name}/{row['file']}: {line}", flush=True)
     if wrong:
         raise DataError(f"{wrong} of {len(rows)} weight files do not agree with their records")
     print(f"{len(rows)} of {len(rows)} weight files agree with their records")
 
 
-def check(folder: pathlib.Path, row: dict[str, str], data_dir: pathlib.Path) -> str | None:
-    """What is wrong with a row of weights.csv in `folder`, or None."""
+def check(folder: pathlib.Path, row: dict[str, str], data_dir: pathlib.Path) -> tuple[bool, str]:
+    """Whether a row of weights.csv in `folder` agrees with its record and its file, and a line that says so."""
     path = folder / row["file"]
     if not path.exists() or _sha256(path) != row["sha256"]:
-        return "the file is missing or its sha256 differs"
-    expected = float(row["acc1_last"])
+        return False, "the file is missing or its sha256 differs"
     try:
         record = _record(folder.parent / row["record"])
     except DataError as error:
-        return str(error)
+        return False, str(error)
+    expected = float(row["acc1_last"])
     if abs(record["last"]["acc1"] - expected) > TOLERANCE:
-        return f"{row['record']} has another top-1 than the table"
+        return False, f"{row['record']} has another top-1 than the table"
     with tempfile.TemporaryDirectory() as out:
         script = [sys.executable, str(RESULTS.parent / "cifar_train.py"), "--data_dir", str(data_dir)]
         done = subprocess.run([*script, "--root_log", out, "--resume", str(path), "-e"], capture_output=True, text=True)
         found = list(pathlib.Path(out).rglob("evaluation.json"))
         if done.returncode or not found:
-            return (done.stderr.strip().splitlines() or ["no evaluation"])[-1]
+            return False, (done.stderr.strip().splitlines() or ["no evaluation"])[-1]
         accuracy = json.loads(found[0].read_text())["acc1"]
-    return None if abs(accuracy - expected) <= TOLERANCE else f"top-1 {accuracy:.2f}, the record has {expected:.2f}"
+    on_other = (record["device"] == "cpu") == (choose_device().type == "cuda")
+    if round(abs(accuracy - expected), 4) > (OTHER_DEVICE if on_other else TOLERANCE):
+        return False, f"top-1 {accuracy:.2f}, the record has {expected:.2f}"
+    return True, f"ok, {accuracy:.2f}" + on_other * f" (the record, on {record['device']}: {expected:.2f})"
 
 
 # ---------------------------------------------------------------------------------------------------- add

@@ -74,6 +74,24 @@ def test_verify_evaluates_the_file_and_agrees(added):
     )
 
 
+@pytest.mark.parametrize(("device", "off", "agrees"), [("cpu", 0.02, False), ("GPU", 0.05, True), ("GPU", 0.06, False)])
+def test_on_another_kind_of_device_a_few_images_may_differ(device, off, agrees, added):
+    folder, _ = added
+    (row,) = rows(folder)
+    path, table = folder / row["record"], folder / "weights" / "weights.csv"
+    record, found = json.loads(path.read_text()), float(row["acc1_last"])
+    record["device"] = device
+    for test in (record["best"], record["last"], record["history"][-1]["test"]):
+        test["acc1"] = round(test["acc1"] + off, 4)
+    path.write_text(json.dumps(record))
+    moved = f"{found + off:.2f}"
+    table.write_text(table.read_text().replace(row["acc1_last"], moved))
+    status, out, _ = run_script(weights, ["verify", folder], folder)
+    assert status == (not agrees)
+    assert (f"ok, {found:.2f} (the record, on GPU: {moved})" in out) == agrees
+    assert (f"top-1 {found:.2f}, the record has {moved}" in out) != agrees
+
+
 def test_adding_again_replaces_the_row(added):
     folder, path = added
     before = rows(folder)
