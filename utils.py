@@ -239,7 +239,8 @@ def versions() -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     if torch.cuda.is_available():
-        tf32 = "on" if torch.backends.cudnn.allow_tf32 else "off"
+        has_tf32 = torch.cuda.get_device_capability() >= (8, 0)  # older cards compute in float32 whatever is allowed
+        tf32 = "on" if has_tf32 and torch.backends.cudnn.allow_tf32 else "off"
         cuda, cudnn = str(torch.version.cuda), str(torch.backends.cudnn.version())
         facts |= {"cuda": cuda, "cudnn": cudnn, "driver": _driver_version(), "tf32": tf32}
     return facts

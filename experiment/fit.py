@@ -12,7 +12,6 @@ from experiment import plots
 from experiment.records import Progress, best_epoch, epoch_line
 from experiment.run import Run
 from imbalance import GROUP_RULE
-from loaders.in_memory import InMemoryBatches
 from training import distributed
 from training.cuda_graph import StepGraph
 from training.loop import NonFiniteLoss, evaluate, finite_figures, for_evaluation, train_one_epoch
@@ -47,7 +46,7 @@ def fit(
     test_batches, val_batches = (b and for_evaluation(b, side) for b in (test_batches, val_batches))
     progress, trained, trains = Progress(epochs, settings.print_freq), model, None
     criterion = Criterion(recipe, run.class_counts, run.device, run.start.criterion)
-    graph = StepGraph() if _captures_steps(run, train_batches) else None
+    graph = StepGraph() if _captures_steps(run) else None
     with run.recording():
         for epoch in range(run.start.epoch, epochs):
             started, stage = time.monotonic(), recipe.stage(epoch)
@@ -119,13 +118,12 @@ def _as_trained(model, trains, settings, device):
     return Compiled(model, device) if settings.compile else model
 
 
-def _captures_steps(run, batches):
-    """Whether steps are replayed as a CUDA graph: for one process, on images in the GPU's memory. --compile makes
+def _captures_steps(run):
+    """Whether steps on images in memory are replayed as a CUDA graph: on a GPU, in a single process. --compile makes
     graphs of its own, and fp16's scaler reads from the device in every step."""
-    settings = run.settings
-    on_gpu = run.device.type == "cuda" and isinstance(batches, InMemoryBatches)
-    is_plain = not settings.compile and settings.amp != "fp16" and distributed.world_size() == 1
-    return settings.cuda_graph and on_gpu and is_plain
+    settings, is_alone = run.settings, distributed.world_size() == 1
+    can = run.device.type == "cuda" and is_alone and not settings.compile and settings.amp != "fp16"
+    return settings.cuda_graph and can
 
 
 def _train(run, model, batches, criterion, optimizer, progress, graph):

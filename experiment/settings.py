@@ -273,8 +273,8 @@ class Settings:
     )
     cuda_graph: bool = setting(
         True, "--no_cuda_graph", affects="rounding", group="run", action="store_false",
-        help="on a GPU start every kernel of a step by itself; without the flag CIFAR's steps are replayed as a CUDA "
-        "graph, except with --compile, --amp fp16 or torchrun",
+        help="on a GPU start every kernel of a step by itself; without the flag steps on images in memory are replayed "
+        "as a CUDA graph, except with --compile, --amp fp16 or torchrun",
     )  # fmt: skip
     deterministic: bool = setting(
         False, "--deterministic", affects="rounding", group="run", help="bitwise repeatable on CUDA too; slower there"

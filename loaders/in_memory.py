@@ -75,12 +75,8 @@ class TrainEpoch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.take(next(self.sizes))
 
-    def fits(self, other: "TrainEpoch") -> bool:
-        """Whether this epoch's draws can be copied over those of `other`."""
-        return self.source is other.source and self.order.shape == other.order.shape
-
     def take_draws(self, other: "TrainEpoch") -> None:
-        """Become the epoch `other`, which nobody has iterated yet, in this epoch's memory."""
+        """Become the epoch `other` of the same source, which nobody has iterated yet, in this epoch's memory."""
         self.sizes = other.sizes
         for name in ("order", "offsets", "flips", "places"):
             getattr(self, name).copy_(getattr(other, name))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from loaders.in_memory import TrainEpoch
 from training.metrics import MetricAccumulator
 from utils import warn
 
@@ -19,14 +20,15 @@ class StepGraph:
     """Trains batches of `loaders.in_memory.TrainEpoch` on CUDA by replaying a step that was captured once.
 
     A graph reads and writes fixed addresses, so this keeps the draws and the metrics of the epoch of the capture, and
-    the later epochs' are copied there. The step is captured anew where one of the values that a graph freezes changes.
-    The last batch of an epoch, if it is smaller, is trained one kernel at a time. A step that cannot be captured is a
-    warning, once, and all of them are trained so.
+    the later epochs' are copied there. The step is captured anew where one of the values that a graph freezes changes:
+    those that `hold` is told of. Numbers that the model or the criterion keep in Python must not change. The last
+    batch of an epoch, if it is smaller, is trained one kernel at a time. A step that cannot be captured is a warning,
+    once, and all of them are trained so.
     """
 
     def __init__(self) -> None:
         self.frozen: tuple[Any, ...] = ()
-        self.batches: Any = None  # of the epoch whose memory the graph reads, and its metrics
+        self.batches: Any = None  # a TrainEpoch: of the epoch whose memory the graph reads, and its metrics
         self.metrics: Any = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.failed = False
@@ -37,7 +39,7 @@ class StepGraph:
         """For the steps before a capture, which wants them away from the default stream."""
         return torch.cuda.Stream()
 
-    def hold(self, batches: Any, metrics: MetricAccumulator, frozen: tuple[Any, ...]) -> MetricAccumulator:
+    def hold(self, batches: TrainEpoch, metrics: MetricAccumulator, frozen: tuple[Any, ...]) -> MetricAccumulator:
         """Take in an epoch, before its first step; `metrics` are new.
 
         Args:
@@ -46,7 +48,7 @@ class StepGraph:
         Returns:
             The metrics that the steps of this epoch add to.
         """
-        if frozen == self.frozen and batches.fits(self.batches):
+        if frozen == self.frozen and batches.source is self.batches.source:
             self.batches.take_draws(batches)
             self.metrics.reset()
         else:
@@ -83,7 +85,11 @@ class StepGraph:
             with side, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 step(*self.batches.take(size))
         except RuntimeError as error:
+            cause = error.__context__ or error  # what broke the step; ending the capture then fails, too
+            if not isinstance(cause, Exception):  # Ctrl-C, SIGTERM
+                raise cause from None
             self.failed = True
-            warn(f"this step cannot be a CUDA graph, so the run is slower: {str(error).splitlines()[0]}")
+            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+            warn(f"this step cannot be a CUDA graph, so the run is slower: {reason}")
         else:
             self.graph = graph

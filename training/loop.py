@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from loaders.in_memory import TrainEpoch
 from training import distributed
 from training.cuda_graph import StepGraph
 from training.metrics import MetricAccumulator, group_accuracy
@@ -41,7 +42,7 @@ def train_one_epoch(
     Nothing is read from the device in between, but what `on_batch` reads.
 
     Args:
-        graph: trains most batches by replaying a captured step; the same one in every epoch. See `can_capture`.
+        graph: trains most batches by replaying a captured step, if `batches` is a TrainEpoch; the same in every epoch.
 
     Returns:
         dict(loss, acc1, acc5, seen, ib_factor): accuracies in percent; ib_factor is the mean factor of each class
@@ -53,8 +54,11 @@ def train_one_epoch(
     model.train()
     precision = precision or Precision()
     metrics = MetricAccumulator(num_classes, next(model.parameters()).device, by_class=False)
-    if graph is not None:
-        metrics = graph.hold(batches, metrics, (model, criterion, [group["lr"] for group in optimizer.param_groups]))
+    if graph is not None and isinstance(batches, TrainEpoch):
+        told = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        metrics = graph.hold(batches, metrics, (model, criterion, optimizer, told, precision.dtype, num_classes))
+    else:
+        graph = None  # for images that are not drawn from memory
 
     def step(images, target):
         train_step(model, images, target, criterion, optimizer, precision, metrics)

@@ -75,7 +75,7 @@ def test_verify_evaluates_the_file_and_agrees(added):
 
 
 @pytest.mark.parametrize(("device", "off", "agrees"), [("cpu", 0.02, False), ("GPU", 0.04, True), ("GPU", 0.07, False)])
-def test_on_another_kind_of_device_a_few_images_may_differ(device, off, agrees, added):
+def test_a_few_images_may_differ_on_a_gpu(device, off, agrees, added):
     folder, _ = added
     (row,) = rows(folder)
     path, table = folder / row["record"], folder / "weights" / "weights.csv"

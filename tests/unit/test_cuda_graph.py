@@ -1,13 +1,14 @@
 """A step replayed as a CUDA graph: on the CPU with a recording in its place, and on a GPU where there is one."""
 
 import contextlib
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from script_runner import (
+    FIVE,
     TINY,
     TWO_EPOCHS,
     assert_same_weights,
@@ -29,7 +30,7 @@ from training import distributed, loop
 from training.cuda_graph import WARM_UP, StepGraph
 from training.metrics import MetricAccumulator
 from training.precision import Precision
-from utils import epoch_generator
+from utils import Terminated, epoch_generator
 
 SIZE, SEED = 8, 5
 #: 43 images: five batches of 8 and one of 3. A shuffled epoch, a resampled one, one with another lr, one more.
@@ -124,8 +125,11 @@ def written_out(loss, alpha, amp):
     return state_of(model, optimizer, criterion), losses, figures
 
 
-def trained(loss, alpha, amp, graph, device="cpu"):
-    """The same by `train_one_epoch`. Also the addresses of all that a step reads or changes, after every full batch."""
+def trained(loss, alpha, amp, graph, device="cpu", changes=MappingProxyType({})):
+    """The same by `train_one_epoch`, with changes of the optimizer's settings before some epochs.
+
+    Also the addresses of all that a step reads or changes, after every batch.
+    """
     model, optimizer, criterion = fresh(loss, alpha, device)
     source, losses, figures, addresses = InMemoryBatches(noise(), SIZE, device, seed=SEED), [], [], []
 
@@ -136,7 +140,7 @@ def trained(loss, alpha, amp, graph, device="cpu"):
             addresses.append({n: value.data_ptr() for n, value in held.items() if isinstance(value, torch.Tensor)})
 
     for epoch, (lr, rates) in enumerate(EPOCHS):
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0] |= {"lr": lr, **changes.get(epoch, {})}
         batches, precision = source.train_epoch(epoch, rates), Precision(amp, device)
         figures.append(loop.train_one_epoch(model, batches, criterion, optimizer, 2, precision, on_batch, graph))
     return state_of(model, optimizer, criterion), losses, figures, addresses
@@ -165,17 +169,37 @@ def test_a_step_replayed_on_fixed_memory_is_the_plain_one_to_the_bit(loss, alpha
     assert addresses[:12] == [addresses[0]] * 12
 
 
-def test_the_draws_of_an_epoch_with_other_sizes_are_not_copied():
-    """Another data set, or another number of images drawn: the graph starts anew."""
+@pytest.mark.parametrize("change", [{"weight_decay": 0.1}, {"momentum": 0.1}, {"lr": 0.3}])
+def test_what_the_optimizer_is_told_is_captured_anew(change):
+    with graphs_on_the_cpu():
+        actual = trained("CE", 1, "none", StepGraph(), changes={1: change})
+    assert_equal(actual, trained("CE", 1, "none", None, changes={1: change}))
+    assert Recording.made == 3
+
+
+def test_other_images_and_another_criterion_are_captured_anew():
     model, optimizer, criterion = fresh("CE", 1)
-    graph, source = StepGraph(), InMemoryBatches(noise(), SIZE)
-    other = noise()
+    graph, other = StepGraph(), noise()
     other.data, other.targets = other.data[:40], other.targets[:40]
     with graphs_on_the_cpu():
-        for batches in (source, InMemoryBatches(other, SIZE), InMemoryBatches(noise(), SIZE)):
+        for data in (noise(), other, noise()):
+            batches = InMemoryBatches(data, SIZE)
             figures = loop.train_one_epoch(model, batches.train_epoch(0), criterion, optimizer, 2, graph=graph)
             assert figures["seen"] == len(batches.targets)
-    assert Recording.made == 3
+        loop.train_one_epoch(model, batches.train_epoch(1), criterion_of("CE"), optimizer, 2, graph=graph)
+    assert Recording.made == 4
+
+
+def test_batches_that_are_not_drawn_from_memory_are_trained_without_a_graph():
+    """As mixed images would be."""
+    results = []
+    for graph in (StepGraph(), None):
+        model, optimizer, criterion = fresh("CE", 1)
+        batches = (batch for batch in InMemoryBatches(noise(), SIZE).train_epoch(0))
+        with graphs_on_the_cpu():
+            results.append(loop.train_one_epoch(model, batches, criterion, optimizer, 2, graph=graph))
+    assert results[0] == results[1]
+    assert Recording.made == 0
 
 
 def counted_by_the_host(real):
@@ -220,6 +244,58 @@ def test_a_step_that_cannot_be_captured_is_a_warning_and_trains_all_the_same(cap
     assert line == "warning: this step cannot be a CUDA graph, so the run is slower: operation not permitted"
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
+def test_a_stop_in_the_middle_of_a_capture_is_that_stop(stop):
+    """Though ending the capture fails, with an error of its own."""
+
+    @contextlib.contextmanager
+    def capture(graph, **how):
+        try:
+            yield
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    model, optimizer, criterion = fresh("CE", 1)
+    batches, calls = InMemoryBatches(noise(), SIZE).train_epoch(0), []
+
+    def take(size, real=batches.take):
+        calls.append(size)
+        if len(calls) > WARM_UP:
+            raise stop
+        return real(size)
+
+    batches.take = take
+    with graphs_on_the_cpu(), mock.patch("torch.cuda.graph", capture), pytest.raises(stop):
+        loop.train_one_epoch(model, batches, criterion, optimizer, 2, graph=StepGraph())
+
+
+RUNS = {
+    "IB": ["--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto"],
+    "cRT": ["--loss_type", "LDAM", "--train_rule", "cRT"],
+    "Resample": ["--train_rule", "Resample"],
+}
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_a_run_with_graphs_ends_in_the_bits_of_the_plain_run_and_resumes_to_them(method, tmp_path, capsys):
+    """Five epochs of four full batches and a smaller one, with the same lr in most."""
+    args, names = [*FIVE, *TINY, *RUNS[method], "--warmup_epochs", "0", "--keep_epochs", "2"], iter("abc")
+
+    def run(*extra):
+        name = next(names)
+        run_ok([*args, *extra, "--exp_str", name], tmp_path, capsys)
+        (folder,) = (tmp_path / "checkpoint").glob(f"*_{name}")
+        return folder
+
+    plain = run()
+    with graphs_on_the_cpu(), mock.patch.object(fit, "_captures_steps", return_value=True):
+        whole = run()
+        assert Recording.made >= 2
+        forked = run("--resume", str(whole / "ckpt.epoch002.pth.tar"))
+    for folder in (whole, forked):
+        assert_same_weights(plain / "ckpt.pth.tar", folder / "ckpt.pth.tar")
+
+
 @pytest.mark.parametrize(
     ("flags", "device", "ranks", "captures"),
     [
@@ -235,8 +311,7 @@ def test_a_step_that_cannot_be_captured_is_a_warning_and_trains_all_the_same(cap
 def test_which_runs_capture_their_steps(flags, device, ranks, captures, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     run = SimpleNamespace(settings=Settings(**flags), device=torch.device(device))
-    assert fit._captures_steps(run, InMemoryBatches(noise(), SIZE)) is captures
-    assert not fit._captures_steps(run, noise())  # images that are not in the GPU's memory
+    assert fit._captures_steps(run) is captures
 
 
 # ------------------------------------------------------------------------------------------------- on a GPU
@@ -287,9 +362,12 @@ def test_gpu_step_that_cannot_be_captured_is_a_warning_and_trains_all_the_same(c
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss", [[], ["--loss_type", "IB", "--train_rule", "IBReweight"]])
 def test_gpu_run_with_and_without_graphs_ends_in_the_same_bits(loss, tmp_path, capsys):
+    captured = mock.patch.object(StepGraph, "_capture", autospec=True, side_effect=StepGraph._capture)
     for name, extra in (("graph", []), ("plain", ["--no_cuda_graph"])):
-        args = [*TWO_EPOCHS, *TINY, *loss, *extra, "--gpu", "0", "--deterministic", "--exp_str", name]
-        run_ok(args, tmp_path, capsys, cuda=True)
+        args = [*TWO_EPOCHS, *TINY, *loss, *extra, "--gpu", "0", "--deterministic", "-b", "16", "--exp_str", name]
+        with captured as captures:
+            run_ok(args, tmp_path, capsys, cuda=True)
+        assert captures.call_count == (2 if name == "graph" else 0)  # the lr differs between the epochs
     method = ("IB", "IBReweight") if loss else ("CE", "None")
     assert_same_weights(*(model_folder(tmp_path, *method, exp) / "ckpt.pth.tar" for exp in ("graph", "plain")))
     rows = [read_logs(log_folder(tmp_path, *method, exp=exp))["log_train.csv"] for exp in ("graph", "plain")]

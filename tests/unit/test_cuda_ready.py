@@ -211,14 +211,28 @@ def test_a_checkpoints_state_is_on_the_cpu():
     assert {tensor.device.type for tensor in tensors} == {"cpu"}
 
 
+@contextlib.contextmanager
+def on_a_card(capability=(9, 0)):
+    available = mock.patch("torch.cuda.is_available", return_value=True)
+    with available, mock.patch("torch.cuda.get_device_capability", return_value=capability):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("capability", "allowed", "tf32"), [((8, 0), True, "on"), ((7, 5), True, "off"), ((9, 0), False, "off")]
+)
+def test_tf32_is_recorded_as_on_where_the_card_has_it_and_may_use_it(capability, allowed, tf32, numerics):
+    torch.backends.cudnn.allow_tf32 = allowed
+    with on_a_card(capability), mock.patch("torch.backends.cudnn.version", return_value=92000):
+        assert versions()["tf32"] == tf32
+
+
 @pytest.mark.parametrize(("smi", "driver"), [("580.65.06\n", "580.65.06"), (None, "unknown")])
 def test_versions_name_cuda_cudnn_the_driver_and_tf32_where_there_is_a_gpu(smi, driver):
     run = mock.Mock(side_effect=FileNotFoundError) if smi is None else mock.Mock(return_value=mock.Mock(stdout=smi))
-    available = mock.patch("torch.cuda.is_available", return_value=True)
-    with available, mock.patch("torch.backends.cudnn.version", return_value=92000), mock.patch("subprocess.run", run):
+    with on_a_card(), mock.patch("torch.backends.cudnn.version", return_value=92000), mock.patch("subprocess.run", run):
         facts = versions()
     assert facts["driver"] == driver
-    assert facts["tf32"] == ("on" if torch.backends.cudnn.allow_tf32 else "off")
     assert facts["cuda"] == str(torch.version.cuda)
     assert facts["cudnn"] == "92000"
 
