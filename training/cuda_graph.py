@@ -78,7 +78,7 @@ class StepGraph:
         current.wait_stream(self.stream)
 
     def _capture(self, step, size):
-        """Record a step, which runs nothing. The thread that writes checkpoints may go on with its own work."""
+        """Record a step, which runs nothing. The thread that writes checkpoints may work meanwhile."""
         graph = torch.cuda.CUDAGraph()
         side = torch.cuda.stream(self.stream)  # left whatever happens, which a failed capture's own context is not
         try:

@@ -461,6 +461,17 @@ def test_runs_are_shown_with_commit_precision_hours_and_command(write_record, tm
     assert " ".join(CE.argv("reproduced")) not in text, "that command would give another run"
 
 
+@pytest.mark.parametrize(
+    ("tf32", "amp", "label"), [("on", "none", "TF32"), ("off", "none", "float32"), ("on", "bf16", "bf16")]
+)
+def test_the_precision_of_a_gpu_is_that_of_its_convolutions(tf32, amp, label, tmp_path, capsys):
+    record = record_of(IB, 78.0, 78.0, amp=amp)
+    record["versions"]["tf32"], record["device"] = tf32, "NVIDIA H200"
+    (tmp_path / f"{IB.name}.json").write_text(json.dumps(record))
+    text = section(written(tmp_path, capsys) + "\n#", "## The runs")
+    assert cells(text, IB.name)[2:4] == [label, "NVIDIA H200, all threads, Linux x86_64, 2 cores"]
+
+
 def test_an_unclean_checkout_and_an_unknown_commit_are_said(write_record, tmp_path, capsys):
     assert report._commit({}) == report._commit({"code": None}) == "not recorded"
     assert report._commit({"code": {"commit": "a" * 40, "clean": False}}) == "aaaaaaaaaa, with changes"
