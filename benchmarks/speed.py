@@ -7,7 +7,8 @@
 
 Synthetic images of CIFAR's size, ResNet-32, batch 128, on the first CUDA device or the CPU. Every comparison is
 interleaved and repeated; the table gives medians and the lowest and highest repeat. Ratios are plain over ours (larger
-is better) but for `ib_step`, `memory` and `first_batch`, which are ours over the other (smaller is better).
+is better), but for `side_by_side`, two of our runs over one (larger is better), `ib_step`, IB over CE, and `memory` and
+`first_batch`, ours over the other (smaller is better).
 """
 
 import argparse
