@@ -92,18 +92,20 @@ def choose(targets: npt.ArrayLike, counts: Sequence[int], rand_number: int = 0) 
 
 
 def hold_out(targets: npt.ArrayLike, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Split positions into a training and a stratified validation part; every class keeps a training image.
+    """Split positions into a training and a stratified validation part.
+
+    Both parts have an image of every class that has two or more; the only image of a class is a training image.
 
     Args:
         targets: (N,) ints.
-        fraction: share of each class that is held out, in [0, 1).
+        fraction: share of each class that is held out, in [0, 1); 0 holds out nothing.
         seed: seed of the choice.
 
     Returns:
         (train, validation): two sorted int64 arrays that partition range(N).
 
     Raises:
-        ValueError: a fraction outside [0, 1), or over 0 and too small to hold out a single image.
+        ValueError: a fraction outside [0, 1), or over 0 where no class has two images.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must lie in [0, 1), got {fraction}")
@@ -113,10 +115,11 @@ def hold_out(targets: npt.ArrayLike, fraction: float, seed: int = 0) -> tuple[np
     for label in np.unique(targets):
         indices = np.where(targets == label)[0]
         generator.shuffle(indices)
-        held.append(indices[: min(round(len(indices) * fraction), len(indices) - 1)])
+        size = max(round(len(indices) * fraction), 1) if fraction else 0
+        held.append(indices[: min(size, len(indices) - 1)])
     validation = np.sort(np.concatenate(held))
     if fraction and not len(validation):
-        raise ValueError(f"a held-out fraction of {fraction} is less than one image in each class: choose a larger one")
+        raise ValueError("no class has two images, one to train on and one to hold out")
     return np.setdiff1d(np.arange(len(targets)), validation), validation
 
 
@@ -179,6 +182,15 @@ class LabelledImages:
         part = copy.copy(self)
         part._keep(np.asarray(positions, dtype=np.int64))
         return part
+
+    def hold_out(self, fraction: float) -> "tuple[Self, Self]":
+        """(training part, held-out part), see the function `hold_out`. Raises ValueError."""
+        kept, held = hold_out(self.targets, fraction)
+        return self.subset(kept), self.subset(held)
+
+    def classes_of_one_image(self) -> list[str]:
+        """The names of the classes that have a single image, of which `hold_out` holds out nothing."""
+        return [name for name, n in zip(self.class_names, self.get_cls_num_list(), strict=True) if n == 1]
 
     def make_imbalanced(self, imb_type: str, imb_factor: float, rand_number: int) -> None:
         """Keep a long-tailed choice, in place; see `class_counts` and `choose`. Raises ValueError."""

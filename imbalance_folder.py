@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from imbalance import LabelledImages, hold_out
-from utils import DataError, UsageError, one_line, warn
+from imbalance import LabelledImages
+from utils import DataError, UsageError, named, warn
 
 #: Of ImageNet's images, in [0, 1] units.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -95,11 +95,14 @@ def load(
 
 
 def _split(train, fraction):
+    alone = train.classes_of_one_image()
     try:
-        kept, held = hold_out(train.targets, fraction)
+        train, test = train.hold_out(fraction)
     except ValueError as error:
         raise UsageError(f"--val_fraction: {error}") from None
-    return train.subset(kept), train.subset(held)
+    if alone:
+        warn(f"--val_fraction: no test image of classes that have one image: {named(alone)}")
+    return train, test
 
 
 def _read_test_list(val_list, data_dir, train):
@@ -354,9 +357,3 @@ def map_in_threads(function: Callable, items: Sequence, workers: int) -> Iterato
     with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter's lock
         for start in range(0, len(items), 4096):  # in parts, so that an error ends it soon
             yield from pool.map(function, items[start : start + 4096])
-
-
-def named(names: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
-    """The first few names, safe to print, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return separator.join(one_line(name) for name in names[:limit]) + more

@@ -11,8 +11,8 @@ import os
 import posixpath
 from collections import Counter
 
-from imbalance_folder import ImageSet, check_all, named, warn_of_shared
-from utils import DataError, warn
+from imbalance_folder import ImageSet, check_all, warn_of_shared
+from utils import DataError, named, warn
 
 CLASSES = 8142
 IMAGES, ANNOTATIONS = "train_val2018", {"train": "train2018.json", "val": "val2018.json"}

@@ -12,7 +12,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,6 +130,12 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def named(names: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
+    """The first few names, safe to print, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return separator.join(one_line(name) for name in names[:limit]) + more
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the layout of a script's docstring; shows lists as they are typed."""
 
@@ -232,9 +238,9 @@ def versions() -> dict[str, str]:
 
     facts = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which checkpoints may not hold
+        "torchvision": str(torchvision.__version__),
+        "numpy": str(np.__version__),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }

@@ -29,6 +29,8 @@ BINS = 15
 def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val_batches: Any = None) -> dict:
     """Print the figures of the checkpoint and write them to log/<its name>/evaluate. Returns them.
 
+    Those of a correction go to a folder of their own in there, `posthoc_la_1` for example.
+
     --posthoc_la and --tau_norm take one value; of several the one with the best class mean on the held-out part.
 
     Raises:
@@ -47,7 +49,7 @@ def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val
     print_classes(run.class_names, run.class_counts, result)
     ece = f"  calibration error {result['calibration_error']:.2f}"
     print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
-    folder = os.path.join(settings.log_folder, EVALUATION)
+    folder = os.path.join(settings.log_folder, EVALUATION, *(f"{name}_{tau:g}" for name, tau in correction.items()))
     os.makedirs(folder, exist_ok=True)
     logits_path = os.path.join(folder, LOGITS)
     with contextlib.suppress(FileNotFoundError):  # of an evaluation before: not beside the figures of this one

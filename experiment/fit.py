@@ -1,6 +1,7 @@
 """The epochs of a run: what each trains with, its record, the checkpoint after it."""
 
 import dataclasses
+import math
 import sys
 import time
 from typing import Any
@@ -68,6 +69,8 @@ def fit(
             test = evaluate(model, test_batches.eval_epoch(), run.class_counts, run.precision)
             test["seconds"] = time.monotonic() - tested
             val = val_batches and evaluate(model, val_batches.eval_epoch(), run.class_counts, run.precision)
+            if not math.isfinite(test["loss"] + (val["loss"] if val else 0)):  # batch norm's first statistics may do it
+                warn(f"after epoch {epoch + 1} the model has outputs that are not finite: its accuracy means nothing")
             record = _record(epoch, started, stage, current, train, test, val)
             run.save(record, model, optimizer, current)
             progress.done(record["seconds"], epoch_line(record, run.history, epochs))

@@ -46,6 +46,8 @@ class ResumeState:
     flip: str = "auto"  # --flip of the run that made the checkpoint
     classes: Sequence[str] | None = None
     class_counts: Sequence[int] | None = None  # of its training images
+    trained_on: Sequence[dict] = ()  # see provenance.py
+    forced: Sequence[str] = ()  # what --force has passed over
 
 
 def find_start(settings: Settings) -> ResumeState:
@@ -81,8 +83,8 @@ def find_start(settings: Settings) -> ResumeState:
             "epochs between them again"
         )
     epoch = state.get("epoch", settings.start_epoch)
-    is_same = _check_same(settings, theirs, state, epoch, path)
-    is_done_here = epoch == settings.epochs and state is held and is_same
+    difference = _check_same(settings, theirs, state, epoch, path)
+    is_done_here = epoch == settings.epochs and state is held and difference is None
     if epoch >= settings.epochs and not is_done_here:
         raise UsageError(f"{path} has {epoch} epochs done: --epochs {settings.epochs} leaves nothing to train")
     if epoch >= settings.epochs and not state.get("history"):
@@ -105,6 +107,8 @@ def find_start(settings: Settings) -> ResumeState:
         flip=state["settings"].get("flip", "on") if theirs is not None else "auto",
         classes=state.get("classes"),
         class_counts=state.get("class_counts"),
+        trained_on=state.get("trained_on", ()),
+        forced=[*state.get("forced", ()), *([difference] if difference else [])],
     )
 
 
@@ -249,7 +253,7 @@ def _is_complete(log_folder, held):
 
 
 def _check_same(settings, theirs, state, epoch, path):
-    """The checkpoint's run must be this run in every epoch that it has trained; False where --force says otherwise."""
+    """The checkpoint's run must be this run in every epoch that it has trained; None, with --force the difference."""
     if theirs is None:
         warn(f"{path} records no settings: only its arch can be checked")
         arch = state.get("arch", settings.arch)
@@ -262,12 +266,16 @@ def _check_same(settings, theirs, state, epoch, path):
         if not settings.force:
             raise UsageError(f"{path} is of another run: {first} (use --force to continue anyway)")
         warn(f"{path} is of another run: {first}; continuing because of --force")
-    for name in ("threads", "processes"):
+    effects = {"threads": "the same run, but not to the last bit", "processes": "the same run, but not to the last bit"}
+    if not settings.sync_bn:
+        effects["processes"] = (
+            "batch norm, if the model has any, is over other images (use --sync_bn for all of a batch)"
+        )
+    for name, effect in effects.items():
         here, there = getattr(settings, name), (state.get("settings") or {}).get(name)
         if there not in (None, here):
-            made = f"{path} was made with {there} {name}, this run has {here}"
-            warn(f"{made}: the same run, but not to the last bit")
-    return first is None
+            warn(f"{path} was made with {there} {name}, this run has {here}: {effect}")
+    return first
 
 
 def _criterion_state(settings, theirs, state, epoch):
@@ -350,10 +358,16 @@ def clear(log_folder: str, model_folder: str) -> None:
     paths = checkpoint.written(model_folder)
     paths += [os.path.join(log_folder, name) for name in (*FILES, *figures)]
     paths += glob.glob(os.path.join(glob.escape(log_folder), "events.out.tfevents.*"))
-    paths += [os.path.join(log_folder, EVALUATION, name) for name in evaluation]
+    evaluations = os.path.join(glob.escape(log_folder), EVALUATION)
+    corrected = [*glob.glob(f"{evaluations}/posthoc_la_*/"), *glob.glob(f"{evaluations}/tau_norm_*/")]
+    folders = [os.path.join(log_folder, EVALUATION), *corrected]
+    paths += [os.path.join(folder, name) for folder in folders for name in evaluation]
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+    for folder in corrected:
+        with contextlib.suppress(OSError):  # something else is in it
+            os.rmdir(folder)
 
 
 def load_for_evaluation(settings: Settings) -> tuple[Settings, str, dict]:

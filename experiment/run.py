@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 import models
-from experiment import checkpoint
+from experiment import checkpoint, provenance
 from experiment.records import Records, best_epoch
 from experiment.resume import ResumeState, clear, find_start, load_for_evaluation, read_inherited, take_over
 from experiment.settings import Settings, recorded
-from files import files_sha256, run_lock
-from imbalance import GROUP_RULE, count_classes, groups, hold_out, split_sha256
+from files import files_sha256, run_lock, write_text
+from imbalance import GROUP_RULE, count_classes, groups, split_sha256
 from loaders import batch_slices
 from training import distributed, optimizer
 from training.precision import Precision, set_determinism
-from utils import DataError, NothingToDo, UsageError, code_version, draw_seed, one_line, versions, warn
+from utils import DataError, NothingToDo, UsageError, draw_seed, named, one_line, warn
 
 
 @contextlib.contextmanager
@@ -100,7 +100,7 @@ class Run:
         self.settings, self.device, self.start = settings, device, start
         self.precision = Precision(settings.amp, device.type)
         self.precision.load_state_dict(start.scaler)
-        self.history = list(start.history)
+        self.history, self.forced = list(start.history), list(start.forced)
         self._writer: Writer | None = None
 
     @property
@@ -125,32 +125,43 @@ class Run:
         if settings.num_classes not in (None, known):
             raise UsageError(f"--num_classes {settings.num_classes}: {settings.dataset} has {known} classes")
         self.settings = settings = dataclasses.replace(settings, num_classes=known)
+        split = {"sha256": split_sha256(train_set.chosen), "files_sha256": _files_sha256(train_set, test_set)}
+        train_set, val_set = _hold_out(train_set, settings.val_fraction)
         if settings.export_split:
             _export_split(train_set, settings.export_split)
-        split = {"sha256": split_sha256(train_set.chosen), "files_sha256": _files_sha256(train_set, test_set)}
+        self.classes, self.class_names = list(train_set.classes), list(train_set.class_names)
+        self.class_counts = count_classes(train_set.targets, known)
         chooses = len(settings.posthoc_la) > 1 or len(settings.tau_norm) > 1  # on a held-out part of these images
         if not settings.evaluate or settings.test_fraction or chooses:  # else what is tested may have been trained on
             self._check_images(split)
+        if chooses and self.start.split_sha256 is None:
+            self._unless_forced(
+                UsageError,
+                f"{self.start.path} does not tell on which images it was trained: maybe on those held out here",
+            )
         if not settings.evaluate:
             self._check_flip(train_set)
-        train_set, val_set = _hold_out(train_set, settings.val_fraction)
-        self.classes, self.class_names = list(train_set.classes), list(train_set.class_names)
-        self.class_counts = count_classes(train_set.targets, known)
         if settings.evaluate and self.start.class_counts:  # groups and prior are the model's, whatever is tested on
             self.class_counts = list(self.start.class_counts)
         elif settings.evaluate and settings.posthoc_la:
             warn(f"{self.start.path} records no class counts: --posthoc_la takes those of the data given")
         split["total"] = len(train_set.targets)
+        process = provenance.of_this_process(settings, self.device)
+        trained_on = provenance.trained_on(self.start, process, settings.epochs)
+        last = trained_on[-1]  # this process, if it has something to train
         self.info = {
             "name": settings.name,
-            "settings": recorded(settings),
-            "versions": versions(),
-            "code": code_version(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "settings": {**recorded(settings), **{name: last.get(name) for name in provenance.OF_PROCESS}},
+            "versions": last["versions"],
+            "code": last["code"],
+            "device": last["device"],
+            "trained_on": trained_on,
+            "forced": self.forced,
             "classes": self.classes,
             "class_counts": self.class_counts,
             "group_rule": GROUP_RULE,
             "split": split,
+            "test_images": len(test_set.targets),
         }
         if self.start.is_finished:
             raise NothingToDo(
@@ -161,37 +172,43 @@ class Run:
     def _check_classes(self, classes):
         """Refuse data with other classes than the checkpoint's, or in another order: its head would be misread."""
         start, here = self.start, list(classes)
-        there = here if start.classes is None or self.settings.force else list(start.classes)
+        there = here if start.classes is None else list(start.classes)
         if there != here:
             first = next((pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), None)
             differs = f"{first[0]!r} there and {first[1]!r} here" if first else f"{len(there)} there, {len(here)} here"
-            raise DataError(
-                f"{start.path} has other classes than {self.settings.data_dir}: {differs} "
-                "(use --force to continue anyway)"
-            )
+            self._unless_forced(DataError, f"{start.path} has other classes than {self.settings.data_dir}: {differs}")
 
     def _check_images(self, split):
         """Refuse other images than those that the checkpoint was trained on, or changed files."""
         start, where = self.start, self.settings.data_dir
-        if self.settings.force and not start.is_finished:
-            return
-        way = "--overwrite trains it anew" if start.is_finished else "use --force to continue anyway"
-        if start.split_sha256 not in (None, split["sha256"]):
-            raise DataError(f"{start.path} was trained on other images of {where} ({way})")
-        if start.files_sha256 not in (None, split["files_sha256"]):
-            raise DataError(
-                f"the image files in {where} are not those that {start.path} was trained on: names, classes or sizes "
-                f"differ ({way})"
-            )
+        other = f"{start.path} was trained on other images of {where}"
+        changed = f"the image files in {where} are not those that {start.path} was trained on: names, classes or sizes"
+        held_out = f"{start.path} was trained on another part of the images, {sum(start.class_counts or ())} of them"
+        checks = [
+            (start.split_sha256, split["sha256"], other),
+            (start.files_sha256, split["files_sha256"], f"{changed} differ"),
+            (start.class_counts, self.class_counts, f"{held_out}, {sum(self.class_counts)} here"),
+        ]
+        for there, here, what in checks:
+            if there in (None, here):
+                continue
+            if start.is_finished:
+                raise DataError(f"{what} (--overwrite trains it anew)")
+            self._unless_forced(DataError, what)
 
     def _check_flip(self, train_set):
         """Refuse to continue with mirrored images what was trained without, and the other way round."""
         flips = [{"on": True, "off": False}.get(flip, train_set.flip) for flip in (self.start.flip, self.settings.flip)]
-        if self.start.path is not None and flips[0] != flips[1] and not self.settings.force:
-            raise UsageError(
-                f"{self.start.path} was trained {'with' if flips[0] else 'without'} mirrored images: "
-                f"use --flip {'on' if flips[0] else 'off'}, or --force to continue anyway"
-            )
+        if self.start.path is not None and flips[0] != flips[1]:
+            what = f"{self.start.path} was trained {'with' if flips[0] else 'without'} mirrored images"
+            self._unless_forced(UsageError, f"{what}: use --flip {'on' if flips[0] else 'off'}")
+
+    def _unless_forced(self, error, what):
+        """Refuse to continue; --force continues, with a warning, and the run's records say so."""
+        if not self.settings.force:
+            raise error(f"{what} (use --force to continue anyway)")
+        warn(f"{what}; continuing because of --force")
+        self.forced.append(what)
 
     def check_last_batch(self, model: torch.nn.Module, batches: Any) -> None:
         """Refuse a batch of one image, on any rank, where batch norm cannot take it, before training gets there.
@@ -326,6 +343,8 @@ class Run:
             "files_sha256": self.info["split"]["files_sha256"],
             "classes": self.classes,
             "class_counts": self.class_counts,
+            "trained_on": self.info["trained_on"],
+            "forced": self.forced,
             "history": self.history,
         }
 
@@ -397,11 +416,14 @@ def _hold_out(train_set, fraction):
     """(training set, validation set or None)."""
     if not fraction:
         return train_set, None
+    alone = train_set.classes_of_one_image()
     try:
-        kept, held = hold_out(train_set.targets, fraction)
+        train_set, val_set = train_set.hold_out(fraction)
     except ValueError as error:
         raise UsageError(f"--val_fraction {fraction}: {error}") from None
-    return train_set.subset(kept), train_set.subset(held)
+    if alone:
+        warn(f"--val_fraction holds out no image of classes that have one image: {named(alone)}")
+    return train_set, val_set
 
 
 def _files_sha256(*data):
@@ -411,8 +433,7 @@ def _files_sha256(*data):
 
 
 def _export_split(train_set, path):
-    with open(path, "w") as file:
-        file.writelines(f"{index}\n" for index in train_set.chosen)
+    write_text(path, "".join(f"{index}\n" for index in train_set.chosen))
     raise NothingToDo(f"{path}: indices of {len(train_set.chosen)} chosen training images, one a line")
 
 
@@ -425,12 +446,14 @@ def _shortened(counts: Sequence[int]) -> str:
 def _load_pretrained(settings, model):
     """--pretrained: start from ImageNet's weights, or from those of a file; in place.
 
-    ImageNet models keep their own last layer where the weights have one of another form.
+    ImageNet models keep their own last layer: always with ImageNet's weights, whose classes are not the data's, else
+    where the weights have one of another form.
     """
     new_head = None if settings.arch in models.CIFAR_MODELS else models.last_linear(model)
     if settings.pretrained == "imagenet":
         weights = models.imagenet_weights(settings.arch)
-        checkpoint.load_weights(model, weights, "the file of ImageNet's weights", new_head)
+        body = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{new_head}.")}
+        checkpoint.load_weights(model, body, "the file of ImageNet's weights", new_head)
     elif settings.pretrained == "published":
         warn("there are no published weights for these models: --pretrained without a PATH changes nothing")
     elif settings.pretrained:

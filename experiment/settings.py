@@ -21,8 +21,8 @@ from typing import Any
 from imbalance import IMB_TYPES
 from losses import NORMS
 from training.precision import AMP_TYPES
-from training.recipe import SCHEDULES
-from training.registry import LOSSES, RULES
+from training.recipe import SCHEDULES, Recipe
+from training.registry import LOSSES, RULES, all_constants
 from utils import UsageError, number, warn
 
 KINDS = ("data", "model", "start", "schedule", "optimizer", "numerics", "rounding", "nothing")
@@ -472,6 +472,10 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--ib_norm none needs an --epsilon over 0: the factor is alpha / epsilon")
     if settings.auto_target == "ib" and settings.ib_norm not in ("l1", "none"):
         raise UsageError(f"--auto_target ib needs L1 norms: it does not go with --ib_norm {settings.ib_norm}")
+    if settings.auto_target != "ce" and settings.alpha != "auto" and "auto_target" in settings.given:
+        raise UsageError("--auto_target says what --alpha auto aims at: add --alpha auto")
+    if not settings.evaluate:
+        _warn_of_unused_constants(settings)
     if rule.start and getattr(settings, rule.start) >= epochs:
         warn(f"--{rule.start} {getattr(settings, rule.start)} never comes in {epochs} epochs: the rule does nothing")
     late = [m for m in milestones if settings.drw_epoch <= m < epochs]
@@ -497,3 +501,14 @@ def check(settings: Settings) -> Settings:
     if settings.posthoc_la and settings.tau_norm:
         raise UsageError("--posthoc_la and --tau_norm exclude each other")
     return settings
+
+
+def _warn_of_unused_constants(settings):
+    """Name the constants of losses and rules that were given and that no epoch uses."""
+    recipe = Recipe.from_settings(settings)
+    changes = (0, settings.start_ib_epoch, recipe.rule_start)
+    used = {name for epoch in changes if epoch < settings.epochs for name in recipe.constants_at(epoch)}
+    for name in all_constants():
+        if name in settings.given - used:
+            method = f"--loss_type {settings.loss_type} with --train_rule {settings.train_rule}"
+            warn(f"{FIELDS[name].metadata['flags'][0]} has no effect: {method} does not use it")

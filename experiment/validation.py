@@ -42,6 +42,8 @@ def check_state(state: Any, path: str) -> None:
         "class_counts": _is_list(state.get("class_counts"), int),
         "split_sha256": isinstance(state.get("split_sha256"), (str, type(None))),
         "files_sha256": isinstance(state.get("files_sha256"), (str, type(None))),
+        "trained_on": _is_parts(state.get("trained_on", [])),
+        "forced": _is_list(state.get("forced", []), str),
         "history": _is_history(history, epoch),
     }
     bad = [name for name, is_good in good.items() if not is_good]
@@ -84,6 +86,13 @@ def _is_number(value):
 
 def _is_list(part, kind):
     return part is None or (isinstance(part, list) and all(isinstance(value, kind) for value in part))
+
+
+def _is_parts(parts):
+    """Whether it is what `provenance.trained_on` makes."""
+    kinds: dict[str, Any] = {"from_epoch": int, "device": str, "versions": dict, "code": (dict, type(None))}
+    is_list = isinstance(parts, list) and all(isinstance(part, dict) for part in parts)
+    return is_list and all(isinstance(part.get(name), kind) for part in parts for name, kind in kinds.items())
 
 
 def _is_settings(settings):

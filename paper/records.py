@@ -7,12 +7,14 @@ command, as its script parses it.
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
 from experiment import parser
 from experiment.settings import Settings, fields_affecting, from_record
 from files import write_text
+from imbalance import class_counts
 from paper import runs
 from training.recipe import Recipe
 
@@ -24,8 +26,8 @@ KEYS = {"settings", "classes", "class_counts", "group_rule", "epochs_done", "bes
 COMPARED = sorted({*fields_affecting("data", "model", "start", "optimizer", "numerics")} - {"num_classes", "seed"})
 #: Settings that are compared by what they do in each epoch.
 SCHEDULE = fields_affecting("schedule")
-#: Precision: named, but no other experiment.
-NUMERICS = fields_affecting("numerics")
+#: Precision, and batch norm over each process's images alone: named, but no other experiment.
+NUMERICS = (*fields_affecting("numerics"), "processes")
 
 
 class Difference(NamedTuple):
@@ -110,6 +112,7 @@ def _check(record):
     rows = {row["epoch"]: row["test"] for row in history}
     if [row["epoch"] for row in history] != [history[0]["epoch"] + i for i in range(len(history))]:
         raise ValueError("the epochs of its history do not rise by one")
+    _check_stages(settings, history)
     for epoch, test in rows.items():
         _check_accuracies(test, f"epoch {epoch}")
     for when, epoch in (("best", record["best"]["epoch"]), ("last", history[-1]["epoch"])):
@@ -124,6 +127,17 @@ def _check(record):
     # a validation part picks the best epoch by figures that the small record does not keep
     if settings.val_fraction == 0 and record["best"]["acc1"] < max(test["acc1"] for test in rows.values()):
         raise ValueError("best is not the best epoch of the history")
+
+
+def _check_stages(settings, history):
+    """ValueError where an epoch was trained in another way than the settings say, as --force allows."""
+    recipe = Recipe.from_settings(settings)
+    for row in history:
+        planned = dataclasses.asdict(recipe.stage(row["epoch"]))
+        for name, value in row["stage"].items():
+            is_same = math.isclose(value, planned[name], abs_tol=1e-4) if name == "lr" else value == planned[name]
+            if not is_same:
+                raise ValueError(f"epoch {row['epoch']}: trained with {name} {value}, its settings say {planned[name]}")
 
 
 def _check_accuracies(test, where):
@@ -155,8 +169,24 @@ def read(folder: str | pathlib.Path) -> tuple[list[tuple[str, dict[str, Any]]], 
 # ------------------------------------------------------------------------------------------ which run it is
 
 
+def identify(record: dict[str, Any]) -> tuple[runs.Run | None, tuple[Difference, ...]]:
+    """The Run that a record is, and what sets it apart from it: nothing, for the Run to the letter.
+
+    What `describe` says of its settings; then other data than the paper's, batch norm over a part of each batch, and
+    what --force has passed over.
+    """
+    settings = settings_of(record["settings"])
+    run, difference = describe(record["settings"])
+    if run is None:
+        return None, ()
+    difference += _differences_of_data(run, record)
+    if settings.processes > 1 and not settings.sync_bn:
+        difference += (Difference("processes", str(settings.processes)),)
+    return run, difference + tuple(Difference("--force", what) for what in record.get("forced", ()))
+
+
 def describe(settings: dict[str, Any]) -> tuple[runs.Run | None, tuple[Difference, ...]]:
-    """The Run that recorded settings are, and what sets them apart from it: nothing, for the Run to the letter.
+    """The Run that recorded settings are, and the settings that set them apart from it.
 
     The Run is None for a data set or a method that the paper does not have.
     """
@@ -175,6 +205,24 @@ def describe(settings: dict[str, Any]) -> tuple[runs.Run | None, tuple[Differenc
     differing = [(run, differences(command_settings(run), found)) for run in candidates]
     run, difference = min(differing, key=lambda pair: len(pair[1]))
     return dataclasses.replace(run, seed=found.seed or 0), difference
+
+
+def _differences_of_data(run, record):
+    """Another number of images than the whole data set, made long-tailed by the run, has: a part of it, or another."""
+    setup, counts = run.setup, record["class_counts"]
+    if setup.classes is None:
+        return ()
+    if run.dataset in runs.NATURAL:
+        is_whole = (len(counts), sum(counts)) == (setup.classes, setup.train_images)
+    else:
+        available = [setup.train_images // setup.classes] * setup.classes
+        is_whole = counts == class_counts(available, run.imb_type, 1 / run.ratio)
+    differs = []
+    if not is_whole and not record["settings"].get("val_fraction"):
+        differs.append(Difference("data", f"{sum(counts)} training images of {len(counts)} classes"))
+    if record.get("test_images", setup.test_images) != setup.test_images:
+        differs.append(Difference("data", f"{record['test_images']} test images"))
+    return tuple(differs)
 
 
 def settings_of(settings: dict[str, Any]) -> Settings:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
+from experiment.provenance import lengths
 from files import write_text
 from paper import figures, records, runs, statistics
 from paper.rows import DATASETS, Row, Rows, group, title, values
@@ -282,7 +283,7 @@ def runs_and_commands(rows: Rows) -> list[str]:
         for record in found:
             amp, threads = record["settings"].get("amp", "none"), record["settings"].get("threads")
             hours = sum(epoch["seconds"] for epoch in record["history"]) / 3600
-            machine = f"{record['device']}, {threads or 'all'} threads, {record['versions']['machine']}"
+            machine = f"{_parts(record, 'device')}, {threads or 'all'} threads, {record['versions']['machine']}"
             in_tf32 = amp == "none" and record["versions"].get("tf32") == "on"  # the convolutions, on a GPU
             precision = "TF32" if in_tf32 else "float32" if amp == "none" else amp
             lines.append(
@@ -296,7 +297,16 @@ def runs_and_commands(rows: Rows) -> list[str]:
 
 
 def _commit(record):
-    code = record.get("code")
-    if not code:
-        return "not recorded"
-    return code["commit"][:10] + ("" if code["clean"] else ", with changes")
+    return _parts(record, "code", _commit_text)
+
+
+def _commit_text(code):
+    return code["commit"][:10] + ("" if code["clean"] else ", with changes") if code else "not recorded"
+
+
+def _parts(record, name, text=lambda value: value or "not recorded"):
+    """What a record says under `name`; of a run of several parts that differ in it, each with its epochs."""
+    parts = lengths(record.get("trained_on", []), name, record["epochs_done"])
+    if len(parts) < 2:
+        return text(record.get(name))
+    return ", then ".join(f"{text(value)} ({epochs} epochs)" for value, epochs in parts)

@@ -45,7 +45,7 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
     """
     same, seeds, left_out = collections.defaultdict(dict), collections.defaultdict(list), []
     for path, record in found:
-        run, difference = records.describe(record["settings"])
+        run, difference = records.identify(record)
         if run is None:
             left_out.append(f"{path}: a method or a data set that the paper does not have")
             continue

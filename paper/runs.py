@@ -17,7 +17,8 @@ WARMUP_EPOCHS = 5
 class Setup:
     """How a data set is trained in the paper: the script, its model, the lengths in epochs.
 
-    largest: training images of the largest class, which no ratio can exceed.
+    largest: training images of the largest class, which no ratio can exceed; classes, train_images, test_images: of the
+    whole data set, None where no figure is published.
     """
 
     script: str
@@ -31,18 +32,27 @@ class Setup:
     lr_factors: tuple[float, ...] = (0.01, 0.01)
     ib_lr_factor: float = 0.01
     largest: int = 500
+    classes: int | None = None
+    train_images: int | None = None
+    test_images: int | None = None
 
 
-CIFAR = Setup("cifar_train.py", "resnet32", 200, 100, (160, 180), 160)
+CIFAR = Setup(
+    "cifar_train.py", "resnet32", 200, 100, (160, 180), 160, classes=100, train_images=50_000, test_images=10_000
+)
 SETUPS = {
-    "cifar10": dataclasses.replace(CIFAR, largest=5000),
+    "cifar10": dataclasses.replace(CIFAR, largest=5000, classes=10),
     "cifar100": CIFAR,
-    "digits": dataclasses.replace(CIFAR, arch="resnet20", batch_size=32, largest=124),
-    "tinyimagenet": Setup("tinyimage_train.py", "resnet18", 100, 50, (90,), 90, lr_factors=(0.1,)),
-    "inaturalist": Setup(
-        "inat_train.py", "resnet50", 200, 50, (30, 180), 180, lr=0.01, lr_factors=(0.1, 0.1), ib_lr_factor=1.0
+    "digits": Setup("cifar_train.py", "resnet20", 200, 100, (160, 180), 160, batch_size=32, largest=124),
+    "tinyimagenet": Setup(
+        "tinyimage_train.py", "resnet18", 100, 50, (90,), 90,
+        lr_factors=(0.1,), classes=200, train_images=100_000, test_images=10_000,
     ),
-}
+    "inaturalist": Setup(
+        "inat_train.py", "resnet50", 200, 50, (30, 180), 180,
+        lr=0.01, lr_factors=(0.1, 0.1), ib_lr_factor=1.0, classes=8142, train_images=437_513, test_images=24_426,
+    ),
+}  # fmt: skip
 #: Data whose imbalance is their own.
 NATURAL = ("inaturalist",)
 

@@ -91,8 +91,8 @@ USAGE = {
     "split of an evaluation": (["-e", "--resume", "x", "--export_split", "y"], "--export_split and -e exclude"),
     "two corrections": (["-e", "--resume", "x", "--posthoc_la", "1", "--tau_norm", "1"], "--posthoc_la and --tau_norm"),
     "size of IB without L1": (["--auto_target", "ib", "--ib_norm", "l2"], "--auto_target ib", "--ib_norm l2"),
+    "size of nothing": (["--loss_type", "IB", "--ib_norm", "none", "--auto_target", "ib"], "add --alpha auto"),
     "a head without a network": (["--train_rule", "cRT", "--start-epoch", "170"], "--train_rule cRT", "170"),
-    "held-out part of no image": (["--val_fraction", "0.001"], "--val_fraction 0.001", "one image in each class"),
 }
 
 
@@ -493,6 +493,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
     state = load_checkpoint(model_folder(tmp_path, "IB") / "ckpt.pth.tar")
     assert state["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_outputs_that_are_not_finite_after_the_last_step_are_a_warning(tmp_path, capsys):
+    args = [*DIGITS, *TINY, "-b", "512", "--epochs", "1", "--milestones", "--lr", "1e36"]  # one step, after its loss
+    status, _, err = run_main(args, tmp_path, capsys)
+    assert status == 0
+    assert "warning: after epoch 1 the model has outputs that are not finite: its accuracy means nothing" in err
 
 
 def test_the_ib_phase_that_blows_up_names_alpha(tmp_path, capsys):

@@ -29,11 +29,12 @@ def trained(tmp_path_factory):
 def evaluate(folder, capsys, *flags):
     """(what was printed, evaluation.json) of an evaluation that must succeed; without a single flag of the run."""
     out = run_ok(["-e", "--resume", model_folder(folder) / "ckpt.pth.tar", "--threads", "1", *flags], folder, capsys)
-    return out, json.loads((log_folder(folder) / "evaluate" / "evaluation.json").read_text())
+    (line,) = [line for line in out.splitlines() if line.startswith("written: ")]
+    return out, json.loads((folder / line.split()[1]).read_text())
 
 
-def logits_of(folder):
-    with np.load(log_folder(folder) / "evaluate" / "logits.npz") as saved:
+def logits_of(folder, correction="."):
+    with np.load(log_folder(folder) / "evaluate" / correction / "logits.npz") as saved:
         return torch.from_numpy(saved["logits"]), torch.from_numpy(saved["target"])
 
 
@@ -66,7 +67,8 @@ def test_posthoc_logit_adjustment_subtracts_the_log_prior(trained, capsys):
     counts = torch.tensor(json.loads((log_folder(folder) / "summary.json").read_text())["class_counts"]).double()
     expected = plain - 1.5 * (counts / counts.sum()).log().float()
     out, found = evaluate(folder, capsys, "--posthoc_la", "1.5", "--save_logits")
-    torch.testing.assert_close(logits_of(folder)[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(folder, "posthoc_la_1.5")[0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits_of(folder)[0], plain), "the figures without the correction stay"
     assert found["acc1"] == pytest.approx(accuracy(expected, target))
     assert found["posthoc_la"] == 1.5
     assert "--posthoc_la 1.5 applied" in out
@@ -80,7 +82,7 @@ def test_tau_norm_divides_by_the_length_of_the_class_vectors_and_drops_the_bias(
     weight, bias = state["linear.weight"], state["linear.bias"]
     expected = (plain - bias) / weight.norm(dim=1) ** 0.7
     _, found = evaluate(folder, capsys, "--tau_norm", "0.7", "--save_logits")
-    torch.testing.assert_close(logits_of(folder)[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(folder, "tau_norm_0.7")[0], expected, rtol=1e-4, atol=1e-4)
     assert found["tau_norm"] == 0.7
 
 
@@ -124,6 +126,10 @@ def test_export_split_writes_the_indices_and_trains_nothing(tmp_path, capsys):
     indices = [int(line) for line in (tmp_path / "split.txt").read_text().splitlines()]
     assert len(indices) == len(set(indices)) == 309
     assert "309" in out
+    run_ok([*DIGITS, *TINY, "--val_fraction", "0.2", "--export_split", "split.txt"], tmp_path, capsys)
+    kept = [int(line) for line in (tmp_path / "split.txt").read_text().splitlines()]
+    assert set(kept) < set(indices)
+    assert len(kept) == len(set(kept)) == 247, "without the held-out part"
     assert [path.name for path in tmp_path.iterdir()] == ["split.txt"]
 
 
@@ -167,6 +173,17 @@ def test_other_classes_than_the_models_are_refused(copied, capsys):
     assert run_main(["-e", "--resume", path, "--threads", "1", "--force"], copied, capsys)[0] == 0
 
 
+def test_a_checkpoint_that_tells_no_images_chooses_no_correction(copied, capsys):
+    state = load_checkpoint(model_folder(copied) / "ckpt.pth.tar")
+    torch.save({name: state[name] for name in ("epoch", "arch", "state_dict")}, copied / "published.pth")
+    args = ["--dataset", "digits", "-a", "tiny", "-e", "--resume", "published.pth", "--val_fraction", "0.3"]
+    status, _, err = run_main([*args, "--posthoc_la", "0", "1"], copied, capsys)
+    assert status == 2
+    assert "published.pth does not tell on which images it was trained" in messages(err)[-1]
+    assert run_main([*args, "--posthoc_la", "1"], copied, capsys)[0] == 0
+    assert run_main([*args, "--posthoc_la", "0", "1", "--force"], copied, capsys)[0] == 0
+
+
 def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
     evaluate(copied, capsys, "--save_logits")
     plain, _ = logits_of(copied)
@@ -174,8 +191,9 @@ def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
     path = change(copied, class_counts=counts)
     out = run_ok(["-e", "--resume", path, "--threads", "1", "--posthoc_la", "1", "--save_logits"], copied, capsys)
     prior = torch.tensor(counts).double() / sum(counts)
-    torch.testing.assert_close(logits_of(copied)[0], plain - prior.log().float(), rtol=1e-4, atol=1e-4)
-    found = json.loads((log_folder(copied) / "evaluate" / "evaluation.json").read_text())
+    corrected, _ = logits_of(copied, "posthoc_la_1")
+    torch.testing.assert_close(corrected, plain - prior.log().float(), rtol=1e-4, atol=1e-4)
+    found = json.loads((log_folder(copied) / "evaluate" / "posthoc_la_1" / "evaluation.json").read_text())
     assert found["many"] == pytest.approx((found["per_class"][1] + found["per_class"][4]) / 2)
     assert "no class counts" not in out
     path = change(copied, class_counts=None)
@@ -186,12 +204,14 @@ def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
 def test_logits_of_an_evaluation_before_do_not_stay(copied, capsys):
     evaluate(copied, capsys, "--save_logits")
     assert (log_folder(copied) / "evaluate" / "logits.npz").exists()
-    evaluate(copied, capsys, "--posthoc_la", "1")
+    evaluate(copied, capsys)
     assert not (log_folder(copied) / "evaluate" / "logits.npz").exists()
 
 
 def test_overwriting_a_run_removes_its_evaluation(copied, capsys):
     evaluate(copied, capsys, "--save_logits")
+    evaluate(copied, capsys, "--posthoc_la", "1", "--save_logits")
+    evaluate(copied, capsys, "--tau_norm", "1")
     run_ok([*RUN, "--overwrite"], copied, capsys)
     assert [path.name for path in (log_folder(copied) / "evaluate").rglob("*")] == []
 

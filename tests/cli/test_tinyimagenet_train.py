@@ -283,6 +283,13 @@ def test_imagenet_weights_are_the_default(work, args):
     assert 200 in state["fc.weight"].shape
 
 
+def test_the_head_of_imagenets_weights_is_not_taken_even_for_as_many_classes(work):
+    with mock.patch.object(WeightsEnum, "get_state_dict", return_value=imagenet_like(200)):
+        state = started_from(work)
+    assert state["conv1.weight"].equal(imagenet_like(200)["conv1.weight"])
+    assert not state["fc.weight"].equal(imagenet_like(200)["fc.weight"])
+
+
 def test_weights_of_a_file(work):
     torch.save(imagenet_like(), work / "imagenet.pth")
     state = started_from(work, "--pretrained", "imagenet.pth")

@@ -217,8 +217,22 @@ def test_a_part_of_train_for_testing(data):
     train, test = load(str(data), test_fraction=0.5)
     assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 3, 2], [6, 4, 2])
     assert sorted([*train.chosen, *test.chosen]) == list(range(23))
-    with pytest.raises(UsageError, match=r"--val_fraction: .* 0\.001 is less than one image in each class"):
-        load(str(data), test_fraction=0.001)
+    assert load(str(data), test_fraction=0.001)[1].get_cls_num_list() == [1, 1, 1]
+
+
+def test_classes_of_one_image_have_no_test_image_and_are_named(data, capsys):
+    def keep_one(name):
+        for path in sorted(path for path in (data / "train" / name).rglob("*") if path.is_file())[1:]:
+            path.unlink()
+
+    keep_one("class1")
+    train, test = load(str(data), test_fraction=0.5)
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 1, 2], [6, 0, 2])
+    assert capsys.readouterr().err == "warning: --val_fraction: no test image of classes that have one image: class1\n"
+    keep_one("class0")
+    keep_one("class2")
+    with pytest.raises(UsageError, match="--val_fraction: no class has two images"):
+        load(str(data), test_fraction=0.5)
 
 
 @pytest.mark.parametrize("workers", [0, 3])

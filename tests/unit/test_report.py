@@ -17,16 +17,28 @@ import reproduce
 from experiment import plots
 from experiment.resume import plan
 from experiment.settings import FIELDS, fields_affecting, from_record, recorded
+from imbalance import class_counts
 from paper import figures, records, report, runs
 from paper import statistics as rule
 from paper.rows import Row, group
 from paper.runs import Run
+from training.recipe import Recipe
 
 RESULTS = pathlib.Path(__file__).parent.parent.parent / "results"
 SOURCE = json.loads(
     next((RESULTS / "cifar10_lt100_short").glob("*_IB_IBReweight_exp_0.01_short/summary.json")).read_text()
 )
 IB, CE = Run("cifar10", "exp", 100, "IB"), Run("cifar10", "exp", 100, "CE")
+
+
+def counts_of(run):
+    """Training images of each class in a run on the whole data set."""
+    classes, images = {"cifar10": (10, 5000), "cifar100": (100, 500), "tinyimagenet": (200, 500)}.get(
+        run.dataset, (10, 124)
+    )
+    if run.dataset == "inaturalist":
+        return [437_513 - 8_141, *[1] * 8_141]
+    return class_counts([images] * classes, run.imb_type, 1 / run.ratio)
 
 
 def record_of(run, best, last, **settings):
@@ -36,9 +48,11 @@ def record_of(run, best, last, **settings):
     record["name"] = run.name
     record["epochs_done"] = record["settings"]["epochs"]
     record["history"] = [copy.deepcopy(record["history"][0]) for _ in range(record["epochs_done"])]
+    record["class_counts"] = counts_of(run)
+    stages = Recipe.from_settings(from_record(record["settings"])).stages()
     for i, epoch in enumerate(record["history"]):
         accuracy = last if i == record["epochs_done"] - 1 else best
-        epoch |= {"epoch": i, "seconds": 36.0}
+        epoch |= {"epoch": i, "seconds": 36.0, "stage": dataclasses.asdict(stages[i])}
         epoch["test"] |= {"acc1": accuracy, "class_mean": accuracy}
     for when, i in (("best", 0), ("last", -1)):
         epoch = record["history"][i]
@@ -305,6 +319,48 @@ def test_settings_that_are_newer_than_a_record_count_as_they_were_then():
     assert records.describe(digits)[1] == (("flip", "on"),)
 
 
+def whole_record(run, **values):
+    return {"settings": recorded(records.command_settings(run)), "class_counts": counts_of(run), **values}
+
+
+def test_the_whole_data_sets_are_the_papers():
+    for run in (*BASES, Run("digits", "exp", 100, "IB"), Run("cifar10", "none", 1, "CE")):
+        assert records.identify(whole_record(run)) == (run, ())
+        assert records.identify(whole_record(run, test_images=run.setup.test_images)) == (run, ())
+
+
+#: What a record says -> why it does not stand beside the paper.
+NOT_THE_PAPERS = {
+    "a piece of Tiny ImageNet": (TINY, {"class_counts": [10] * 200}, "data 2000 training images of 200 classes"),
+    "a part of iNaturalist": (INAT, {"class_counts": [5] * 8142}, "data 40710 training images of 8142 classes"),
+    "other counts": (IB, {"class_counts": [50] * 10}, "data 500 training images of 10 classes"),
+    "a part of the test images": (IB, {"test_images": 600}, "data 600 test images"),
+    "forced": (
+        IB,
+        {"forced": ["a.pth is of another run: seed is 1 there"]},
+        "--force a.pth is of another run: seed is 1 there",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_THE_PAPERS)
+def test_other_data_and_force_keep_a_record_from_the_published_cell(kind, tmp_path, capsys):
+    run, values, label = NOT_THE_PAPERS[kind]
+    (tmp_path / "record.json").write_text(json.dumps({**record_of(run, 50.0, 50.0), **values}))
+    text = written(tmp_path, capsys)
+    assert label in text
+    assert "(authors)" not in text
+
+
+def test_batch_norm_over_a_part_of_each_batch_is_a_labelled_row_without_a_verdict(write_record, tmp_path, capsys):
+    write_record(IB, 78.0, 78.0, processes=4)
+    table = section(written(tmp_path, capsys), "### Table 4")
+    assert cells(table, "cifar10", "exp", "100", "IB, but processes 4")[-1] == "not judged"
+    assert records.identify(
+        whole_record(IB) | {"settings": {**recorded(records.command_settings(IB)), "processes": 4, "sync_bn": True}}
+    )[1] == (("sync_bn", "True"),)
+
+
 def test_a_method_that_the_paper_does_not_have_is_named(write_record, tmp_path, capsys):
     write_record(IB, 70.0, 70.0, train_rule="Resample")
     assert f"- {IB.name}.json: a method or a data set that the paper does not have" in written(tmp_path, capsys)
@@ -343,6 +399,10 @@ def in_history(value, name="acc1"):
     return lambda record: record["history"][5]["test"].update({name: value})
 
 
+def in_stage(**values):
+    return lambda record: record["history"][5]["stage"].update(values)
+
+
 #: What is done to a record -> what its line says.
 CONTRADICTIONS = {
     "last of 200 %": (lambda r: r["last"].update(acc1=200.0), "last: acc1 200.0 is no accuracy from 0 to 100"),
@@ -356,6 +416,8 @@ CONTRADICTIONS = {
     "last of another epoch": (lambda r: r["last"].update(epoch=3), "last is not what the history has for that epoch"),
     "reversed": (lambda r: r["history"].reverse(), "the epochs of its history do not rise by one"),
     "an epoch twice": (lambda r: r["history"][7].update(epoch=6), "the epochs of its history do not rise by one"),
+    "trained with --force": (in_stage(lr=0.5), "epoch 5: trained with lr 0.5, its settings say 0.1"),
+    "another loss": (in_stage(loss="LDAM"), "epoch 5: trained with loss LDAM, its settings say CE"),
     "text for epochs": (lambda r: r.update(epochs_done="all"), "damaged: a part has another form"),
 }
 
@@ -473,8 +535,19 @@ def test_the_precision_of_a_gpu_is_that_of_its_convolutions(tf32, amp, label, tm
 
 
 def test_an_unclean_checkout_and_an_unknown_commit_are_said(write_record, tmp_path, capsys):
-    assert report._commit({}) == report._commit({"code": None}) == "not recorded"
-    assert report._commit({"code": {"commit": "a" * 40, "clean": False}}) == "aaaaaaaaaa, with changes"
+    assert report._commit_text(None) == "not recorded"
+    assert report._commit_text({"commit": "a" * 40, "clean": False}) == "aaaaaaaaaa, with changes"
+
+
+def test_a_run_of_several_machines_names_each_with_its_epochs(tmp_path, capsys):
+    record = record_of(IB, 78.0, 77.0)
+    code = [{"commit": name * 40, "clean": True} for name in "ab"]
+    parts = [(100, "NVIDIA H200", code[0]), (134, "cpu", code[0]), (150, "cpu", code[1])]
+    record["trained_on"] = [{"from_epoch": start, "device": device, "code": code} for start, device, code in parts]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    row = cells(section(written(tmp_path, capsys), "## The runs"), IB.name)
+    assert row[3].startswith("not recorded (100 epochs), then NVIDIA H200 (34 epochs), then cpu (66 epochs), ")
+    assert row[5] == "not recorded (100 epochs), then aaaaaaaaaa (50 epochs), then bbbbbbbbbb (50 epochs)"
 
 
 def test_our_methods_are_compared_by_seed(write_record, tmp_path, capsys):

@@ -86,6 +86,26 @@ def test_combinations_that_cannot_work(argv, part):
         parse("cifar_train.py", argv)
 
 
+@pytest.mark.parametrize(
+    ("argv", "unused"),
+    [
+        (["--gamma", "2"], ["--gamma"]),
+        (["--loss_type", "IB", "--gamma", "2"], ["--gamma"]),
+        (["--loss_type", "IBFocal", "--gamma", "2", "--alpha", "10"], []),
+        (["--loss_type", "IB", "--alpha", "10", "--start_ib_epoch", "250", "--epochs", "300"], []),
+        (["--loss_type", "IB", "--alpha", "10", "--start_ib_epoch", "400", "--epochs", "300"], ["--alpha"]),
+        (["--train_rule", "DRW", "--beta", "0.9"], []),
+        (["--train_rule", "IBReweight", "--beta", "0.9", "--la_tau", "2"], ["--beta", "--la_tau"]),
+        (["-e", "--resume", "x", "--gamma", "2"], []),
+        (["--loss_type", "LDAM"], []),
+    ],
+)
+def test_constants_that_no_epoch_uses_are_named(argv, unused, capsys):
+    parse("cifar_train.py", argv)
+    said = [line for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
+    assert sorted(line.split()[1] for line in said) == unused
+
+
 def test_names_of_folders():
     assert parse("cifar_train.py", []).name == "cifar10_resnet32_CE_None_exp_0.01_0"
     assert parse("folder_train.py", ["--data_dir", "a/birds"]).name == "birds_resnet50_CE_None_none_0"

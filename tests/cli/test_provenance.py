@@ -1,0 +1,129 @@
+"""What a record says of the code and the machine that trained it, and of what --force has passed over."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+from script_runner import FIVE, TINY, break_off, load_checkpoint, log_folder, messages, model_folder, run_main, run_ok
+
+from experiment import provenance
+from experiment.resume import ResumeState
+
+ARGS = [*FIVE, *TINY]
+
+
+def at_commit(letter):
+    """Run as a checkout of this commit."""
+    return mock.patch.object(provenance, "code_version", return_value={"commit": letter * 40, "clean": True})
+
+
+def summary_of(folder, exp="0"):
+    return json.loads((log_folder(folder, exp=exp) / "summary.json").read_text())
+
+
+def parts_of(record):
+    return [(part["from_epoch"], part["code"]["commit"][0], part["threads"]) for part in record["trained_on"]]
+
+
+def test_a_run_of_two_commits_names_both_with_their_epochs(tmp_path, capsys):
+    with at_commit("a"):
+        assert break_off(ARGS, tmp_path, capsys, after=2)[0] == 130
+        assert break_off([*ARGS, "--resume", "auto"], tmp_path, capsys, after=1)[0] == 130
+    with at_commit("b"):
+        run_ok([*ARGS, "--resume", "auto"], tmp_path, capsys)
+    record = summary_of(tmp_path)
+    assert parts_of(record) == [(0, "a", 1), (3, "b", 1)]
+    assert record["code"]["commit"] == "b" * 40
+    assert load_checkpoint(model_folder(tmp_path) / "ckpt.pth.tar")["trained_on"] == record["trained_on"]
+
+
+def test_a_process_that_trains_nothing_leaves_no_trace(tmp_path, capsys):
+    with at_commit("a"):
+        run_ok(ARGS, tmp_path, capsys)
+    before = summary_of(tmp_path)
+    (log_folder(tmp_path) / "summary.json").unlink()  # so that the logs are made anew
+    args = [*ARGS, "--deterministic"]
+    args[args.index("--threads") + 1] = "2"
+    with at_commit("b"):
+        run_ok(args, tmp_path, capsys)
+    assert summary_of(tmp_path) == before
+    assert parts_of(before) == [(0, "a", 1)]
+
+
+def test_a_fork_brings_the_parts_of_the_run_that_it_starts_from(tmp_path, capsys):
+    with at_commit("a"):
+        break_off([*ARGS, "--keep_epochs", "2"], tmp_path, capsys, after=2)
+    path = model_folder(tmp_path) / "ckpt.epoch002.pth.tar"
+    with at_commit("b"):
+        run_ok([*ARGS, "--exp_str", "fork", "--resume", path], tmp_path, capsys)
+    assert parts_of(summary_of(tmp_path, "fork")) == [(0, "a", 1), (2, "b", 1)]
+
+
+def test_a_checkpoint_that_does_not_tell_leaves_its_epochs_open(tmp_path, capsys):
+    break_off([*ARGS, "--keep_epochs", "2"], tmp_path, capsys, after=2)
+    state = load_checkpoint(model_folder(tmp_path) / "ckpt.epoch002.pth.tar")
+    del state["trained_on"], state["forced"]
+    torch.save(state, tmp_path / "old.pth.tar")
+    with at_commit("b"):
+        run_ok([*ARGS, "--exp_str", "fork", "--resume", "old.pth.tar"], tmp_path, capsys)
+    record = summary_of(tmp_path, "fork")
+    assert parts_of(record) == [(2, "b", 1)]
+    assert provenance.lengths(record["trained_on"], "device", 5) == [(None, 2), ("cpu", 3)]
+
+
+def test_another_device_is_a_warning(capsys):
+    start = ResumeState(epoch=3, path="a.pth", trained_on=[{"from_epoch": 0, "device": "NVIDIA H200", "versions": {}}])
+    parts = provenance.trained_on(start, {"device": "cpu", "versions": {}}, epochs=5)
+    assert parts == [*start.trained_on, {"from_epoch": 3, "device": "cpu", "versions": {}}]
+    said = capsys.readouterr().err
+    assert said == "warning: a.pth was made on NVIDIA H200, this run is on cpu: the same run, but not to the last bit\n"
+    assert provenance.trained_on(start, {"device": "NVIDIA H200", "versions": {}}, epochs=5) == start.trained_on
+    assert provenance.trained_on(start, {"device": "cpu", "versions": {}}, epochs=3) == start.trained_on
+    assert capsys.readouterr().err == ""
+
+
+def test_lengths_join_parts_that_agree():
+    parts = [{"from_epoch": 0, "device": "cpu", "threads": 1}, {"from_epoch": 4, "device": "cpu", "threads": 2}]
+    assert provenance.lengths(parts, "device", 10) == [("cpu", 10)]
+    assert provenance.lengths(parts, "threads", 10) == [(1, 4), (2, 6)]
+    assert provenance.lengths([], "device", 10) == [(None, 10)]
+
+
+@pytest.mark.parametrize("parts", ["text", [1], [{"device": "cpu"}], [{"from_epoch": -1, "device": "cpu"}]])
+def test_malformed_parts_are_no_checkpoint(parts, tmp_path, capsys):
+    break_off(ARGS, tmp_path, capsys, after=1)
+    state = load_checkpoint(model_folder(tmp_path) / "ckpt.pth.tar")
+    torch.save({**state, "trained_on": parts}, tmp_path / "bad.pth.tar")
+    status, _, err = run_main([*ARGS, "--exp_str", "fork", "--resume", "bad.pth.tar"], tmp_path, capsys)
+    assert status == 1
+    assert "'trained_on' is malformed" in messages(err)[-1]
+
+
+def test_what_force_has_passed_over_stays_in_the_record(tmp_path, capsys):
+    break_off([*ARGS, "--keep_epochs", "2"], tmp_path, capsys, after=2)
+    path = model_folder(tmp_path) / "ckpt.epoch002.pth.tar"
+    assert load_checkpoint(path)["forced"] == []
+    other = [*ARGS, "--exp_str", "other", "-b", "32"]
+    with_force = [*other, "--resume", path, "--force"]
+    assert break_off(with_force, tmp_path, capsys, after=1)[0] == 130
+    run_ok([*other, "--resume", "auto"], tmp_path, capsys)
+    (what,) = summary_of(tmp_path, "other")["forced"]
+    assert what.startswith("batch_size is ")
+    assert load_checkpoint(model_folder(tmp_path, exp="other") / "ckpt.pth.tar")["forced"] == [what]
+
+
+def test_force_over_other_images_stays_in_the_record(tmp_path, capsys):
+    break_off([*ARGS, "--keep_epochs", "2"], tmp_path, capsys, after=2)
+    state = load_checkpoint(model_folder(tmp_path) / "ckpt.epoch002.pth.tar")
+    counts = [*state["class_counts"][:-1], state["class_counts"][-1] + 1]
+    torch.save({**state, "class_counts": counts}, tmp_path / "other.pth.tar")
+    args = [*ARGS, "--exp_str", "other", "--resume", "other.pth.tar"]
+    status, _, err = run_main(args, tmp_path, capsys)
+    assert status == 1
+    total = sum(counts)
+    message = f"other.pth.tar was trained on another part of the images, {total} of them, {total - 1} here"
+    assert message in messages(err)[-1]
+    _, _, err = run_main([*args, "--force"], tmp_path, capsys)
+    assert f"{message}; continuing because of --force" in err
+    assert summary_of(tmp_path, "other")["forced"] == [message]
