@@ -266,12 +266,9 @@ def _check_same(settings, theirs, state, epoch, path):
         if not settings.force:
             raise UsageError(f"{path} is of another run: {first} (use --force to continue anyway)")
         warn(f"{path} is of another run: {first}; continuing because of --force")
-    effects = {"threads": "the same run, but not to the last bit", "processes": "the same run, but not to the last bit"}
-    if not settings.sync_bn:
-        effects["processes"] = (
-            "batch norm, if the model has any, is over other images (use --sync_bn for all of a batch)"
-        )
-    for name, effect in effects.items():
+    same = "the same run, but not to the last bit"
+    other = "batch norm, if the model has any, is over other images (--sync_bn: over the whole batch)"
+    for name, effect in (("threads", same), ("processes", same if settings.sync_bn else other)):
         here, there = getattr(settings, name), (state.get("settings") or {}).get(name)
         if there not in (None, here):
             warn(f"{path} was made with {there} {name}, this run has {here}: {effect}")

@@ -135,10 +135,8 @@ class Run:
         if not settings.evaluate or settings.test_fraction or chooses:  # else what is tested may have been trained on
             self._check_images(split)
         if chooses and self.start.split_sha256 is None:
-            self._unless_forced(
-                UsageError,
-                f"{self.start.path} does not tell on which images it was trained: maybe on those held out here",
-            )
+            what = f"{self.start.path} does not tell on which images it was trained: maybe on those held out here"
+            self._unless_forced("unknown images", UsageError(what))
         if not settings.evaluate:
             self._check_flip(train_set)
         if settings.evaluate and self.start.class_counts:  # groups and prior are the model's, whatever is tested on
@@ -176,39 +174,45 @@ class Run:
         if there != here:
             first = next((pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), None)
             differs = f"{first[0]!r} there and {first[1]!r} here" if first else f"{len(there)} there, {len(here)} here"
-            self._unless_forced(DataError, f"{start.path} has other classes than {self.settings.data_dir}: {differs}")
+            what = f"{start.path} has other classes than {self.settings.data_dir}: {differs}"
+            self._unless_forced("other classes", DataError(what))
 
     def _check_images(self, split):
         """Refuse other images than those that the checkpoint was trained on, or changed files."""
         start, where = self.start, self.settings.data_dir
-        other = f"{start.path} was trained on other images of {where}"
-        changed = f"the image files in {where} are not those that {start.path} was trained on: names, classes or sizes"
-        held_out = f"{start.path} was trained on another part of the images, {sum(start.class_counts or ())} of them"
+        counts = f"{sum(start.class_counts or ())} of them, {sum(self.class_counts)} here"
         checks = [
-            (start.split_sha256, split["sha256"], other),
-            (start.files_sha256, split["files_sha256"], f"{changed} differ"),
-            (start.class_counts, self.class_counts, f"{held_out}, {sum(self.class_counts)} here"),
-        ]
-        for there, here, what in checks:
+            ("other images", start.split_sha256, split["sha256"], f"was trained on other images of {where}"),
+            (
+                "changed image files", start.files_sha256, split["files_sha256"],
+                f"was trained on other image files than those in {where}: names, classes or sizes differ",
+            ),
+            (
+                "another part of the images", start.class_counts, self.class_counts,
+                f"was trained on another part of the images, {counts}",
+            ),
+        ]  # fmt: skip
+        for kind, there, here, what in checks:
             if there in (None, here):
                 continue
             if start.is_finished:
-                raise DataError(f"{what} (--overwrite trains it anew)")
-            self._unless_forced(DataError, what)
+                raise DataError(f"{start.path} {what} (--overwrite trains it anew)")
+            self._unless_forced(kind, DataError(f"{start.path} {what}"))
 
     def _check_flip(self, train_set):
         """Refuse to continue with mirrored images what was trained without, and the other way round."""
         flips = [{"on": True, "off": False}.get(flip, train_set.flip) for flip in (self.start.flip, self.settings.flip)]
         if self.start.path is not None and flips[0] != flips[1]:
-            what = f"{self.start.path} was trained {'with' if flips[0] else 'without'} mirrored images"
-            self._unless_forced(UsageError, f"{what}: use --flip {'on' if flips[0] else 'off'}")
+            what = f"was trained {'with' if flips[0] else 'without'} mirrored images"
+            way = f"use --flip {'on' if flips[0] else 'off'}"
+            self._unless_forced(what, UsageError(f"{self.start.path} {what}: {way}"))
 
-    def _unless_forced(self, error, what):
-        """Refuse to continue; --force continues, with a warning, and the run's records say so."""
+    def _unless_forced(self, kind, error):
+        """Refuse to continue; --force continues, with a warning, and the run's records name the `kind`."""
         if not self.settings.force:
-            raise error(f"{what} (use --force to continue anyway)")
-        warn(f"{what}; continuing because of --force")
-        self.forced.append(what)
+            raise type(error)(f"{error} (use --force to continue anyway)")
+        warn(f"{error}; continuing because of --force")
+        self.forced.append(kind)
 
     def check_last_batch(self, model: torch.nn.Module, batches: Any) -> None:
         """Refuse a batch of one image, on any rank, where batch norm cannot take it, before training gets there.

@@ -135,7 +135,7 @@ def _check_stages(settings, history):
     for row in history:
         planned = dataclasses.asdict(recipe.stage(row["epoch"]))
         for name, value in row["stage"].items():
-            is_same = math.isclose(value, planned[name], abs_tol=1e-4) if name == "lr" else value == planned[name]
+            is_same = math.isclose(value, planned[name], rel_tol=0.01) if name == "lr" else value == planned[name]
             if not is_same:
                 raise ValueError(f"epoch {row['epoch']}: trained with {name} {value}, its settings say {planned[name]}")
 
@@ -216,7 +216,10 @@ def _differences_of_data(run, record):
         is_whole = (len(counts), sum(counts)) == (setup.classes, setup.train_images)
     else:
         available = [setup.train_images // setup.classes] * setup.classes
-        is_whole = counts == class_counts(available, run.imb_type, 1 / run.ratio)
+        try:
+            is_whole = counts == class_counts(available, run.imb_type, 1 / run.ratio)
+        except ValueError:  # a ratio that empties classes
+            is_whole = False
     differs = []
     if not is_whole and not record["settings"].get("val_fraction"):
         differs.append(Difference("data", f"{sum(counts)} training images of {len(counts)} classes"))

@@ -209,7 +209,7 @@ def test_other_images_in_a_folder_of_the_same_name_are_not_the_finished_run(fold
         status, out, err = run(tmp_path, "--data_dir", "two/images", *RUN, *more)
         assert (status, out) == (1, "")
         (line,) = messages(err)
-        assert "the image files in two/images are not those that " in line
+        assert "was trained on other image files than those in two/images" in line
         assert "(--overwrite trains it anew)" in line
         assert snapshot(tmp_path) == before
     (tmp_path / "one").rename(tmp_path / "moved")

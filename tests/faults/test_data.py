@@ -71,7 +71,7 @@ def test_changed_image_files_are_refused_at_resume(change, trained, tmp_path):
     status, _, err = continue_run(home)
     assert status == 1
     (line,) = messages(err)
-    assert "the image files in images are not those that" in line
+    assert "was trained on other image files than those in images" in line
     assert snapshot(home) == before
     assert continue_run(home, "--force")[0] == 0
 

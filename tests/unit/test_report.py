@@ -337,8 +337,8 @@ NOT_THE_PAPERS = {
     "a part of the test images": (IB, {"test_images": 600}, "data 600 test images"),
     "forced": (
         IB,
-        {"forced": ["a.pth is of another run: seed is 1 there"]},
-        "--force a.pth is of another run: seed is 1 there",
+        {"forced": ["other images"]},
+        "IB, but --force other images",
     ),
 }
 
