@@ -156,7 +156,8 @@ def test_weights_without_their_record_are_refused(run, tmp_path, case):
         records.collect(log_folder(run, **WHICH) / "summary.json", record_path)
         record = json.loads(record_path.read_text())
         if case == "epoch":
-            last = {**record["history"][0], "epoch": 1}
+            first = record["history"][0]
+            last = {**first, "epoch": 1, "stage": {**first["stage"], "lr": 2 * first["stage"]["lr"]}}  # as it warms up
             record |= {"epochs_done": 2, "history": [*record["history"], last], "last": {**record["last"], "epoch": 1}}
         else:
             record["split"]["sha256"] = "0" * 64

@@ -75,7 +75,7 @@ def test_an_output_in_ascii_and_a_name_that_is_not(tmp_path):
 def test_classes_that_neither_ascii_nor_utf8_can_say(tmp_path):
     names = ["chat é", "猫", os.fsdecode(b"caf\xe9")]
     make_folder(tmp_path / "images", names=names)
-    args = ["--data_dir", "images", *RUN, "--epochs", "1", "--milestones"]
+    args = ["--data_dir", "images", *RUN, "--epochs", "1", "--milestones", "--lr", "0.001"]
     done = run_process(args, tmp_path, REPOSITORY / "folder_train.py", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
