@@ -109,6 +109,7 @@ def _check(record):
     if len(history) < done:
         raise ValueError(f"cut short, {len(history)} of {done} epochs")
     settings = settings_of(record["settings"])
+    _check_lists(record)
     rows = {row["epoch"]: row["test"] for row in history}
     if [row["epoch"] for row in history] != [history[0]["epoch"] + i for i in range(len(history))]:
         raise ValueError("the epochs of its history do not rise by one")
@@ -127,6 +128,16 @@ def _check(record):
     # a validation part picks the best epoch by figures that the small record does not keep
     if settings.val_fraction == 0 and record["best"]["acc1"] < max(test["acc1"] for test in rows.values()):
         raise ValueError("best is not the best epoch of the history")
+
+
+def _check_lists(record):
+    """TypeError where a list that the report reads is something else."""
+    parts = record.get("trained_on", [])
+    numbers = [*record["class_counts"], *(part[name] for part in parts for name in ("from_epoch", "processes"))]
+    texts = [*record.get("forced", []), *(part["device"] for part in parts)]
+    are_dicts = all(isinstance(part["versions"], dict) for part in parts)
+    if not (all(isinstance(n, int) for n in numbers) and all(isinstance(t, str) for t in texts) and are_dicts):
+        raise TypeError
 
 
 def _check_stages(settings, history):
@@ -180,8 +191,9 @@ def identify(record: dict[str, Any]) -> tuple[runs.Run | None, tuple[Difference,
     if run is None:
         return None, ()
     difference += _differences_of_data(run, record)
-    if settings.processes > 1 and not settings.sync_bn:
-        difference += (Difference("processes", str(settings.processes)),)
+    processes = max([settings.processes, *(part["processes"] for part in record.get("trained_on", ()))])
+    if processes > 1 and not settings.sync_bn:
+        difference += (Difference("processes", str(processes)),)
     return run, difference + tuple(Difference("--force", what) for what in record.get("forced", ()))
 
 

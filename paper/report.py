@@ -284,7 +284,8 @@ def runs_and_commands(rows: Rows) -> list[str]:
             amp, threads = record["settings"].get("amp", "none"), record["settings"].get("threads")
             hours = sum(epoch["seconds"] for epoch in record["history"]) / 3600
             machine = f"{_parts(record, 'device')}, {threads or 'all'} threads, {record['versions']['machine']}"
-            in_tf32 = amp == "none" and record["versions"].get("tf32") == "on"  # the convolutions, on a GPU
+            used = [record["versions"], *(part["versions"] for part in record.get("trained_on", ()))]
+            in_tf32 = amp == "none" and any(part.get("tf32") == "on" for part in used)  # the convolutions, on a GPU
             precision = "TF32" if in_tf32 else "float32" if amp == "none" else amp
             lines.append(
                 [record["name"], record["settings"]["seed"], precision, machine, f"{hours:.2f}", _commit(record)]

@@ -356,6 +356,8 @@ def test_batch_norm_over_a_part_of_each_batch_is_a_labelled_row_without_a_verdic
     write_record(IB, 78.0, 78.0, processes=4)
     table = section(written(tmp_path, capsys), "### Table 4")
     assert cells(table, "cifar10", "exp", "100", "IB, but processes 4")[-1] == "not judged"
+    parts = [{"from_epoch": 0, "processes": 4}, {"from_epoch": 150, "processes": 1}]
+    assert records.identify(whole_record(IB, trained_on=parts))[1] == (("processes", "4"),)
     assert records.identify(
         whole_record(IB) | {"settings": {**recorded(records.command_settings(IB)), "processes": 4, "sync_bn": True}}
     )[1] == (("sync_bn", "True"),)
@@ -418,6 +420,9 @@ CONTRADICTIONS = {
     "an epoch twice": (lambda r: r["history"][7].update(epoch=6), "the epochs of its history do not rise by one"),
     "trained with --force": (in_stage(lr=0.5), "epoch 5: trained with lr 0.5, its settings say 0.1"),
     "another loss": (in_stage(loss="LDAM"), "epoch 5: trained with loss LDAM, its settings say CE"),
+    "a number for what was forced": (lambda r: r.update(forced=3), "damaged: a part has another form"),
+    "text for its machines": (lambda r: r.update(trained_on="H200"), "damaged: a part has another form"),
+    "text for class counts": (lambda r: r.update(class_counts="many"), "damaged: a part has another form"),
     "text for epochs": (lambda r: r.update(epochs_done="all"), "damaged: a part has another form"),
 }
 
@@ -543,10 +548,14 @@ def test_a_run_of_several_machines_names_each_with_its_epochs(tmp_path, capsys):
     record = record_of(IB, 78.0, 77.0)
     code = [{"commit": name * 40, "clean": True} for name in "ab"]
     parts = [(100, "NVIDIA H200", code[0]), (134, "cpu", code[0]), (150, "cpu", code[1])]
-    record["trained_on"] = [{"from_epoch": start, "device": device, "code": code} for start, device, code in parts]
+    record["trained_on"] = [
+        {"from_epoch": start, "device": device, "code": code, "processes": 1, "versions": {"tf32": tf32}}
+        for (start, device, code), tf32 in zip(parts, ["on", "off", "off"], strict=True)
+    ]
     (tmp_path / "record.json").write_text(json.dumps(record))
     row = cells(section(written(tmp_path, capsys), "## The runs"), IB.name)
     assert row[3].startswith("not recorded (100 epochs), then NVIDIA H200 (34 epochs), then cpu (66 epochs), ")
+    assert row[2] == "TF32", "in a part of the epochs"
     assert row[5] == "not recorded (100 epochs), then aaaaaaaaaa (50 epochs), then bbbbbbbbbb (50 epochs)"
 
 
