@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from experiment.fit import print_classes
 from script_runner import tiny
 
-from experiment.fit import print_classes
 from training import metrics
 from training.loop import evaluate
 
