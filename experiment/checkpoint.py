@@ -114,7 +114,8 @@ def _checked(state, path):
     """The state, if it has weights and its entries are what they should be."""
     what = f"{path} is not a training checkpoint"
     weights = state.get("state_dict") if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(v) for v in weights.values()):
+    named = isinstance(weights, dict) and all(isinstance(n, str) and torch.is_tensor(w) for n, w in weights.items())
+    if not weights or not named:
         raise DataError(f"{what}: it has no 'state_dict' of tensors")
     for name, kind in _KINDS.items():
         if state.get(name) is not None and not isinstance(state[name], kind):

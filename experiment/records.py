@@ -71,7 +71,7 @@ class Records:
             write_text(self._path(name), _csv([header, *(row(record) for record in self.history)]))
         if self.history:
             self._write_events()
-            self.write_summary()
+            self.write_summary(self.history)
 
     def add(self, record: dict) -> None:
         """Add an epoch's record to the CSV files and to TensorBoard."""
@@ -82,10 +82,10 @@ class Records:
                     file.write(_csv([row(record)]))
             self._write_events()
 
-    def write_summary(self) -> None:
-        """Write summary.json: the run, the figures of each epoch, and what it came to."""
-        counts = {"epochs_count_from": 0, "epochs_done": len(self.history)}
-        content = {**self.info, **counts, "history": self.history, **results(self.history)}
+    def write_summary(self, history: Sequence[dict]) -> None:
+        """Write summary.json: the run, the figures of each epoch of a checkpoint's history, and what it came to."""
+        counts = {"epochs_count_from": 0, "epochs_done": len(history)}
+        content = {**self.info, **counts, "history": history, **results(history)}
         write_text(self._path("summary.json"), to_json(content))
 
     def close(self) -> None:

@@ -272,7 +272,7 @@ class Run:
             self._unwritten_best = None
         self._keep(state)
         checkpoint.save(folder, [checkpoint.NEWEST], state)
-        self._records.write_summary()
+        self._records.write_summary(state["history"])
         self._unwritten, self._written_at = None, time.monotonic()
 
     def _keep(self, state):
