@@ -23,7 +23,6 @@ from training.metrics import CLASS_FIGURES
 MAX_CLASSES_IN_TENSORBOARD = 200
 
 TRAIN_COLUMNS = ("epoch_from_0", "lr", "loss", "acc1", "acc5", "criterion", "class_weights", "sampler", "seconds")
-TEST_COLUMNS = ("epoch_from_0", "acc1", "acc5", "loss", "best_acc1", *CLASS_FIGURES, "val_class_mean", "seconds")
 
 
 def best_epoch(history: Sequence[dict]) -> dict:
@@ -100,7 +99,7 @@ class Records:
         """(file name, header, function from an epoch's record to its row) of each CSV file."""
         return (
             ("log_train.csv", TRAIN_COLUMNS, _train_row),
-            ("log_test.csv", TEST_COLUMNS, lambda record: _test_row(record, self.history)),
+            ("log_test.csv", _test_columns(), lambda record: _test_row(record, self.history)),
             ("class_accuracy.csv", ("epoch_from_0", *self.class_names), _class_row),
         )
 
@@ -145,11 +144,15 @@ def _train_row(record):
     return [_cell(values.get(name)) for name in TRAIN_COLUMNS]
 
 
+def _test_columns():
+    return ("epoch_from_0", "acc1", "acc5", "loss", "best_acc1", *CLASS_FIGURES, "val_class_mean", "seconds")
+
+
 def _test_row(record, history):
     so_far = history[: record["epoch"] - history[0]["epoch"] + 1]
     values = {**record["test"], "epoch_from_0": record["epoch"], "best_acc1": best_epoch(so_far)["test"]["acc1"]}
     values["val_class_mean"] = record["val"]["class_mean"] if record.get("val") else None
-    return [_cell(values.get(name)) for name in TEST_COLUMNS]
+    return [_cell(values.get(name)) for name in _test_columns()]
 
 
 def _class_row(record):

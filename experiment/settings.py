@@ -41,7 +41,7 @@ def setting(
 
     Args:
         flags: as in '-b --batch-size N'; a word without dashes names the value. None: the setting is found, not given.
-        kind: an argparse type, or a tuple of choices.
+        kind: an argparse type, or the choices: a tuple, or a registry.
         help: the default is added to it.
         group: of the flags in --help. affects: one of `KINDS`. of_argparse: goes to `add_argument`.
     """
@@ -51,7 +51,7 @@ def setting(
     how = {"help": help, **of_argparse}
     if len(names) < len(flags.split()):
         how["metavar"] = flags.split()[-1]
-    if isinstance(kind, tuple):
+    if isinstance(kind, (tuple, Mapping)):  # a registry may grow until the command line is read
         how["choices"] = kind
     elif kind is not None:
         how["type"] = kind
@@ -137,8 +137,8 @@ class Settings:
         "first weights: ImageNet's, always with a new last layer, or those of a checkpoint, whose last layer is taken "
         "where it fits", affects="start", nargs="?")
 
-    loss_type: str = _method("CE", "--loss_type LOSS", tuple(LOSSES), _explain(LOSSES))
-    train_rule: str = _method("None", "--train_rule RULE", tuple(RULES), _explain(RULES))
+    loss_type: str = _method("CE", "--loss_type LOSS", LOSSES, _explain(LOSSES))
+    train_rule: str = _method("None", "--train_rule RULE", RULES, _explain(RULES))
     start_ib_epoch: int = _method(100, "--start_ib_epoch E", EPOCH, "first epoch, counted from 0, of the IB loss")
     alpha: float | str = _method(1000.0, "--alpha A|auto", _alpha,
         "scale of the IB loss; auto: set in the first 20 IB batches, see --auto_target")
@@ -171,7 +171,7 @@ class Settings:
         "number of the first epoch, for restarts by hand; --resume sets it")
     batch_size: int = _training(128, "-b --batch-size N", COUNT,
         "images of a batch, over all GPUs", affects="optimizer")
-    optimizer: str = _training("sgd", "--optimizer", tuple(OPTIMIZERS), "the optimizer", affects="optimizer")
+    optimizer: str = _training("sgd", "--optimizer", OPTIMIZERS, "the optimizer", affects="optimizer")
     lr: float = _training(0.1, "--lr --learning-rate LR", NOT_NEGATIVE,
         "learning rate, multiplied by the schedule's factors")
     momentum: float = _training(0.9, "--momentum M", NOT_NEGATIVE, "of SGD", affects="optimizer")
