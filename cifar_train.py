@@ -21,6 +21,7 @@ from experiment.fit import fit
 from experiment.parser import parse
 from experiment.run import open_run
 from loaders.in_memory import InMemoryBatches
+from training import distributed
 from training.optimizer import sgd
 from training.recipe import Recipe
 from utils import command
@@ -42,8 +43,9 @@ def main(argv=None):
         )
         train_set, val_set = run.use_data(train_set, test_set)
         batches = functools.partial(
-            InMemoryBatches, batch_size=settings.batch_size, device=run.device, seed=run.seed, flip=settings.flips
-        )
+            InMemoryBatches, batch_size=settings.batch_size, device=run.device, seed=run.seed, flip=settings.flips,
+            rank=distributed.rank(), world_size=distributed.world_size(),
+        )  # fmt: skip
         train_batches, test_batches = batches(train_set), batches(test_set)
         val_batches = batches(val_set) if val_set else None
 

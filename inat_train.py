@@ -20,6 +20,7 @@ from experiment.fit import fit
 from experiment.parser import parse
 from experiment.run import open_run
 from loaders.image_folder import ImageFileBatches
+from training import distributed
 from training.optimizer import sgd
 from training.recipe import Recipe
 from utils import command
@@ -44,7 +45,8 @@ def main(argv=None):
         train_set, val_set = run.use_data(train_set, test_set)
         batches = functools.partial(
             ImageFileBatches, image_size=settings.image_size, batch_size=settings.batch_size, device=run.device,
-            seed=run.seed, flip=settings.flips, workers=settings.workers,
+            seed=run.seed, flip=settings.flips, workers=settings.workers, rank=distributed.rank(),
+            world_size=distributed.world_size(),
         )  # fmt: skip
         train_batches, test_batches = batches(train_set), batches(test_set)
         val_batches = batches(val_set) if val_set else None

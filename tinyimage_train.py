@@ -10,7 +10,7 @@ order by the first run; they are downloaded (248 MB) where there are none. Logs 
 checkpoints to checkpoint/<name>.
 """
 
-import functools
+from typing import Any
 
 import torch
 
@@ -20,7 +20,9 @@ from experiment.evaluation import evaluate_checkpoint
 from experiment.fit import fit
 from experiment.parser import parse
 from experiment.run import open_run
-from loaders.resized_crops import make_batches
+from loaders.image_folder import ImageFileBatches, decode
+from loaders.in_memory import InMemoryBatches
+from training import distributed
 from training.optimizer import sgd
 from training.recipe import Recipe
 from utils import command
@@ -36,15 +38,24 @@ def main(argv=None):
     with open_run(settings) as run:  # device, ranks, folders, lock, seed, where the run starts
         settings = run.settings
 
-        # data, decoded once into a file beside them
+        # data, decoded into memory
         train_set, test_set = imbalance_tinyimagenet.load(
             settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
         )
         train_set, val_set = run.use_data(train_set, test_set)
-        batches = functools.partial(
-            make_batches, image_size=settings.image_size, crop=settings.crop, batch_size=settings.batch_size,
-            device=run.device, seed=run.seed, flip=settings.flips, workers=settings.workers,
-        )  # fmt: skip
+
+        def batches(images):
+            how: dict[str, Any] = {
+                "batch_size": settings.batch_size, "device": run.device, "seed": run.seed, "flip": settings.flips,
+                "rank": distributed.rank(), "world_size": distributed.world_size(),
+            }  # fmt: skip
+            is_padded, size = settings.crop == "padded", settings.image_size
+            paths = [path for path, _ in images.samples]
+            images.data = decode(paths, size if is_padded else images.image_size, settings.workers)
+            if is_padded:
+                return InMemoryBatches(images, padding=size // 8, **how)
+            return ImageFileBatches(images, image_size=size, workers=settings.workers, **how)
+
         train_batches, test_batches = batches(train_set), batches(test_set)
         val_batches = batches(val_set) if val_set else None
 
