@@ -25,7 +25,7 @@ import losses
 from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCECIFAR10, IMBALANCEDIGITS
 from loaders import batch_slices, sampled_order
 from loaders.augment import AUGMENTS, Augment
-from loaders.in_memory import InMemoryBatches
+from loaders.in_memory import InMemoryBatches, TrainEpoch
 from loaders.transforms import crop_and_flip, normalise
 from utils import DataError, UsageError
 
@@ -237,6 +237,8 @@ def test_another_augmentation_is_one_entry_made_after_crop_and_flip():
         painted = batches_of(noise(40), seed=2, augment="paint")
     plain = batches_of(noise(40), seed=2)
     assert (painted.draws_on_host, plain.draws_on_host) == (True, False)
+    assert isinstance(plain.train_epoch(5), TrainEpoch)
+    assert not isinstance(painted.train_epoch(5), TrainEpoch), "what a CUDA graph replays"
     for (ours, targets), (theirs, same) in zip(painted.train_epoch(5), plain.train_epoch(5), strict=True):
         assert torch.equal(targets, same)
         levels = [
