@@ -229,7 +229,7 @@ def test_an_unreadable_image_ends_the_epoch_with_its_name(images, tmp_path, work
 
 def test_a_dead_worker_is_one_line(images):
     with (
-        mock.patch("loaders.image_folder.open_image", side_effect=lambda path: os._exit(3)),
+        mock.patch("loaders.image_folder.open_image", side_effect=lambda *args: os._exit(3)),
         mock.patch("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2),  # seconds
     ):
         batches = ImageFileBatches(images, 8, image_size=8, workers=1)
