@@ -393,8 +393,8 @@ def load_for_evaluation(settings: Settings) -> tuple[Settings, str, dict]:
         merged = dataclasses.replace(settings, loss_type=loss)
     else:
         there = {name: getattr(theirs, name) for name in OF_CHECKPOINT if name in state["settings"]}
-        # folder_train.py tests on the part that --val_fraction holds out where there is no val/
-        compared = {**there, "val_fraction": theirs.test_fraction or theirs.val_fraction}
+        # older runs of folder_train.py without val/ tested on the part that --val_fraction held out
+        compared = {**there, "val_fraction": theirs.val_fraction or theirs.test_fraction}
         wrong = {
             name: value
             for name, value in compared.items()

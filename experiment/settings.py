@@ -81,6 +81,21 @@ class Settings:
     check_images: bool = setting(
         False, "--check_images", affects="nothing", group="data", help="decode every image before training starts"
     )
+    skip_damaged: bool = setting(
+        False, "--skip_damaged", affects="data", group="data",
+        help="decode every image before training starts, and leave out those that are damaged, 5 % at most",
+    )  # fmt: skip
+    exif: bool = setting(
+        False, "--exif", affects="data", group="data", help="turn images as their EXIF orientation says"
+    )
+    mean: tuple[float, ...] | None = setting(
+        None, "--mean", affects="data", group="data", nargs=3, type=number(float), metavar="M",
+        help="of the images' channels, from 0 to 1 (default: ImageNet's)",
+    )  # fmt: skip
+    std: tuple[float, ...] | None = setting(
+        None, "--std", affects="data", group="data", nargs=3, type=number(float, above=0), metavar="S",
+        help="as --mean",
+    )  # fmt: skip
     imb_type: str = setting(
         "exp", "--imb_type", affects="data", group="data", choices=IMB_TYPES,
         help="shape of the tail; none: as the data are (default: %(default)s)",
@@ -102,7 +117,10 @@ class Settings:
         help="share of the training images held out to pick the best epoch, by mean class accuracy, without the test "
         "set (default: %(default)s: by top-1 on the test set, as published)",
     )  # fmt: skip
-    test_fraction: float = setting(0.0, affects="data", type=number(float, low=0, high=0.9))
+    test_fraction: float = setting(
+        0.0, "--test_fraction", affects="data", group="data", type=number(float, low=0, high=0.9), metavar="G",
+        help="share of the training images to test on, without val/ or test/ (default: as --val_fraction)",
+    )  # fmt: skip
     flip: str = setting(
         "auto", "--flip", affects="data", group="data", choices=("auto", "on", "off"),
         help="random mirroring of training images; auto: as the data set says, no for digits (default: %(default)s)",
@@ -423,7 +441,7 @@ def _as_declared(field, value):
     how = field.metadata["argparse"]
     if value is None or value == field.default:
         return value
-    if how.get("nargs") in ("*", "+"):
+    if how.get("nargs") in ("*", "+", 3):
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{field.name} is {value!r}")
         return tuple(_one_as_declared(field.name, how, item) for item in value)

@@ -21,13 +21,13 @@ LONGEST_OVER_SHORTEST = 32
 class _Crops(Dataset):
     """Item (index, seed): the image cropped and flipped as the seed says; seed None: resized, its middle."""
 
-    def __init__(self, paths, size, flip):
-        self.paths, self.size, self.flip = paths, size, flip
+    def __init__(self, paths, size, flip, exif):
+        self.paths, self.size, self.flip, self.exif = paths, size, flip, exif
 
     def __getitem__(self, item):
         index, seed = item
         try:
-            image = open_image(self.paths[index])
+            image = open_image(self.paths[index], self.exif)
         except DataError as error:  # an exception would come out of a worker with its whole traceback
             return error
         crop = self._central(image) if seed is None else self._random(image, seed)
@@ -77,7 +77,7 @@ class ImageFileBatches(Batches):
         self.mean = torch.tensor(dataset.mean, device=device).repeat(image_size)
         self.std = torch.tensor(dataset.std, device=device).repeat(image_size)
         self._plan: list[list] = []  # the (index, seed) pairs of each batch of an epoch; the loader reads it anew
-        crops = _Crops(list(dataset.paths), image_size, self.flip)
+        crops = _Crops(list(dataset.paths), image_size, self.flip, dataset.exif)
         self._loader = DataLoader(
             crops, batch_sampler=self._plan, num_workers=workers, collate_fn=crops.stack,
             pin_memory=self.targets.is_cuda, persistent_workers=workers > 0,

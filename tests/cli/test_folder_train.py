@@ -57,7 +57,7 @@ def test_names_of_classes_reach_neither_the_terminal_nor_the_figures_raw(tmp_pat
 
 
 def test_dead_worker_is_one_line(folder, tmp_path):
-    with mock.patch("loaders.image_folder.open_image", side_effect=lambda path: os._exit(3)):
+    with mock.patch("loaders.image_folder.open_image", side_effect=lambda *_: os._exit(3)):
         status, _, err = run(tmp_path, "--data_dir", folder, *RUN, "-j", "1")
     assert status == 1
     (line,) = messages(err)
