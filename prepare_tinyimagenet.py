@@ -77,11 +77,10 @@ def arrange_folder(folder: str, check_images: bool = True) -> bool:
     Raises:
         DataError: see `arrange`; nothing was changed then.
     """
-    classes = _read_classes(folder)
-    paths = _training_images(folder, classes)
+    paths = _training_images(os.path.join(folder, "train"))
     raw = os.path.join(folder, "val", "images")
     is_raw = os.path.isdir(raw)
-    placed, moves = _plan_validation(folder, classes)
+    placed, moves = _plan_validation(os.path.join(folder, "val"), _folders(os.path.join(folder, "train")))
     for path in [*paths, *placed, *moves] if moves or check_images else ():
         open_image(path)
     for source, target in moves.items():
@@ -93,15 +92,6 @@ def arrange_folder(folder: str, check_images: bool = True) -> bool:
             raise DataError(f"{os.path.join(raw, name)} is no image of the data set: move it elsewhere")
         os.rmdir(raw)
     return is_raw
-
-
-def _read_classes(folder):
-    """The class names (wnids) of a folder, sorted: from wnids.txt, or, without it, train/'s folders."""
-    listed = os.path.join(folder, "wnids.txt")
-    found = [row[0] for row in _rows(listed)] if os.path.isfile(listed) else _folders(os.path.join(folder, "train"))
-    if not found:
-        raise DataError(f"{folder} names no classes: no wnids.txt and no folders in train")
-    return sorted(set(found))
 
 
 def _folders(path):
@@ -120,58 +110,50 @@ def _images(path):
 
 
 def _rows(path):
-    """The rows of a tab-separated text file, as lists."""
+    """The rows of a tab-separated list, as lists; none where there is no list."""
     try:
         with open(path, encoding="utf-8") as file:
             return [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    except FileNotFoundError:
+        return []
     except UnicodeDecodeError:
         raise DataError(f"{path} is no text") from None
 
 
-def _check_classes(part, found, classes):
-    if missing := sorted(set(classes) - set(found)):
-        raise DataError(f"{part} lacks classes: {named(missing)}")
-    if foreign := sorted(set(found) - set(classes)):
-        raise DataError(f"{part} has folders that are no classes of wnids.txt: {named(foreign)}")
-
-
-def _training_images(folder, classes):
+def _training_images(train):
     """The images of the training part; every class has some, and all that its list of boxes names."""
-    train = os.path.join(folder, "train")
-    _check_classes(train, _folders(train), classes)
     paths = []
-    for name in classes:
+    for name in _folders(train):
         found = _images(os.path.join(train, name))
-        boxes = os.path.join(train, name, f"{name}_boxes.txt")
-        lacking = [row[0] for row in _rows(boxes) if row[0] not in found] if os.path.isfile(boxes) else []
+        boxes = _rows(os.path.join(train, name, f"{name}_boxes.txt"))
+        lacking = [image for image, *_ in boxes if image not in found]
         if lacking or not found:
             raise DataError(f"{os.path.join(train, name)} lacks images: {named(lacking) or 'it has none'}")
         paths += found.values()
     return paths
 
 
-def _plan_validation(folder, classes):
+def _plan_validation(part, classes):
     """Check the validation part against its annotations.
 
     Returns:
         (paths of images that are in their place, {source: target} of those to be moved).
     """
-    part = os.path.join(folder, "val")
     by_class = {name: _images(os.path.join(part, name)) for name in _folders(part)}
     raw = by_class.pop("images", {})
     placed = {(label, name): path for label, found in by_class.items() for name, path in found.items()}
     listed = os.path.join(part, "val_annotations.txt")
-    if not os.path.isfile(listed):
-        if raw:
-            raise DataError(f"{listed} is missing: without it no validation image has a class")
-        _check_classes(part, {label for label, _ in placed}, classes)  # arranged by somebody who deleted the file
-        return list(placed.values()), {}
     rows = _rows(listed)
+    if raw and not rows:
+        raise DataError(f"{listed} is missing: without it no validation image has a class")
     cut = [row[0] for row in rows if len(row) < 2]
     if cut:
         raise DataError(f"{listed} has rows without a class: {named(cut)}")
-    labels = {row[0]: row[1] for row in rows}
-    _check_classes(part, {*labels.values(), *by_class}, classes)
+    # without a list somebody else has put the images in order
+    labels = {row[0]: row[1] for row in rows} or {name: label for label, name in placed}
+    different = sorted(set(labels.values()) ^ set(classes))
+    if different:
+        raise DataError(f"train and val of {os.path.dirname(part)} have different classes: {named(different)}")
     stray = [path for (label, name), path in placed.items() if labels.get(name) != label]
     stray += [path for name, path in raw.items() if name not in labels]
     if stray:
