@@ -131,7 +131,8 @@ class Run:
             _export_split(train_set, settings.export_split)
         self.classes, self.class_names = list(train_set.classes), list(train_set.class_names)
         self.class_counts = count_classes(train_set.targets, known)
-        chooses = len(settings.posthoc_la) > 1 or len(settings.tau_norm) > 1  # on a held-out part of these images
+        # several values are compared on a held-out part of these images
+        chooses = any(len(taus) > 1 for taus in (settings.posthoc_la, settings.tau_norm, settings.tau_norm_bias))
         if not settings.evaluate or settings.test_fraction or chooses:  # else what is tested may have been trained on
             self._check_images(split)
         if chooses and self.start.split_sha256 is None:

@@ -303,7 +303,12 @@ class Settings:
     )  # fmt: skip
     tau_norm: tuple[float, ...] = setting(
         (), "--tau_norm", affects="nothing", group="run", nargs="+", type=number(float, low=0), metavar="TAU",
-        help="with -e: divide each class's weight vector by its length to the power of TAU; several as --posthoc_la",
+        help="with -e: divide each class's weight vector by its length to the power of TAU and drop the bias; several "
+        "as --posthoc_la",
+    )  # fmt: skip
+    tau_norm_bias: tuple[float, ...] = setting(
+        (), "--tau_norm_bias", affects="nothing", group="run", nargs="+", type=number(float, low=0), metavar="TAU",
+        help="with -e: as --tau_norm, but keep the bias",
     )  # fmt: skip
     save_logits: bool = setting(
         False, "--save_logits", affects="nothing", group="run", help="with -e: write logits and targets to logits.npz"
@@ -495,11 +500,12 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--resume auto and --overwrite exclude each other")
     if settings.evaluate and settings.export_split:
         raise UsageError("--export_split and -e exclude each other")
-    for name in ("posthoc_la", "tau_norm", "save_logits"):
+    for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
-    if settings.posthoc_la and settings.tau_norm:
-        raise UsageError("--posthoc_la and --tau_norm exclude each other")
+    corrections = [f"--{name}" for name in ("posthoc_la", "tau_norm", "tau_norm_bias") if getattr(settings, name)]
+    if len(corrections) > 1:
+        raise UsageError(f"{' and '.join(corrections)} exclude each other")
     return settings
 
 
