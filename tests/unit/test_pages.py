@@ -1,0 +1,40 @@
+"""paper/pages.py: the tables of the pages against figures counted by hand."""
+
+import pytest
+
+from paper import pages
+
+
+def record(top1, start=2, dataset="cifar10"):
+    """A record of len(top1) epochs, its later loss from epoch `start` on."""
+    history = [{"epoch": i, "test": {"acc1": value, "few": None}} for i, value in enumerate(top1)]
+    best = max(history, key=lambda epoch: epoch["test"]["acc1"])
+    settings = {"dataset": dataset, "imb_type": "exp", "imb_factor": 0.01, "start_ib_epoch": start}
+    return {"settings": settings, "history": history, "best": best["test"], "last": history[-1]["test"]}
+
+
+def test_the_plateau_is_the_mean_of_the_last_tenth():
+    one = record([*range(18), 50.0, 40.0])
+    assert [pages.reached(one, when) for when in pages.ENDPOINTS] == [50.0, 45.0, 40.0]
+    assert pages.reached(one, "plateau", "few") is None
+    assert pages.reached(record([1.0, 2.0]), "plateau") == 2.0
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([], "n/a"), ([1.0, None], "n/a"), ([1.0], "+1.00"), ([1.0, 3.0], "+2.00 ± 1.41")]
+)
+def test_a_mean_and_its_spread(values, text):
+    assert pages.shown(values, "+") == text
+
+
+def test_a_gain_is_taken_within_one_first_phase(monkeypatch):
+    ce = [record([10.0, 20.0, 30.0, 31.0]), record([11.0, 21.0, 35.0, 33.0])]
+    ib = [record([10.0, 20.0, 40.0, 35.0]), record([12.0, 22.0, 90.0, 90.0])]
+    monkeypatch.setattr(pages, "of_folder", {"here": {"CE": ce, "IB": ib}}.get)
+    page = "before\n<!-- table gain over CE\nhere: IB; CE\n-->\n| old |\n|---|\n\nafter\n"
+    made = pages.made_again(page)
+    assert "| IB | +7.39 | 1 | +9.00 | +4.00 | +4.00 |" in made, "the second IB has no CE of its first phase"
+    assert "| CE | +0.00 | 2 | +0.00 ± 0.00 |" in made
+    assert "old" not in made
+    assert pages.made_again(made) == made
+    assert (made.startswith("before\n"), made.endswith("\n\nafter\n")) == (True, True)
