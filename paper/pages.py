@@ -26,17 +26,30 @@ def made_again(page: str) -> str:
 
     def make(found):
         kind, *base = found[1].split(" over ")
-        chosen = [(label, folder) for folder, label in _named(found[2])]
-        heads, lines = KINDS[kind](chosen, *base)
+        named = [line.split(": ") for line in found[2].splitlines()]
+        chosen = [(label, folder) for folder, labels in named for label in labels.split("; ")]
+        heads, lines = apart(named) if kind == "apart" else KINDS[kind](chosen, *base)
+        data = [] if kind == "apart" else [_data(folder, label) for label, folder in chosen]
+        if len(set(data)) > 1:  # a column that tells the folders apart
+            heads, lines = ["data", *heads], [[name, *line] for name, line in zip(data, lines, strict=True)]
         return "\n".join([f"<!-- table {found[1]}", f"{found[2]}-->", *report.table(heads, lines)])
 
     return MARKED.sub(make, page)
 
 
-def _named(text):
-    for line in text.splitlines():
-        folder, labels = line.split(": ")
-        yield from ((folder, label) for label in labels.split("; "))
+def apart(named):
+    """How far two runs are apart: each line of the marker names what differs, and the files of two records."""
+    lines = []
+    for what, paths in named:
+        one, other = (records.load(RESULTS / f"{path}.json") for path in paths.split("; "))
+        lines.append([what, *(f"{abs(reached(one, when) - reached(other, when)):.2f}" for when in ENDPOINTS)])
+    return ["what differs", *ENDPOINTS], lines
+
+
+def _data(folder, label):
+    record = of_folder(folder)[label][0]
+    machine = record["device"].removeprefix("NVIDIA ").replace("cpu", "CPU")
+    return f"{rows.DATASETS[record['settings']['dataset']]}, {machine}"
 
 
 @functools.cache
@@ -98,8 +111,10 @@ KINDS = {"accuracy": accuracy, "groups": groups, "gain": gain}
 
 
 def published(label: str, record: dict) -> str:
-    """What the authors print in Table 4 for the method, in the data of the record; '' where there is nothing."""
+    """What the authors print in Table 4 for the method, in the data and the length of the record, or ''."""
     settings = record["settings"]
+    if settings["epochs"] != runs.SETUPS[settings["dataset"]].epochs:
+        return ""
     place = (settings["dataset"], settings["imb_type"], round(1 / settings["imb_factor"]))
     for cell in runs.published():
         same = (cell["dataset"], cell["imb_type"], cell["ratio"]) == place and cell["whose"] == "authors"

@@ -9,8 +9,14 @@ def record(top1, start=2, dataset="cifar10"):
     """A record of len(top1) epochs, its later loss from epoch `start` on."""
     history = [{"epoch": i, "test": {"acc1": value, "few": None}} for i, value in enumerate(top1)]
     best = max(history, key=lambda epoch: epoch["test"]["acc1"])
-    settings = {"dataset": dataset, "imb_type": "exp", "imb_factor": 0.01, "start_ib_epoch": start}
-    return {"settings": settings, "history": history, "best": best["test"], "last": history[-1]["test"]}
+    settings = {"dataset": dataset, "imb_type": "exp", "imb_factor": 0.01, "start_ib_epoch": start, "epochs": 200}
+    return {
+        "device": "cpu",
+        "settings": settings,
+        "history": history,
+        "best": best["test"],
+        "last": history[-1]["test"],
+    }
 
 
 def test_the_plateau_is_the_mean_of_the_last_tenth():
@@ -27,6 +33,14 @@ def test_a_mean_and_its_spread(values, text):
     assert pages.shown(values, "+") == text
 
 
+def test_a_short_run_does_not_stand_beside_a_published_figure():
+    one = record([1.0])
+    assert pages.published("IB", one) == "78.26"
+    assert pages.published("IB (detached)", one) == ""
+    one["settings"]["epochs"] = 40
+    assert pages.published("IB", one) == ""
+
+
 def test_a_gain_is_taken_within_one_first_phase(monkeypatch):
     ce = [record([10.0, 20.0, 30.0, 31.0]), record([11.0, 21.0, 35.0, 33.0])]
     ib = [record([10.0, 20.0, 40.0, 35.0]), record([12.0, 22.0, 90.0, 90.0])]
@@ -38,3 +52,18 @@ def test_a_gain_is_taken_within_one_first_phase(monkeypatch):
     assert "old" not in made
     assert pages.made_again(made) == made
     assert (made.startswith("before\n"), made.endswith("\n\nafter\n")) == (True, True)
+
+
+def test_how_far_two_runs_are_apart(monkeypatch):
+    found = {"a": record([10.0, 12.0]), "b": record([11.0, 9.0])}
+    monkeypatch.setattr(pages.records, "load", lambda path: found[path.stem])
+    made = pages.made_again("<!-- table apart\nthe seed: here/a; here/b\n-->\n")
+    assert "| the seed | 1.00 | 3.00 | 3.00 |" in made
+
+
+def test_a_column_tells_the_data_apart(monkeypatch):
+    folders = {"here": {"CE": [record([1.0])]}, "there": {"CE": [record([2.0], dataset="cifar100")]}}
+    monkeypatch.setattr(pages, "of_folder", folders.get)
+    made = pages.made_again("<!-- table accuracy\nhere: CE\nthere: CE\n-->\n")
+    assert "| CIFAR-10, CPU | CE | 70.87 | 1 | 1.00 | 1.00 | 1.00 |" in made
+    assert "| CIFAR-100, CPU | CE | 38.05 | 1 | 2.00 | 2.00 | 2.00 |" in made
