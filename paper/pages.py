@@ -9,10 +9,13 @@ A table stands below a comment that names its kind and, for each folder of resul
 
 import collections
 import functools
+import json
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 from statistics import fmean, stdev
+from typing import Any
 
 from paper import records, report, rows, runs
 
@@ -41,7 +44,7 @@ def apart(named):
     """How far two runs are apart: each line of the marker names what differs, and the files of two records."""
     lines = []
     for what, paths in named:
-        one, other = (records.load(RESULTS / f"{path}.json") for path in paths.split("; "))
+        one, other = (json.loads((RESULTS / f"{path}.json").read_text()) for path in paths.split("; "))
         lines.append([what, *(f"{abs(reached(one, when) - reached(other, when)):.2f}" for when in ENDPOINTS)])
     return ["what differs", *ENDPOINTS], lines
 
@@ -60,8 +63,11 @@ def of_folder(folder: str) -> dict[str, list[dict]]:
     return {row.label: of_seeds for row, of_seeds in found.items() if row.place == place}
 
 
-def reached(record: dict, when: str, name: str = "acc1") -> float | None:
-    """A figure of the best or the last epoch, or its mean over the last tenth of the epochs (when: 'plateau')."""
+def reached(record: dict, when: str, name: str = "acc1") -> Any:
+    """A figure of the best or the last epoch, or its mean over the last tenth of the epochs (when: 'plateau').
+
+    Percent; None for a group without classes.
+    """
     if when != "plateau":
         return record[when][name]
     figures = [epoch["test"][name] for epoch in record["history"][-max(1, len(record["history"]) // 10) :]]
@@ -107,7 +113,7 @@ def gain(chosen, base):
     return [f"minus {base}", "published", "n", *ENDPOINTS], lines
 
 
-KINDS = {"accuracy": accuracy, "groups": groups, "gain": gain}
+KINDS: dict[str, Callable[..., tuple[list, list]]] = {"accuracy": accuracy, "groups": groups, "gain": gain}
 
 
 def published(label: str, record: dict) -> str:

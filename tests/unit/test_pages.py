@@ -1,5 +1,7 @@
 """paper/pages.py: the tables of the pages against figures counted by hand."""
 
+import json
+
 import pytest
 
 from paper import pages
@@ -54,10 +56,11 @@ def test_a_gain_is_taken_within_one_first_phase(monkeypatch):
     assert (made.startswith("before\n"), made.endswith("\n\nafter\n")) == (True, True)
 
 
-def test_how_far_two_runs_are_apart(monkeypatch):
-    found = {"a": record([10.0, 12.0]), "b": record([11.0, 9.0])}
-    monkeypatch.setattr(pages.records, "load", lambda path: found[path.stem])
-    made = pages.made_again("<!-- table apart\nthe seed: here/a; here/b\n-->\n")
+def test_how_far_two_runs_are_apart(monkeypatch, tmp_path):
+    for name, top1 in (("a", [10.0, 12.0]), ("b", [11.0, 9.0])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record(top1)))
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    made = pages.made_again("<!-- table apart\nthe seed: a; b\n-->\n")
     assert "| the seed | 1.00 | 3.00 | 3.00 |" in made
 
 
