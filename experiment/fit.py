@@ -14,9 +14,9 @@ from experiment.records import Progress, best_epoch, epoch_line
 from experiment.run import Run
 from imbalance import GROUP_RULE
 from training import distributed
-from training.cuda_graph import StepGraph
+from training.cuda_graph import step_graph
 from training.loop import NonFiniteLoss, evaluate, finite_figures, for_evaluation, train_one_epoch
-from training.precision import Compiled
+from training.precision import Compiled, use_native_batch_norm
 from training.recipe import Recipe, Stage
 from utils import UsageError, duration, epoch_seed, format_metric, one_line, warn
 
@@ -39,6 +39,8 @@ def fit(
             operator that --deterministic cannot.
     """
     settings, epochs = run.settings, recipe.epochs
+    if settings.batch_norm == "native":
+        use_native_batch_norm(model)
     run.check_last_batch(model, train_batches)
     run.check_deterministic(model)
     if settings.gpu is not None and run.device.type == "cpu":
@@ -47,14 +49,14 @@ def fit(
     test_batches, val_batches = (b and for_evaluation(b, side) for b in (test_batches, val_batches))
     progress, trained, trains = Progress(epochs, settings.print_freq), model, None
     criterion = Criterion(recipe, run.class_counts, run.device, run.start.criterion)
-    graph = StepGraph() if _captures_steps(run) else None
+    graph = step_graph(run.device, settings.amp, settings.cuda_graph)
     with run.recording():
         for epoch in range(run.start.epoch, epochs):
             started, stage = time.monotonic(), recipe.stage(epoch)
             if stage.trains == "head" and epoch == recipe.rule_start:
                 _redraw_head(model, optimizer, epoch_seed(run.seed, epoch))
             if stage.trains != trains:
-                trained, trains = _as_trained(model, stage.trains, settings, run.device), stage.trains
+                trained, trains = _as_trained(model, stage.trains, settings), stage.trains
             torch.manual_seed(epoch_seed(run.seed, epoch) + distributed.rank())  # for models with dropout
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr
@@ -114,19 +116,11 @@ def _redraw_head(model, optimizer, seed):
             buffer.zero_()
 
 
-def _as_trained(model, trains, settings, device):
+def _as_trained(model, trains, settings):
     """What is trained, all or the head: gradients over all ranks, compiled if asked for. Its weights are `model`'s."""
     model = models.HeadOnly(model) if trains == "head" else model
     model = distributed.data_parallel(model, settings.sync_bn)
-    return Compiled(model, device) if settings.compile else model
-
-
-def _captures_steps(run):
-    """Whether steps on images in memory are replayed as a CUDA graph: on a GPU, in a single process. --compile makes
-    graphs of its own, and fp16's scaler reads from the device in every step."""
-    settings, is_alone = run.settings, distributed.world_size() == 1
-    can = run.device.type == "cuda" and is_alone and not settings.compile and settings.amp != "fp16"
-    return settings.cuda_graph and can
+    return Compiled(model) if settings.compile else model
 
 
 def _train(run, model, batches, criterion, optimizer, progress, graph):

@@ -406,14 +406,21 @@ class Writer:
 
 
 def on_cpu(value: Any) -> Any:
-    """The same nested dicts and lists with a copy on the CPU of every tensor."""
+    """The same nested dicts and lists with a copy on the CPU of every tensor; the host waits once for all of them."""
+    copied = _copied(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copied
+
+
+def _copied(value):
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True, non_blocking=True)  # from a GPU into pinned memory
     if isinstance(value, dict):
         copied = copy.copy(value)  # keeps what a state dict carries beside its items
-        copied.update((name, on_cpu(item)) for name, item in value.items())
+        copied.update((name, _copied(item)) for name, item in value.items())
         return copied
-    return [on_cpu(item) for item in value] if isinstance(value, list) else value
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _hold_out(train_set, fraction):

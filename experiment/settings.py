@@ -268,13 +268,16 @@ class Settings:
         False, "--sync_bn", affects="numerics", group="run",
         help="batch norm over all GPUs, as on a single one (with torchrun)",
     )  # fmt: skip
-    compile: bool = setting(
-        False, "--compile", affects="rounding", group="run", help="torch.compile; CUDA graphs on a GPU"
-    )
+    compile: bool = setting(False, "--compile", affects="rounding", group="run", help="torch.compile")
     cuda_graph: bool = setting(
         True, "--no_cuda_graph", affects="rounding", group="run", action="store_false",
         help="on a GPU start every kernel of a step by itself; without the flag steps on images in memory are replayed "
-        "as a CUDA graph, except with --compile, --amp fp16 or torchrun",
+        "as a CUDA graph, except with --amp fp16 or torchrun",
+    )  # fmt: skip
+    batch_norm: str = setting(
+        "cudnn", "--batch_norm", affects="rounding", group="run", choices=["cudnn", "native"],
+        help="on a GPU: batch norm by cuDNN in float32, as torch does, or always by PyTorch's own kernels (default: "
+        "%(default)s)",
     )  # fmt: skip
     deterministic: bool = setting(
         False, "--deterministic", affects="rounding", group="run", help="bitwise repeatable on CUDA too; slower there"

@@ -56,7 +56,7 @@ def test_children_are_spread_over_the_cards_and_an_ended_one_leaves_its_card(tmp
     assert [card for card, _ in seen(executor, "abcd", tmp_path)] == ["2", "GPU-5f", "2", "GPU-5f"]
     assert not executor.room()
     ended = executor.wait(10)
-    assert {key: status for key, status in ended} == dict.fromkeys("abcd", 0)
+    assert dict(ended) == dict.fromkeys("abcd", 0)
     assert seen(executor, "e", tmp_path) == [["2", "none"]]
     assert seen(executor, "f", tmp_path) == [["GPU-5f", "none"]]
 
