@@ -122,7 +122,7 @@ def test_a_criterion_left_on_the_cpu_is_noticed():
 
 
 @pytest.mark.parametrize(
-    ("side", "batch_size", "size"), [(32, 128, 2048), (64, 128, 512), (224, 128, 128), (32, 4096, 4096)]
+    ("side", "batch_size", "size"), [(32, 128, 4096), (64, 128, 1024), (224, 128, 128), (32, 8192, 8192)]
 )
 def test_larger_batches_are_evaluated_on_cuda(side, batch_size, size):
     with FakeTensorMode():
