@@ -43,8 +43,8 @@ class Operators(TorchDispatchMode):
 
 def count(batches: int, criterion: losses.Loss, trains: bool) -> int:
     """Operators of a pass over so many batches."""
-    data = np.zeros((2 * batches, 32, 32, 3), np.uint8)
-    data = SimpleNamespace(data=data, targets=[0, 1] * batches, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
+    images = np.zeros((2 * batches, 32, 32, 3), np.uint8)
+    data = SimpleNamespace(data=images, targets=[0, 1] * batches, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
     source, model = InMemoryBatches(data, 2), models.resnet32(10).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
     for parameter in model.parameters():

@@ -36,7 +36,8 @@ class Cards:
     def __init__(self, cards: int, rate: int, options: argparse.Namespace) -> None:
         self.jobs, self.rate, self.options = options.jobs * cards, rate, options
         self.on: list[dict] = [{} for _ in range(cards)]  # of each card: run -> [seconds of start-up, epochs] left
-        self.clock, self.spent = 0.0, collections.Counter()  # seconds of cards by kind
+        self.clock = 0.0
+        self.spent: dict[str, float] = collections.defaultdict(float)  # seconds of cards by kind
         self.kept: set[tuple] = set()  # (run, epochs that it has behind it, from which others can fork)
         self.trained = 0  # steps
         self.driver: Schedule
@@ -101,6 +102,8 @@ class Cards:
 
 class Schedule(driver.Driver):
     """The driver, with the checkpoints that `Cards` has."""
+
+    executor: Cards
 
     def _is_begun(self, run):
         return False

@@ -178,7 +178,7 @@ def measure_pipeline(bench: Bench) -> None:
 def measure_epoch(bench: Bench) -> None:
     """Training and evaluation, with the input pipeline."""
     loops = bench.loops
-    variants = {f"train, {way}": functools.partial(loops.train, way) for way in loops.ways}
+    variants: dict[str, Callable] = {f"train, {way}": functools.partial(loops.train, way) for way in loops.ways}
     variants |= {f"train, plain, {n} workers": functools.partial(loops.plain_train, n) for n in (0, 2)}
     variants |= {"eval, ours": loops.evaluate}
     variants |= {f"eval, plain, {n} workers": functools.partial(loops.plain_evaluate, n) for n in (0, 2)}

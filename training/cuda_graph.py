@@ -162,10 +162,11 @@ def numbers_of(modules: Iterable[torch.nn.Module]) -> dict[str, Any]:
 
 def host_state(modules: Iterable[torch.nn.Module]) -> dict[str, Any]:
     """What a replayed step cannot change, by what a step does that changes it."""
-    _, keys, *position = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    _, keys, *position = numpy_state
     return {
         "draws from torch's random state on the host": torch.get_rng_state().numpy().tobytes(),
-        "draws from numpy's random state": (bytes(keys), *position),
+        "draws from numpy's random state": (keys.tobytes(), *position),
         "draws from Python's random state": random.getstate(),
         **{f"changes {name}": value for name, value in numbers_of(modules).items()},
     }
