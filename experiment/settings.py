@@ -209,10 +209,13 @@ class Settings:
         "products)", affects="numerics")
     sync_bn: bool = _run(False, "--sync_bn", None,
         "batch norm over all GPUs, as on a single one (with torchrun)", affects="numerics")
-    compile: bool = _run(False, "--compile", None, "torch.compile; CUDA graphs on a GPU", affects="rounding")
+    compile: bool = _run(False, "--compile", None, "torch.compile", affects="rounding")
     cuda_graph: bool = _run(True, "--no_cuda_graph", None,
         "on a GPU start every kernel of a step by itself; without the flag steps on images in memory are replayed as a "
-        "CUDA graph, except with --compile, --mixup, --amp fp16 or torchrun", affects="rounding")
+        "CUDA graph, except with --mixup, --amp fp16 or torchrun", affects="rounding")
+    batch_norm: str = _run("cudnn", "--batch_norm", ("cudnn", "native"),
+        "on a GPU: batch norm by cuDNN in float32, as torch does, or always by PyTorch's own kernels",
+        affects="rounding")
     deterministic: bool = _run(False, "--deterministic", None,
         "bitwise repeatable on CUDA too; slower there", affects="rounding")
     workers: int = _run(min(4, _cores()), "-j --workers N", number(int, low=0, high=1024),
