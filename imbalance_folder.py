@@ -151,7 +151,8 @@ def load(
             train, test = _split(train, test_fraction)
         else:
             test = _read_test_part(data_dir, train_list, own, train)
-    train = train.long_tailed(imb_type, imb_factor, rand_number)
+    if train.targets:
+        train = train.long_tailed(imb_type, imb_factor, rand_number)
     for part in (train, test):
         part.exif, part.mean, part.std = exif, tuple(mean or part.mean), tuple(std or part.std)
     if check_images or skip_damaged:
