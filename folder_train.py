@@ -27,6 +27,7 @@ from loaders.image_folder import ImageFileBatches
 from training import distributed
 from training.cuda_graph import step_graph
 from training.ema import Ema
+from training.gradients import match_gradient, needs_alpha
 from training.loop import evaluate, for_evaluation, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
@@ -108,13 +109,16 @@ def main(argv=None):
             images = train_batches.train_epoch(epoch, rates)
             if mixup:
                 images = mixup.mix(images, epoch)
+            criterion, gradient = criteria.of(stage), None
+            if needs_alpha(criterion):  # --alpha auto, before its first epoch
+                gradient = match_gradient(model, train_batches.train_epoch(epoch, rates), criterion, precision)
             train = train_one_epoch(
-                trained.of(stage), images, criteria.of(stage), optimizer, train_set.num_classes, precision,
+                trained.of(stage), images, criterion, optimizer, train_set.num_classes, precision,
                 run.on_batch(len(train_batches), stage.lr), graph, after_step=ema.update if ema else None,
             )  # fmt: skip
             test = evaluate(tested, test_batches.eval_epoch(), run.class_counts, precision)
             val = evaluate(tested, val_batches.eval_epoch(), run.class_counts, precision) if val_batches else None
-            run.save(stage, train, test, val, criteria.of(stage))
+            run.save(stage, train, test, val, criterion, gradient)
         run.report(tested, test_batches, precision)
 
 

@@ -552,9 +552,10 @@ class IBLoss(Loss):
             this loss as published (the same class weights, L1 norm, alpha 1000, epsilon 1e-3), over the first 20
             batches with gradients in training mode; norm 'none' (with L1 norms as features) is then class weights
             alone at the size of IB. 'gradient': alpha is 1 until `set_alpha` sets it.
+        auto_ratio: with 'gradient', how large the gradient is to be beside that of plain CE; for whoever measures it.
 
     Raises:
-        ValueError: unknown norm, alpha not over 0, negative epsilon; auto_target 'ib' beside features in another norm.
+        ValueError: unknown norm, alpha or auto_ratio not over 0, negative epsilon; auto_target 'ib' beside features in another norm.
 
     >>> criterion = IBLoss(alpha=1.0, epsilon=0.0)
     >>> round(criterion(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([2.0])).item(), 4)   # log 2 / (1 * 2)
@@ -566,18 +567,20 @@ class IBLoss(Loss):
 
     def __init__(
         self, weight: Weight = None, alpha: float | str = ALPHA, epsilon: float = EPSILON, norm: str = "l1",
-        detach: bool = False, auto_target: str = "ce", raw_features: bool = False, **options: Any,
+        detach: bool = False, auto_target: str = "ce", auto_ratio: float = 1.0, raw_features: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(weight, **options)
         _one_of(NORMS, norm=norm)
         _one_of(("ce", "ib", "gradient"), auto_target=auto_target)
         _nonnegative(epsilon=epsilon)
+        _over_0(auto_ratio=auto_ratio)
         if alpha != "auto":
             _over_0(alpha=alpha)
         if auto_target == "ib" and norm in ("l2", "linf") and not raw_features:
             raise ValueError(f"auto_target 'ib' needs features in the L1 norm, got norm {norm!r}")
         self.alpha, self.epsilon, self.norm, self.detach = alpha, epsilon, norm, detach
-        self.auto_target, self.raw_features = auto_target, raw_features
+        self.auto_target, self.auto_ratio, self.raw_features = auto_target, auto_ratio, raw_features
         self.auto = AutoAlpha() if alpha == "auto" else None
 
     def _loss(self, logits, target, weight):

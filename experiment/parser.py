@@ -128,6 +128,8 @@ def parse(script: str, argv: Sequence[str] | None = None, description: str | Non
             values[name] = value
     if "milestones" in given and "lr_factors" not in given and len(values["milestones"]) != len(values["lr_factors"]):
         values["lr_factors"] = [values["lr_factors"][0]] * len(values["milestones"])
+    if values["alpha"] == "auto" and "auto_target" not in given:
+        values["auto_target"] = "gradient"  # elsewhere it stays the neutral value of the records
     if values["pretrained"] == "imagenet" and not SCRIPTS[script].has_imagenet_weights:
         raise UsageError("--pretrained imagenet: there are no ImageNet weights for these models; name a checkpoint")
     if values["pretrained"] == "none":

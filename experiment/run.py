@@ -227,8 +227,13 @@ class Run:
         self.progress.epoch(self.epoch, batches, lr)
         return self.progress.on_batch
 
-    def save(self, stage: Stage, train: dict, test: dict, val: dict | None, criterion: Any) -> dict:
-        """Add the epoch to the history and the logs, and write a checkpoint where one is due. Returns its record."""
+    def save(
+        self, stage: Stage, train: dict, test: dict, val: dict | None, criterion: Any, gradient: dict | None = None
+    ) -> dict:
+        """Add the epoch to the history and the logs, and write a checkpoint where one is due. Returns its record.
+
+        gradient: what `gradients.match_gradient` found before the epoch, if it was called.
+        """
         record = {
             "epoch": self.epoch,
             "time": time.time(),
@@ -240,6 +245,7 @@ class Run:
             "score": val["class_mean"] if val else test["acc1"],
             "ib_factor": train["ib_factor"],
             "alpha": float(criterion.current_alpha) if criterion.needs_features else None,
+            "gradient": gradient,
         }
         if not math.isfinite(test["loss"] + (val["loss"] if val else 0)):  # batch norm's first statistics may do it
             warn(f"after epoch {self.epoch + 1} the model has outputs that are not finite: its accuracy means nothing")

@@ -146,9 +146,13 @@ class Settings:
     train_rule: str = _method("None", "--train_rule RULE", RULES, _explain(RULES))
     start_ib_epoch: int = _method(100, "--start_ib_epoch E", EPOCH, "first epoch, counted from 0, of the IB loss")
     alpha: float | str = _method(1000.0, "--alpha A|auto", _alpha,
-        "scale of the IB loss; auto: set in the first 20 IB batches, see --auto_target")
-    auto_target: str = _method("ce", "--auto_target", ("ce", "ib"),
-        "size that --alpha auto gives the loss. ce: of plain CE; ib: of the IB loss with L1 norm and alpha 1000")
+        "scale of the IB loss; auto: measured over 20 batches before or in the first IB epoch, see --auto_target")
+    auto_target: str = _method("ce", "--auto_target", ("gradient", "ce", "ib"),
+        "what --alpha auto matches. gradient: the norm of the gradient in all weights to that of plain CE, before the "
+        "first IB epoch; ce, ib: the size of the loss to that of plain CE, or of the IB loss with L1 norm and alpha "
+        "1000, in its first batches (default: gradient)")
+    auto_ratio: float = _method(1.0, "--auto_ratio R", POSITIVE,
+        "with --auto_target gradient: how large the gradient is beside that of plain CE")
     epsilon: float = _method(1e-3, "--epsilon E", NOT_NEGATIVE, "added to the influence in the denominator")
     ib_norm: str = _method("l1", "--ib_norm", NORMS,
         "norm of the influence (Table 1), not comparable at a fixed alpha; none: it counts as 0, the factor is alpha / "
@@ -422,8 +426,11 @@ def _check_method(settings):
         raise UsageError("--ib_norm none needs an --epsilon over 0: the factor is alpha / epsilon")
     if settings.auto_target == "ib" and settings.ib_norm not in ("l1", "none"):
         raise UsageError(f"--auto_target ib needs L1 norms: it does not go with --ib_norm {settings.ib_norm}")
-    if settings.auto_target != "ce" and settings.alpha != "auto" and "auto_target" in settings.given:
-        raise UsageError("--auto_target says what --alpha auto aims at: add --alpha auto")
+    for name in settings.given & {"auto_target", "auto_ratio"}:
+        if settings.alpha != "auto":
+            raise UsageError(f"--{name} is for --alpha auto: add it")
+    if "auto_ratio" in settings.given and settings.auto_target != "gradient":
+        raise UsageError(f"--auto_ratio is for --auto_target gradient: {settings.auto_target} has none")
     if settings.mixup and not accepts_soft_targets(settings):
         raise UsageError(f"--mixup makes soft targets, which {method} does not take: use another loss, or --mixup 0")
     if settings.evaluate:

@@ -105,22 +105,24 @@ def train_step(
     Whatever changes from step to step is a tensor that is changed in place, and nothing is read from the device, so
     that a CUDA graph can hold the step. lr, criterion and N stay as they were when the graph was captured.
     """
-    # a last batch smaller than the number of ranks: blank images that count nothing
-    is_blank = len(target) == 0 and not _takes_empty(model)
-    if is_blank:
-        images = images.new_zeros((2, *images.shape[1:]))
-    with precision.autocast():
-        logits, features = model(images)
-    if is_blank:
-        logits, features = logits[:0], features[:0]
-    loss, samples = mean_over_ranks(criterion, logits, target, features)
+    logits, features = forward(model, images, precision)
+    loss, samples, factor = mean_over_ranks(criterion, logits, target, features)
     ranks = distributed.world_size()
     # data parallel averages the gradients
     precision.step(loss if ranks == 1 else loss * ranks, optimizer)
     labels = target if target.ndim == 1 else target.argmax(1)
     metrics.add(logits.detach(), labels, loss.detach() * samples)
-    if criterion.needs_features:
-        metrics.add_factors(criterion.factor(logits.detach(), target, features.detach()), target)
+    if factor is not None:
+        metrics.add_factors(factor, labels)
+
+
+def forward(model: torch.nn.Module, images: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits, features) of this rank's images in training; of none too, where a batch has fewer than there are ranks."""
+    with precision.autocast():
+        if len(images) or _takes_empty(model):
+            return model(images)
+        logits, features = model(images.new_zeros((2, *images.shape[1:])))  # blank images that count nothing
+    return logits[:0], features[:0]
 
 
 def _takes_empty(model):
@@ -130,20 +132,21 @@ def _takes_empty(model):
 
 def mean_over_ranks(
     criterion: Any, logits: torch.Tensor, target: torch.Tensor, features: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | int]:
+) -> tuple[torch.Tensor, torch.Tensor | int, torch.Tensor | None]:
     """This rank's share of the mean loss over the global batch, 0-d: the ranks' shares add up to the mean.
 
     Returns:
-        (loss, samples of the global batch).
+        (loss, samples of the global batch, IB factor of this rank's samples or None).
     """
     if criterion.needs_features:
         criterion.calibrate(logits, target, features, all_reduce_sum=distributed.all_reduce_sum)
-    loss, count = criterion.per_sample(logits, target, features)
+    loss, count, factor = criterion.per_sample_and_factor(logits, target, features)
     if distributed.world_size() == 1:
-        return loss.sum() / count.sum(), len(target)
+        return loss.sum() / count.sum(), len(target), factor
     sums = torch.stack([count.sum().double(), torch.full_like(count.sum(), len(target)).double()])
     counted, samples = distributed.all_reduce_sum(sums)
-    return (loss.sum() + logits.sum() * 0) / counted.to(loss.dtype), samples  # an empty slice takes part too
+    mean = (loss.sum() + logits.sum() * 0) / counted.to(loss.dtype)  # an empty slice takes part too
+    return mean, samples, factor
 
 
 def finite_figures(metrics: MetricAccumulator) -> dict[str, Any]:

@@ -80,16 +80,16 @@ LOSSES: dict[str, LossEntry] = {
         lambda counts, weight, vs_gamma, vs_tau: losses.VSLoss(counts, vs_gamma, vs_tau, weight), help="vector scaling"
     ),
     "IB": LossEntry(
-        lambda counts, weight, alpha, epsilon, ib_norm, detach_ib, auto_target: losses.IBLoss(
-            weight, alpha, epsilon, ib_norm, detach_ib, auto_target
+        lambda counts, weight, alpha, epsilon, ib_norm, detach_ib, auto_target, auto_ratio: losses.IBLoss(
+            weight, alpha, epsilon, ib_norm, detach_ib, auto_target, auto_ratio
         ),
         needs_features=True,
         first_phase_ce=True,
         help="influence-balanced loss after a phase of CE",
     ),
     "IBFocal": LossEntry(
-        lambda counts, weight, alpha, gamma, epsilon, ib_norm, detach_ib, auto_target: losses.IB_FocalLoss(
-            weight, alpha, gamma, epsilon, ib_norm, detach_ib, auto_target=auto_target
+        lambda counts, weight, alpha, gamma, epsilon, ib_norm, detach_ib, auto_target, auto_ratio: losses.IB_FocalLoss(
+            weight, alpha, gamma, epsilon, ib_norm, detach_ib, auto_target=auto_target, auto_ratio=auto_ratio
         ),
         needs_features=True,
         first_phase_ce=True,

@@ -11,7 +11,7 @@ import torch
 
 import reproduce
 from experiment.parser import SCRIPTS, build_parser, parse
-from losses import ib_loss
+from losses import IBLoss
 from paper import pages
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def test_the_gradient_of_the_factor_is_as_the_page_has_it():
     target, features = torch.zeros(len(p), dtype=torch.long), torch.full((len(p), 1), 20.0, dtype=torch.float64)
     for column, name in enumerate(heads[1:], start=1):
         logits = torch.stack([p, 1 - p], dim=1).log().requires_grad_()
-        loss = ib_loss(logits, target, features, alpha=20.001, detach=name == "detached", reduction="none")
+        loss = IBLoss(alpha=20.001, detach=name == "detached", reduction="none")(logits, target, features)
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
         shown = torch.tensor([float(line[column].replace(",", "")) for line in lines], dtype=torch.float64)
         torch.testing.assert_close(gradient[:, 0] / (p - 1), shown, rtol=0.02, atol=0.005)

@@ -1,0 +1,108 @@
+"""The norm of a gradient against autograd's own, and the alpha that gives it a wanted size."""
+
+import copy
+import math
+
+import pytest
+import torch
+from script_runner import tiny
+
+from losses import CrossEntropyLoss, IBLoss
+from training import gradients
+from utils import DataError
+
+WEIGHT = torch.linspace(0.5, 1.5, 10)
+
+
+def batches(number=4, size=16):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
+        for _ in range(number)
+    ]
+
+
+def model():
+    torch.manual_seed(1)
+    return tiny()
+
+
+def automatic(**options):
+    return IBLoss(WEIGHT, alpha="auto", auto_target="gradient", **options)
+
+
+def slow_norm(net, criterion, data):
+    """The mean over the batches of the norm of all parameters' gradients, by backward()."""
+    norms = []
+    for images, target in data:
+        net = copy.deepcopy(net).train()
+        net.zero_grad()
+        logits, features = net(images)
+        criterion(logits, target, features).backward()
+        norms.append(math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in net.parameters())))
+    return sum(norms) / len(norms)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "none"}, {"detach": True}])
+def test_norms_are_those_of_backward(options):
+    fixed = IBLoss(WEIGHT, alpha=1.0, **options)
+    found = gradients.gradient_norms(model(), batches(), automatic(**options))
+    expected = [slow_norm(model(), criterion, batches()) for criterion in (CrossEntropyLoss(), fixed)]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_the_first_batches_count(monkeypatch):
+    monkeypatch.setattr(gradients, "BATCHES", 2)
+    found = gradients.gradient_norms(model(), batches(5), automatic())
+    assert found == gradients.gradient_norms(model(), batches(2), automatic())
+
+
+@pytest.mark.parametrize("ratio", [1 / 3, 1.0, 3.0])
+def test_the_gradient_has_the_wanted_size(ratio):
+    criterion = automatic(auto_ratio=ratio)
+    said = gradients.match_gradient(model(), batches(), criterion)
+    alpha = float(criterion.current_alpha)
+    ce, loss = (slow_norm(model(), of, batches()) for of in (CrossEntropyLoss(), IBLoss(WEIGHT, alpha=alpha)))
+    assert loss / ce == pytest.approx(ratio, rel=1e-5)
+    assert said.pop("again") is None
+    assert said == pytest.approx({"ce": ce, "loss": loss, "ratio": ratio}, rel=1e-5)
+
+
+def test_the_next_batches_measure_again(monkeypatch):
+    monkeypatch.setattr(gradients, "BATCHES", 2)
+    criterion = automatic()
+    again = gradients.match_gradient(model(), batches(4), criterion)["again"]
+    alpha = float(criterion.current_alpha)
+    ce, loss = (slow_norm(model(), of, batches(4)[2:]) for of in (CrossEntropyLoss(), IBLoss(WEIGHT, alpha=alpha)))
+    assert again == pytest.approx(loss / ce, rel=1e-5)
+
+
+def test_a_doubled_loss_gets_half_the_alpha():
+    once, twice = automatic(), IBLoss(2 * WEIGHT, alpha="auto", auto_target="gradient")
+    for criterion in (once, twice):
+        gradients.match_gradient(model(), batches(), criterion)
+    assert float(twice.current_alpha) == pytest.approx(float(once.current_alpha) / 2, rel=1e-6)
+
+
+def test_the_model_stays_as_it_was():
+    net = model()
+    net.conv1.eval()
+    before = copy.deepcopy(net.state_dict())
+    gradients.match_gradient(net, batches(), automatic())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert net.training
+    assert not net.conv1.training
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_alpha_is_in_the_state_to_the_bit():
+    first, second = automatic(), automatic()
+    gradients.match_gradient(model(), batches(), first)
+    second.load_state_dict(first.state_dict())
+    assert float(second.current_alpha) == float(first.current_alpha) != 1.0
+
+
+def test_no_gradient_is_one_line():
+    criterion = IBLoss(torch.zeros(10), alpha="auto", auto_target="gradient")
+    with pytest.raises(DataError, match="give --alpha a value"):
+        gradients.match_gradient(model(), batches(), criterion)

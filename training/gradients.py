@@ -1,0 +1,95 @@
+"""The size of a loss's gradient beside that of plain cross entropy, and the alpha that makes their ratio a given number."""
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from losses import CrossEntropyLoss
+from training import distributed
+from training.loop import forward, mean_over_ranks
+from training.precision import Precision
+from utils import DataError
+
+#: Training batches over which the norms are averaged.
+BATCHES = 20
+
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
+
+def gradient_norms(
+    model: torch.nn.Module, batches: Batches, criterion: Any, precision: Precision | None = None
+) -> tuple[float, float]:
+    """Mean L2 norm of the gradient in all trained parameters: (of plain cross entropy, of `criterion`).
+
+    The mean is over the next `BATCHES` batches, 0 where there is none, each with batch norm in training mode. No step is taken, and the
+    model is left as it was, buffers and modes included. With several ranks `batches` are this rank's parts, and the
+    norms are those of the gradient over the whole batch.
+
+    Args:
+        model: returns (logits, features); not wrapped in DistributedDataParallel.
+        batches: (images, targets) on the model's device.
+        criterion: see `losses.Loss`.
+    """
+    precision = precision or Precision()
+    modes = {part: part.training for part in model.modules()}
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain = CrossEntropyLoss(ignore_index=criterion.ignore_index)
+    sums, count = [0.0, 0.0], 0
+    model.train()
+    try:
+        for images, target in itertools.islice(batches, BATCHES):
+            logits, features = forward(model, images, precision)
+            for place, of in enumerate((plain, criterion)):
+                loss, *_ = mean_over_ranks(of, logits, target, features)
+                gradients = torch.autograd.grad(loss, parameters, retain_graph=of is plain, allow_unused=True)
+                flat = torch.cat([g.flatten().double() for g in gradients if g is not None])
+                sums[place] += distributed.all_reduce_sum(flat).norm().item()
+            count += 1
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+    return sums[0] / max(count, 1), sums[1] / max(count, 1)
+
+
+def needs_alpha(criterion: Any) -> bool:
+    """Whether the alpha of a criterion is to be found by `match_gradient`, and has not been. Waits for the device."""
+    return criterion.needs_features and criterion.auto_target == "gradient" and not criterion.is_set
+
+
+def match_gradient(
+    model: torch.nn.Module, batches: Batches, criterion: Any, precision: Precision | None = None
+) -> dict[str, float]:
+    """Give `criterion` the alpha at which its gradient is `criterion.auto_ratio` times as large as that of plain CE.
+
+    Args:
+        batches: an epoch; the first `BATCHES` set alpha, the next ones, where there are so many, measure again.
+        criterion: an IB loss that `needs_alpha`; its alpha is set then.
+        The others: see `gradient_norms`.
+
+    Returns:
+        dict(ce, loss, ratio, again): the norm for plain CE, that of the loss at the alpha found, the second over the
+        first, and their ratio over the next batches or None.
+
+    Raises:
+        DataError: a gradient that is zero or not finite, so that no alpha can be found.
+    """
+    batches = iter(batches)
+    ce, at_one = gradient_norms(model, batches, criterion, precision)
+    if not (0 < at_one < math.inf and 0 < ce < math.inf):
+        raise DataError(
+            f"--alpha auto: the gradient of CE has the norm {ce:g} and that of the loss {at_one:g}: no alpha makes "
+            "their ratio a number; give --alpha a value"
+        )
+    criterion.set_alpha(criterion.auto_ratio * ce / at_one)
+    alpha = float(criterion.current_alpha)
+    again = gradient_norms(model, batches, criterion, precision)
+    found = {"ce": ce, "loss": alpha * at_one, "ratio": alpha * at_one / ce}
+    return {**found, "again": again[1] / again[0] if again[0] else None}
