@@ -2,6 +2,8 @@
 
 import collections
 import copy
+import functools
+import itertools
 import math
 from unittest import mock
 
@@ -61,10 +63,9 @@ def test_ignored_targets_take_no_part(loss):
         assert dlogits.movedim(1, -1)[~ignored].ne(0).any(1).all()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_target_that_is_no_class_is_an_error(loss):
+def test_a_target_that_is_no_class_is_an_error():
     """Also -100, where another index is the ignored one."""
-    for wrong in (5, -1, -100):
+    for loss, wrong in itertools.product(LOSSES, (5, -1, -100)):
         logits, target, features = batch()
         target[2] = wrong
         for weight in (WEIGHT, None):
@@ -193,10 +194,9 @@ TARGETS = [
 ]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_targets_of_another_shape_are_refused(loss):
-    for logits, target, message in TARGETS:
-        refused(message, lambda z=logits, y=target: build(loss)(z, y, torch.ones(z.shape)))
+def test_targets_of_another_shape_are_refused():
+    for loss, (logits, target, message) in itertools.product(LOSSES, TARGETS):
+        refused(message, functools.partial(build(loss), logits, target, torch.ones(logits.shape)))
 
 
 # ----------------------------------------------------------------------------- class counts, class weights
@@ -294,31 +294,31 @@ def test_defaults_are_the_published_ones():
     assert LogitAdjustedLoss(COUNTS).tau == losses.BalancedSoftmaxLoss(COUNTS).tau == 1.0
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: FocalLoss(gamma=math.nan), "gamma must be 0 or more"),
-        (lambda: IB_FocalLoss(gamma=-1), "gamma must be 0 or more"),
-        (lambda: FocalLoss(scale=0), "scale must be over 0 and finite, got 0"),
-        (lambda: LDAMLoss(COUNTS, s=math.inf), "s must be over 0 and finite, got inf"),
-        (lambda: LDAMLoss(COUNTS, max_m=-0.5), "max_m must be 0 or more and finite, got -0.5"),
-        (lambda: VSLoss(COUNTS, -0.1), "gamma must be 0 or more"),
-        (lambda: LogitAdjustedLoss(COUNTS, -1.0), "tau must be 0 or more"),
-        (lambda: IBLoss(alpha=0), "alpha must be over 0 and finite, or 'auto'"),
-        (lambda: IBLoss(alpha=None), "alpha must be over 0 and finite, or 'auto', got None"),
-        (lambda: IBLoss(alpha="Auto"), "alpha must be over 0 and finite, or 'auto', got 'Auto'"),
-        (lambda: IBLoss(epsilon=-1e-3), "epsilon must be 0 or more"),
-        (lambda: IBLoss(norm="l3"), "unknown norm 'l3': choose from l1, l2, linf"),
-        (lambda: IBLoss(alpha="auto", auto_target="CE"), "unknown auto_target 'CE': choose from ce, ib, gradient"),
-        (lambda: IBLoss(alpha="auto", norm="l2", auto_target="ib"), "needs features in the L1 norm"),
-        (lambda: CrossEntropyLoss(reduction="average"), "unknown reduction 'average': choose from mean, sum, none"),
-        (lambda: CrossEntropyLoss(label_smoothing=1.5), r"label_smoothing must lie in \[0, 1\]"),
-        (lambda: losses.effective_number_weights([3, 1], beta=1.0), r"beta must lie in \[0, 1\)"),
-        (lambda: losses.row_norm(torch.ones(2, 2), "l3"), "unknown norm 'l3'"),
-    ],
-)
-def test_bad_arguments(make, message):
-    refused(message, make)
+BAD_ARGUMENTS = [
+    (lambda: FocalLoss(gamma=math.nan), "gamma must be 0 or more"),
+    (lambda: IB_FocalLoss(gamma=-1), "gamma must be 0 or more"),
+    (lambda: FocalLoss(scale=0), "scale must be over 0 and finite, got 0"),
+    (lambda: LDAMLoss(COUNTS, s=math.inf), "s must be over 0 and finite, got inf"),
+    (lambda: LDAMLoss(COUNTS, max_m=-0.5), "max_m must be 0 or more and finite, got -0.5"),
+    (lambda: VSLoss(COUNTS, -0.1), "gamma must be 0 or more"),
+    (lambda: LogitAdjustedLoss(COUNTS, -1.0), "tau must be 0 or more"),
+    (lambda: IBLoss(alpha=0), "alpha must be over 0 and finite, or 'auto'"),
+    (lambda: IBLoss(alpha=None), "alpha must be over 0 and finite, or 'auto', got None"),
+    (lambda: IBLoss(alpha="Auto"), "alpha must be over 0 and finite, or 'auto', got 'Auto'"),
+    (lambda: IBLoss(epsilon=-1e-3), "epsilon must be 0 or more"),
+    (lambda: IBLoss(norm="l3"), "unknown norm 'l3': choose from l1, l2, linf"),
+    (lambda: IBLoss(alpha="auto", auto_target="CE"), "unknown auto_target 'CE': choose from ce, ib, gradient"),
+    (lambda: IBLoss(alpha="auto", norm="l2", auto_target="ib"), "needs features in the L1 norm"),
+    (lambda: CrossEntropyLoss(reduction="average"), "unknown reduction 'average': choose from mean, sum, none"),
+    (lambda: CrossEntropyLoss(label_smoothing=1.5), r"label_smoothing must lie in \[0, 1\]"),
+    (lambda: losses.effective_number_weights([3, 1], beta=1.0), r"beta must lie in \[0, 1\)"),
+    (lambda: losses.row_norm(torch.ones(2, 2), "l3"), "unknown norm 'l3'"),
+]
+
+
+def test_bad_arguments():
+    for make, message in BAD_ARGUMENTS:
+        refused(message, make)
 
 
 # ------------------------------------------------------------------------------------------- the features
@@ -336,24 +336,24 @@ def test_raw_features_and_their_norms_give_the_same(norm):
             assert torch.equal(flat(logits, target, norms.unsqueeze(1)), expected)
 
 
-@pytest.mark.parametrize(
-    ("logits", "features", "raw", "message"),
-    [
-        ((4, 5), (4, 8), False, r"features must have the shape \(4,\) or \(4, 1\), one norm a sample, got \(4, 8\)"),
-        ((1, 5), (1, 4), False, r"got \(1, 4\); raw_features=True"),  # once read as the norms of four samples
-        ((4, 5), (3, 1), False, r"got \(3, 1\)"),
-        ((4, 5), (), False, r"got \(\)"),
-        ((4, 5, 2), (4, 8, 2), False, r"the shape \(4, 2\) or \(4, 1, 2\)"),
-        ((4, 5), (4,), True, r"the shape \(4, 'D'\), got \(4,\)$"),
-        ((4, 5), (3, 8), True, r"got \(3, 8\)$"),
-        ((4, 5, 2), (4, 8, 3), True, r"got \(4, 8, 3\)$"),
-        ((4, 5), None, False, r"features must have the shape"),
-    ],
-)
-def test_features_of_another_shape_are_refused(logits, features, raw, message):
-    target = torch.zeros(logits[:1] + logits[2:], dtype=torch.int64)
-    features = None if features is None else torch.ones(features)
-    refused(message, lambda: IBLoss(raw_features=raw)(torch.zeros(logits), target, features))
+FEATURES = [
+    ((4, 5), (4, 8), False, r"features must have the shape \(4,\) or \(4, 1\), one norm a sample, got \(4, 8\)"),
+    ((1, 5), (1, 4), False, r"got \(1, 4\); raw_features=True"),  # once read as the norms of four samples
+    ((4, 5), (3, 1), False, r"got \(3, 1\)"),
+    ((4, 5), (), False, r"got \(\)"),
+    ((4, 5, 2), (4, 8, 2), False, r"the shape \(4, 2\) or \(4, 1, 2\)"),
+    ((4, 5), (4,), True, r"the shape \(4, 'D'\), got \(4,\)$"),
+    ((4, 5), (3, 8), True, r"got \(3, 8\)$"),
+    ((4, 5, 2), (4, 8, 3), True, r"got \(4, 8, 3\)$"),
+    ((4, 5), None, False, r"features must have the shape"),
+]
+
+
+def test_features_of_another_shape_are_refused():
+    for logits, shape, raw, message in FEATURES:
+        target = torch.zeros(logits[:1] + logits[2:], dtype=torch.int64)
+        inputs = torch.zeros(logits), target, None if shape is None else torch.ones(shape)
+        refused(message, functools.partial(IBLoss(raw_features=raw), *inputs))
 
 
 def test_losses_without_influence_ignore_the_features():
