@@ -555,7 +555,8 @@ class IBLoss(Loss):
         auto_ratio: with 'gradient', how large the gradient is to be beside that of plain CE; for whoever measures it.
 
     Raises:
-        ValueError: unknown norm, alpha or auto_ratio not over 0, negative epsilon; auto_target 'ib' beside features in another norm.
+        ValueError: unknown norm, alpha or auto_ratio not over 0, negative epsilon; auto_target 'ib' beside features in
+            another norm.
 
     >>> criterion = IBLoss(alpha=1.0, epsilon=0.0)
     >>> round(criterion(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([2.0])).item(), 4)   # log 2 / (1 * 2)

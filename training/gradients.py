@@ -1,4 +1,4 @@
-"""The size of a loss's gradient beside that of plain cross entropy, and the alpha that makes their ratio a given number."""
+"""The size of a loss's gradient beside that of plain cross entropy, and the alpha that gives their ratio."""
 
 import copy
 import itertools
@@ -25,9 +25,9 @@ def gradient_norms(
 ) -> tuple[float, float]:
     """Mean L2 norm of the gradient in all trained parameters: (of plain cross entropy, of `criterion`).
 
-    The mean is over the next `BATCHES` batches, 0 where there is none, each with batch norm in training mode. No step is taken, and the
-    model is left as it was, buffers and modes included. With several ranks `batches` are this rank's parts, and the
-    norms are those of the gradient over the whole batch.
+    The mean is over the next `BATCHES` batches, 0 where there is none, each with batch norm in training mode. No step
+    is taken, and the model is left as it was, buffers and modes included. With several ranks `batches` are this rank's
+    parts, and the norms are those of the gradient over the whole batch.
 
     Args:
         model: returns (logits, features); not wrapped in DistributedDataParallel.

@@ -117,7 +117,7 @@ def train_step(
 
 
 def forward(model: torch.nn.Module, images: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits, features) of this rank's images in training; of none too, where a batch has fewer than there are ranks."""
+    """(logits, features) of this rank's images in training, of which a small batch may leave it none."""
     with precision.autocast():
         if len(images) or _takes_empty(model):
             return model(images)

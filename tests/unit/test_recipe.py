@@ -13,7 +13,7 @@ from training.recipe import Recipe
 from training.registry import LOSSES, RULES, Stage, all_constants
 
 CONSTANTS = {
-    "alpha": 7.0, "epsilon": 1e-2, "ib_norm": "l2", "detach_ib": True, "auto_target": "ce", "gamma": 2.0,
+    "alpha": 7.0, "epsilon": 1e-2, "ib_norm": "l2", "detach_ib": True, "auto_target": "ce", "auto_ratio": 1.0, "gamma": 2.0,
     "focal_scale": 3.0, "max_m": 0.4, "s": 20.0, "la_tau": 0.9, "vs_gamma": 0.1, "vs_tau": 0.6, "beta": 0.99,
 }  # fmt: skip
 
@@ -204,7 +204,7 @@ def test_a_recipe_from_settings_takes_what_has_the_same_name():
 
 def test_the_constants_of_an_epoch_are_those_in_force():
     fields = {"epochs": 6, "start_ib_epoch": 2, "drw_epoch": 4, "constants": CONSTANTS}
-    ib = ("alpha", "epsilon", "ib_norm", "detach_ib", "auto_target")
+    ib = ("alpha", "epsilon", "ib_norm", "detach_ib", "auto_target", "auto_ratio")
 
     def names(epoch, loss, rule):
         found = recipe(loss_type=loss, train_rule=rule, **fields).constants_at(epoch)
