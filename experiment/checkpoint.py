@@ -84,9 +84,9 @@ def load(path: str, bare: bool = False) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DataError(f"{path} is not a checkpoint, or tries to run code, or is damaged: refused") from None
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file makes torch raise nearly anything
+    except Exception as error:  # a damaged file makes torch and zipfile raise nearly anything
+        if isinstance(error, OSError) and error.filename:  # one that may not be read
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise DataError(f"{path} is damaged or not a checkpoint ({reason})") from None
     if bare and isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
