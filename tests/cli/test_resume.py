@@ -9,6 +9,7 @@ import pytest
 import torch
 from script_runner import (
     DIGITS,
+    EPOCHS,
     FIVE,
     REAL,
     TINY,
