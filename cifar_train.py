@@ -55,9 +55,11 @@ def main(argv=None):
         run.use_data(describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
         size = train_set.image_size
         batches = functools.partial(
-            InMemoryBatches, batch_size=settings.batch_size, device=run.device, seed=run.seed, flip=settings.flips
-        )
-        train_batches, test_batches = batches(train_set), for_evaluation(batches(test_set), size)
+            InMemoryBatches, batch_size=settings.batch_size, device=run.device, seed=run.seed, flip=settings.flips,
+            rank=distributed.rank(), world_size=distributed.world_size(),
+        )  # fmt: skip
+        train_batches = batches(train_set, augment=settings.augment)
+        test_batches = for_evaluation(batches(test_set), size)
         val_batches = for_evaluation(batches(val_set), size) if val_set else None
 
         # model

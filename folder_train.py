@@ -75,9 +75,10 @@ def main(argv=None):
         size = settings.image_size
         batches = functools.partial(
             ImageFileBatches, image_size=size, batch_size=settings.batch_size, device=run.device, seed=run.seed,
-            flip=settings.flips, workers=settings.workers,
+            flip=settings.flips, workers=settings.workers, rank=distributed.rank(), world_size=distributed.world_size(),
         )  # fmt: skip
-        train_batches, test_batches = batches(train_set), for_evaluation(batches(test_set), size)
+        train_batches = batches(train_set, augment=settings.augment)
+        test_batches = for_evaluation(batches(test_set), size)
         val_batches = for_evaluation(batches(val_set), size) if val_set else None
 
         # model

@@ -10,7 +10,6 @@ order by the first run; they are downloaded (248 MB) where there are none. Logs 
 checkpoints to checkpoint/<name>.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from experiment.data import describe, export_split, split_validation
 from experiment.evaluation import evaluate_checkpoint
 from experiment.parser import parse
 from experiment.run import open_run
-from loaders.resized_crops import make_batches
+from loaders.image_folder import ImageFileBatches, decode
+from loaders.in_memory import InMemoryBatches
 from training import distributed
 from training.cuda_graph import StepGraph
 from training.ema import Ema
@@ -45,7 +45,7 @@ def main(argv=None):
     with open_run(settings) as run:  # device, ranks, folders, lock, seed, where the run starts
         settings = run.settings
 
-        # data, decoded once into a file beside them
+        # data, decoded into memory
         chosen, test_set = imbalance_tinyimagenet.load(
             settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
         )
@@ -53,12 +53,21 @@ def main(argv=None):
         if settings.export_split:
             return export_split(train_set, settings.export_split)
         run.use_data(describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
-        size = settings.image_size
-        batches: Any = functools.partial(
-            make_batches, image_size=size, crop=settings.crop, batch_size=settings.batch_size, device=run.device,
-            seed=run.seed, flip=settings.flips, workers=settings.workers,
-        )  # fmt: skip
-        train_batches, test_batches = batches(train_set), for_evaluation(batches(test_set), size)
+        size, is_padded = settings.image_size, settings.crop == "padded"
+
+        def batches(images, augment="none"):
+            how: dict[str, Any] = {
+                "batch_size": settings.batch_size, "device": run.device, "seed": run.seed, "flip": settings.flips,
+                "augment": augment, "rank": distributed.rank(), "world_size": distributed.world_size(),
+            }  # fmt: skip
+            paths = [path for path, _ in images.samples]
+            images.data = decode(paths, size if is_padded else images.image_size, settings.workers)
+            if is_padded:
+                return InMemoryBatches(images, padding=size // 8, **how)
+            return ImageFileBatches(images, image_size=size, workers=settings.workers, **how)
+
+        train_batches = batches(train_set, settings.augment)
+        test_batches = for_evaluation(batches(test_set), size)
         val_batches = for_evaluation(batches(val_set), size) if val_set else None
 
         # model

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from imbalance import IMB_TYPES
+from loaders.augment import AUGMENTS, CROPS
 from losses import NORMS
 from training.optimizer import OPTIMIZERS, constants_of
 from training.precision import AMP_TYPES
@@ -30,8 +31,6 @@ from training.registry import LOSSES, RULES, all_constants
 from utils import UsageError, number, warn
 
 KINDS = ("data", "model", "start", "schedule", "optimizer", "numerics", "rounding", "nothing")
-CROPS = ("resized", "padded")
-AUGMENTS = ("none", "randaugment", "autoaugment", "trivialaugment")
 
 
 def setting(
@@ -122,12 +121,11 @@ class Settings:
     test_fraction: float = _data(0.0, "", SHARE, "")
     flip: str = _data("auto", "--flip", ("auto", "on", "off"),
         "random mirroring of training images; auto: as the data set says, no for digits")
-    augment: str = _data("none", "--augment", AUGMENTS, "further random changes of training images")
+    augment: str = _data("none", "--augment", AUGMENTS,
+        "what is done to training images after crop and flip. " + _explain(AUGMENTS))
     image_size: int = _data(None, "--image_size N", number(int, low=8, high=1024),
         "side of the square that the model sees, in pixels")
-    crop: str | None = _data(None, "--crop", CROPS,
-        "training crops. resized: RandomResizedCrop, tested on the centre of images resized to 256/224 of that side; "
-        "padded: RandomCrop of the image padded by an eighth, tested whole")
+    crop: str | None = _data(None, "--crop", CROPS, "training crops. " + _explain(CROPS))
     recipe: str | None = _data(None, "--recipe", ("official", "paper", "ldam"),
         "defaults of the flags: the official code's, what the paper prints (lr x 0.1 at 50 and 90), or the LDAM "
         "paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold", affects="nothing")
