@@ -174,6 +174,7 @@ def has_normalised_head(state_dict: dict) -> bool:
     return not any(name.endswith(("linear.bias", "fc.bias")) for name in state_dict)
 
 
+@torch.no_grad()
 def on_cpu(value: Any) -> Any:
     """The same nested dicts and lists with a copy on the CPU of every tensor; waits for a GPU once."""
     copied = _copied(value)
@@ -185,9 +186,9 @@ def on_cpu(value: Any) -> Any:
 def _copied(value):
     if isinstance(value, torch.Tensor):
         if not value.is_cuda:
-            return value.detach().clone()
+            return value.clone()
         host = torch.empty_like(value, device="cpu", pin_memory=True)
-        return host.copy_(value.detach(), non_blocking=True)
+        return host.copy_(value, non_blocking=True)
     if isinstance(value, dict):
         return {name: _copied(item) for name, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, list) else value
