@@ -47,7 +47,7 @@ def main(argv=None):
         # data, read from files while training
         chosen, test_set = imbalance_inat.load(
             settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number,
-            settings.check_images, settings.workers,
+            settings.check_images, settings.workers, settings.skip_damaged,
         )  # fmt: skip
         train_set, val_set = split_validation(chosen, settings)
         if settings.export_split:

@@ -107,6 +107,12 @@ class Settings:
     val_list: str | None = _data(None, "--val_list FILE", None, "test images, in the same form")
     check_images: bool = _data(False, "--check_images", None,
         "decode every image before training starts", affects="nothing")
+    skip_damaged: bool = _data(False, "--skip_damaged", None,
+        "decode every image before training starts, and leave out those that are damaged, 5 % at most")
+    exif: bool = _data(False, "--exif", None, "turn images as their EXIF orientation says")
+    mean: tuple[float, ...] | None = _data(None, "--mean M", number(float),
+        "of the images' channels, from 0 to 1 (default: ImageNet's)", nargs=3)
+    std: tuple[float, ...] | None = _data(None, "--std S", POSITIVE, "as --mean", nargs=3)
     imb_type: str = _data("exp", "--imb_type", IMB_TYPES, "shape of the tail; none: as the data are")
     imb_factor: float = _data(0.01, "--imb_factor F", number(float, above=0, high=1),
         "smallest class over largest, in (0, 1]")
@@ -118,7 +124,8 @@ class Settings:
         "class mean; 0: by top-1 on the test set, as published")
     val_left_out: int = _data(0, "--val_left_out N", EPOCH,
         "pick the best epoch on images that the imbalance has left out, up to N of a class; they are never trained on")
-    test_fraction: float = _data(0.0, "", SHARE, "")
+    test_fraction: float = _data(0.0, "--test_fraction G", SHARE,
+        "share of the training images to test on, without val/ or test/ (default: as --val_fraction)")
     flip: str = _data("auto", "--flip", ("auto", "on", "off"),
         "random mirroring of training images; auto: as the data set says, no for digits")
     augment: str = _data("none", "--augment", AUGMENTS, _explain(AUGMENTS))
@@ -318,7 +325,7 @@ def _as_declared(field, value):
     how = field.metadata["argparse"]
     if value is None or value == field.default:
         return value
-    if how.get("nargs") in ("*", "+"):
+    if how.get("nargs") in ("*", "+", 3):
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{field.name} is {value!r}")
         return tuple(_one_as_declared(field.name, how, item) for item in value)

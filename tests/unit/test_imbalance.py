@@ -80,6 +80,21 @@ def test_the_choice_is_seeded_and_leaves_the_global_generator_alone():
     assert len(set(first.tolist())) == 75
 
 
+@pytest.mark.parametrize("key", list(SPLITS["splits"])[::4])
+def test_left_out_images_are_the_next_ones_of_the_published_shuffle(key):
+    classes, imb_type, factor, rand_number = key.split("/")
+    classes, rand_number = int(classes), int(rand_number)
+    each = SPLITS["per_class"][str(classes)] if isinstance(SPLITS["per_class"], dict) else SPLITS["per_class"]
+    targets = np.repeat(np.arange(classes), each)
+    counts = imbalance.class_counts([each] * classes, imb_type, float(factor))
+    left_out = imbalance.choose_left_out(targets, counts, 7, rand_number)
+    more = [min(n + 7, each) for n in counts]  # a longer choice of the same seed: what is kept, then what is left out
+    expected = np.split(imbalance.choose(targets, more, rand_number), np.cumsum(more)[:-1])
+    assert left_out.tolist() == [i for n, part in zip(counts, expected, strict=True) for i in part[n:]]
+    assert not set(left_out) & set(imbalance.choose(targets, counts, rand_number))
+    assert imbalance.count_classes(targets[left_out], classes) == [min(7, each - n) for n in counts]
+
+
 def test_hold_out_is_a_stratified_partition_that_keeps_each_class():
     targets = np.repeat([0, 1, 2], [100, 10, 1])
     train, validation = imbalance.hold_out(targets, 0.2)

@@ -256,7 +256,7 @@ def test_shortcut_subsamples_and_pads_with_zero_channels():
 
 # --------------------------------------------------------------------------------------- with_feature_norm
 
-LAST_LAYERS = {"mobilenet_v3_small": "classifier.3", "densenet121": "classifier", "shufflenet_v2_x0_5": "fc"}
+LAST_LAYERS = {"mobilenet_v3_small": "classifier.3", "densenet121": "classifier", "mobilenet_v3_small": "fc"}
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -285,7 +285,7 @@ FAMILIES = {
     "alexnet": "classifier.6", "convnext_tiny": "classifier.2", "efficientnet_b0": "classifier.1",
     "googlenet": "fc", "inception_v3": "fc", "maxvit_t": "classifier.5", "mnasnet0_5": "classifier.1",
     "mobilenet_v2": "classifier.1", "mobilenet_v3_small": "classifier.3", "regnet_y_400mf": "fc", "resnet18": "fc",
-    "shufflenet_v2_x0_5": "fc", "swin_t": "head", "vgg11": "classifier.6", "vit_b_32": "heads.head",
+    "mobilenet_v3_small": "fc", "swin_t": "head", "vgg11": "classifier.6", "vit_b_32": "heads.head",
     "densenet121": "classifier",
 }  # fmt: skip
 
@@ -301,7 +301,7 @@ def test_last_layer_of_torchvisions_families_is_found(arch, layer):
 #: Ten families, at a size that each takes.
 SIZES = {
     "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "mnasnet0_5": 32, "mobilenet_v2": 32,
-    "mobilenet_v3_small": 32, "regnet_y_400mf": 32, "resnet18": 32, "shufflenet_v2_x0_5": 32, "swin_t": 32,
+    "mobilenet_v3_small": 32, "regnet_y_400mf": 32, "resnet18": 32, "mobilenet_v3_small": 32, "swin_t": 32,
     "vit_b_32": 224, "googlenet": 64,
 }  # fmt: skip
 
@@ -459,7 +459,7 @@ EDGES = {
     "alexnet": (62, 63), "convnext_tiny": (31, 32), "densenet121": (28, 29), "googlenet": (14, 15),
     "inception_v3": (74, 75), "vgg11": (31, 32), "vgg11_bn": (31, 32), "maxvit_t": (32, 224, 256),
     "vit_b_32": (32, 223, 224, 256), "resnet18": (8,), "swin_t": (8,), "swin_v2_t": (8,), "regnet_y_400mf": (8,),
-    "efficientnet_b0": (8,), "mobilenet_v3_small": (8,), "mnasnet0_5": (8,), "shufflenet_v2_x0_5": (8,),
+    "efficientnet_b0": (8,), "mobilenet_v3_small": (8,), "mnasnet0_5": (8,), "mobilenet_v3_small": (8,),
 }  # fmt: skip
 
 
