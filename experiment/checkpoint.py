@@ -7,6 +7,7 @@
 A file is what torch.save makes. Its checksums are those of the zip archive.
 """
 
+import io
 import os
 import pickle
 import re
@@ -53,8 +54,10 @@ def exists(folder: str) -> bool:
 
 def save(folder: str, names: Iterable[str], state: dict) -> None:
     """Write the dict `state` to files of these names, one after the other, each atomically."""
+    content = io.BytesIO()  # a full disk makes torch.save raise what is no OSError
+    torch.save(state, content)
     for name in names:
-        write_atomically(os.path.join(folder, name), lambda file: torch.save(state, file))
+        write_atomically(os.path.join(folder, name), lambda file: file.write(content.getbuffer()))
 
 
 def load_newest(folder: str) -> dict | None:

@@ -11,7 +11,7 @@ and what may stand beside a published figure are derived from `affects`:
     rounding        the same run, but not to the last bit: threads, ranks, compilation
     nothing         places, progress, what to do
 
-`python -m experiment.flags > docs/flags.md` writes the page of all flags.
+`python -m experiment.flags` writes the tables of docs/flags.md.
 """
 
 import argparse
