@@ -35,8 +35,7 @@ def weights(cwd, name):
 # ------------------------------------------------------------------------------------ the parts of a batch
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-@pytest.mark.parametrize("items", [0, 1, 4, 5, 44])
+@pytest.mark.parametrize(("ranks", "items"), [(1, 5), (2, 1), (3, 44), (5, 4), (2, 0)])
 def test_parts_are_even_and_leave_nothing_out(ranks, items):
     parts = [
         range(items)[slices] for rank in range(ranks) for slices in batch_slices(items, max(items, 1), rank, ranks)

@@ -169,7 +169,7 @@ def test_other_classes_than_the_models_are_refused(copied, capsys):
     status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied, capsys)
     assert (status, out) == (1, "")
     (line,) = messages(err)
-    assert "has other classes than ./data: 'ten' there and '9' here" in line
+    assert "has other classes than those in ./data: 'ten' there and '9' here" in line
     assert run_main(["-e", "--resume", path, "--threads", "1", "--force"], copied, capsys)[0] == 0
 
 
