@@ -85,9 +85,7 @@ def choose(targets: npt.ArrayLike, counts: Sequence[int], rand_number: int = 0) 
     return np.concatenate([indices[:count] for indices, count in zip(shuffled, counts, strict=True)])
 
 
-def choose_left_out(
-    targets: npt.ArrayLike, counts: Sequence[int], limit: int, rand_number: int = 0
-) -> np.ndarray:  # fmt: skip
+def choose_left_out(targets: npt.ArrayLike, counts: Sequence[int], limit: int, rand_number: int = 0) -> np.ndarray:
     """Indices of up to `limit` images of each class that `choose` leaves out: the next ones of its shuffle.
 
     Args and order as `choose`. A class that has no further image gives none.

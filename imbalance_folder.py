@@ -23,7 +23,8 @@ from imbalance import LabelledImages
 from utils import DataError, UsageError, named, warn
 
 #: Of ImageNet's images, in [0, 1] units.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 #: How the names of images end, in small letters: torchvision's, two more of JPEG, and AVIF.
 EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".avif")
@@ -150,7 +151,8 @@ def load(
             train, test = _split(train, test_fraction)
         else:
             test = _read_test_part(data_dir, train_list, own, train)
-    train = train.long_tailed(imb_type, imb_factor, rand_number)
+    if train.targets:
+        train = train.long_tailed(imb_type, imb_factor, rand_number)
     for part in (train, test):
         part.exif, part.mean, part.std = exif, tuple(mean or part.mean), tuple(std or part.std)
     if check_images or skip_damaged:

@@ -82,7 +82,8 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
     found: list[tuple[str, Any, Any, str]] = [
         ("other classes", state.get("classes"), data.classes, f"has other classes than those {where}")
     ]
-    chooses = len(settings.posthoc_la) > 1 or len(settings.tau_norm) > 1  # on a held-out part of these images
+    # several values are compared on a held-out part of these images
+    chooses = any(len(taus) > 1 for taus in (settings.posthoc_la, settings.tau_norm, settings.tau_norm_bias))
     # else the images that are tested may be the ones that were trained on
     if not settings.evaluate or ((settings.test_fraction or chooses) and any(data.class_counts)):
         counts = f"{sum(state.get('class_counts') or ())} there, {sum(data.class_counts)} here"

@@ -208,10 +208,13 @@ class Settings:
         "products)", affects="numerics")
     sync_bn: bool = _run(False, "--sync_bn", None,
         "batch norm over all GPUs, as on a single one (with torchrun)", affects="numerics")
-    compile: bool = _run(False, "--compile", None, "torch.compile; CUDA graphs on a GPU", affects="rounding")
+    compile: bool = _run(False, "--compile", None, "torch.compile", affects="rounding")
     cuda_graph: bool = _run(True, "--no_cuda_graph", None,
         "on a GPU start every kernel of a step by itself; without the flag steps on images in memory are replayed as a "
-        "CUDA graph, except with --compile, --mixup, --amp fp16 or torchrun", affects="rounding")
+        "CUDA graph, except with --mixup, --amp fp16 or torchrun", affects="rounding")
+    batch_norm: str = _run("cudnn", "--batch_norm", ("cudnn", "native"),
+        "on a GPU: batch norm by cuDNN in float32, as torch does, or always by PyTorch's own kernels",
+        affects="rounding")
     deterministic: bool = _run(False, "--deterministic", None,
         "bitwise repeatable on CUDA too; slower there", affects="rounding")
     workers: int = _run(min(4, _cores()), "-j --workers N", number(int, low=0, high=1024),
@@ -230,6 +233,8 @@ class Settings:
     tau_norm: tuple[float, ...] = _run((), "--tau_norm TAU", NOT_NEGATIVE,
         "with -e: divide each class's weight vector by its length to the power of TAU; several as "
         "--posthoc_la", nargs="+")
+    tau_norm_bias: tuple[float, ...] = _run((), "--tau_norm_bias TAU", NOT_NEGATIVE,
+        "with -e: as --tau_norm, but keep the bias", nargs="+")
     save_logits: bool = _run(False, "--save_logits", None, "with -e: write logits and targets to logits.npz")
     export_split: str | None = _run(None, "--export_split FILE", None,
         "write the indices of the images that are trained on, one a line, and stop")
@@ -368,11 +373,12 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--resume auto and --overwrite exclude each other")
     if settings.evaluate and settings.export_split:
         raise UsageError("--export_split and -e exclude each other")
-    for name in ("posthoc_la", "tau_norm", "save_logits"):
+    for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
-    if settings.posthoc_la and settings.tau_norm:
-        raise UsageError("--posthoc_la and --tau_norm exclude each other")
+    corrections = [f"--{name}" for name in ("posthoc_la", "tau_norm", "tau_norm_bias") if getattr(settings, name)]
+    if len(corrections) > 1:
+        raise UsageError(f"{' and '.join(corrections)} exclude each other")
     return settings
 
 

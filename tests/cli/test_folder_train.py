@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -12,11 +11,9 @@ import pytest
 import torch
 from image_runs import IB, RUN, fails, make_folder, run, run_ok
 from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, snapshot
-from tinyimagenet_maker import SUBSET
 
 import folder_train
 import models
-import prepare_tinyimagenet
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +48,6 @@ def test_names_of_classes_reach_neither_the_terminal_nor_the_figures_raw(tmp_pat
     logs = next((tmp_path / "log").iterdir())
     assert list(read_csv(logs / "class_accuracy.csv")[0]) == ["epoch_from_0", *names]
     assert {"confusion.png", "class_accuracy.png", "curves.png"} <= {path.name for path in logs.iterdir()}
-
-
-def test_dead_worker_is_one_line(folder, tmp_path):
-    with mock.patch("loaders.image_folder.open_image", side_effect=lambda *_: os._exit(3)):
-        status, _, err = run(tmp_path, "--data_dir", folder, *RUN, "-j", "1")
-    assert status == 1
-    (line,) = messages(err)
-    assert "a process that reads images died" in line
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -257,20 +246,6 @@ def test_other_images_in_a_folder_of_the_same_name_are_not_the_finished_run(fold
     assert "finished: nothing to do" in run_ok(tmp_path, "--data_dir", "moved/images", *RUN)
 
 
-def test_images_that_changed_pick_no_correction(folder, tmp_path):
-    data = shutil.copytree(folder, tmp_path / "data")
-    args = ["--data_dir", data, *RUN, "--val_fraction", "0.3"]
-    run_ok(tmp_path, *args)
-    path = next((tmp_path / "checkpoint").glob("*/ckpt.pth.tar"))
-    image = next((data / "train" / "class0").iterdir())
-    shutil.copy(image, image.with_stem("another"))
-    evaluation = ["--data_dir", data, "-e", "--resume", path, "--posthoc_la"]
-    status, _, err = run(tmp_path, *evaluation, "0.5", "1")
-    assert status == 1
-    assert "was trained on other images" in messages(err)[-1]
-    run_ok(tmp_path, *evaluation, "1")
-
-
 def test_weights_of_another_number_of_classes_keep_the_new_head(folder, tmp_path):
     model = models.torchvision_model("resnet18", 7)
     torch.save(model.state_dict(), tmp_path / "seven.pth")
@@ -326,16 +301,6 @@ def test_dry_run_needs_no_data(tmp_path):
     out = run_ok(tmp_path, "--data_dir", "nowhere", "--dry_run", "--epochs", "4", "--milestones", *IB)
     assert len(out.split()) == 5
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(not SUBSET.exists(), reason="the piece of Tiny ImageNet is not here")
-def test_real_images(tmp_path):
-    arranged, _ = prepare_tinyimagenet.arrange(str(tmp_path / "tiny"), str(SUBSET))
-    for name in sorted(os.listdir(Path(arranged) / "train"))[:4]:
-        for part in ("train", "val"):
-            shutil.copytree(Path(arranged) / part / name, tmp_path / "four" / part / name)
-    out = run_ok(tmp_path, "--data_dir", tmp_path / "four", *RUN, *IB)
-    assert "class counts: 10 10 10 10, total 40" in out
 
 
 def test_a_factor_without_a_shape_of_the_tail_is_refused(folder, tmp_path):

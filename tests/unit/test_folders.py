@@ -291,7 +291,7 @@ def test_a_test_folder_of_its_own_is_labelled_by_the_checkpoints_classes(data, b
     new = data.parent / "new" / below
     shutil.copytree(data / "val", new)
     shutil.rmtree(new / "class1")
-    train, test = load(str(data.parent / "new"), classes=["class2", "class1", "class0"])
+    train, test = load(str(data.parent / "new"), "exp", 0.01, classes=["class2", "class1", "class0"])
     assert train.paths == []
     assert [(pathlib.Path(path).parent.name, label) for path, label in test.samples] == [
         ("class0", 2), ("class0", 2), ("class2", 0), ("class2", 0),
