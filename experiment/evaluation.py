@@ -147,7 +147,7 @@ def _correction(run, model, val_batches, precision):
     if name is None:
         return {}
     values, apply = getattr(settings, name), CORRECTIONS[name]
-    head = model.get_submodule(models.last_linear(model))
+    head = model.get_submodule(models.head_name(model))
     if getattr(head, "bias", None) is None:
         raise UsageError(f"--{name} needs a linear layer with a bias: this model has LDAM's normalised head")
     weight, bias = head.weight.detach().clone(), head.bias.detach().clone()

@@ -399,7 +399,7 @@ def _load_pretrained(settings, model):
     ImageNet models keep their own last layer: always with ImageNet's weights, whose classes are not the data's, else
     where the weights have one of another form.
     """
-    new_head = None if settings.arch in models.CIFAR_MODELS else models.last_linear(model)
+    new_head = None if settings.arch in models.CIFAR_MODELS else models.head_name(model)
     if settings.pretrained == "imagenet":
         weights = models.imagenet_weights(settings.arch)
         body = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{new_head}.")}

@@ -113,14 +113,14 @@ def train_step(
         logits, features = model(images)
     if is_blank:
         logits, features = logits[:0], features[:0]
-    loss, samples = mean_over_ranks(criterion, logits, target, features)
+    loss, samples, factor = mean_over_ranks(criterion, logits, target, features)
     ranks = distributed.world_size()
     # data parallel averages the gradients
     precision.step(loss if ranks == 1 else loss * ranks, optimizer)
     labels = target if target.ndim == 1 else target.argmax(1)
     metrics.add(logits.detach(), labels, loss.detach() * samples)
-    if criterion.needs_features:
-        metrics.add_factors(criterion.factor(logits.detach(), target, features.detach()), target)
+    if factor is not None:
+        metrics.add_factors(factor, target)
 
 
 def _takes_empty(model):
@@ -130,20 +130,21 @@ def _takes_empty(model):
 
 def mean_over_ranks(
     criterion: Any, logits: torch.Tensor, target: torch.Tensor, features: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | int]:
+) -> tuple[torch.Tensor, torch.Tensor | int, torch.Tensor | None]:
     """This rank's share of the mean loss over the global batch, 0-d: the ranks' shares add up to the mean.
 
     Returns:
-        (loss, samples of the global batch).
+        (loss, samples of the global batch, IB factor of each of this rank's samples or None).
     """
     if criterion.needs_features:
         criterion.calibrate(logits, target, features, all_reduce_sum=distributed.all_reduce_sum)
-    loss, count = criterion.per_sample(logits, target, features)
+    loss, count, factor = criterion.per_sample_and_factor(logits, target, features)
     if distributed.world_size() == 1:
-        return loss.sum() / count.sum(), len(target)
+        return loss.sum() / count.sum(), len(target), factor
     sums = torch.stack([count.sum().double(), torch.full_like(count.sum(), len(target)).double()])
     counted, samples = distributed.all_reduce_sum(sums)
-    return (loss.sum() + logits.sum() * 0) / counted.to(loss.dtype), samples  # an empty slice takes part too
+    mean = (loss.sum() + logits.sum() * 0) / counted.to(loss.dtype)  # an empty slice takes part too
+    return mean, samples, factor
 
 
 def finite_figures(metrics: MetricAccumulator) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Trained:
 
 def redraw_head(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, seed: int) -> None:
     """Give the model a head that has learnt nothing: weights from `seed`, its optimizer state zero; on every rank."""
-    head: Any = model.get_submodule(models.last_linear(model))
+    head: Any = model.get_submodule(models.head_name(model))
     torch.manual_seed(seed)
     models.redraw(head)
     for parameter in head.parameters():

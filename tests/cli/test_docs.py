@@ -6,6 +6,7 @@ import pathlib
 import re
 import shlex
 
+import pytest
 import torch
 
 import reproduce

@@ -217,13 +217,13 @@ def test_other_shapes_of_the_tail(imb, tmp_path, capsys):
 
 def trained_targets(epochs, args, cwd, capsys):
     """(epochs, 10): images of each class whose loss was taken in each epoch of a CE run on the digits."""
-    seen, per_sample = [], losses.CrossEntropyLoss.per_sample
+    seen, per_sample = [], losses.CrossEntropyLoss.per_sample_and_factor
 
     def watched(self, logits, target, features=None):
         seen.append(target)
         return per_sample(self, logits, target, features)
 
-    with mock.patch.object(losses.CrossEntropyLoss, "per_sample", watched):
+    with mock.patch.object(losses.CrossEntropyLoss, "per_sample_and_factor", watched):
         run_ok([*DIGITS, *TINY, "--epochs", epochs, "--milestones", *args], cwd, capsys)
     drawn = torch.cat(seen).view(epochs, sum(COUNTS))
     return torch.stack([epoch.bincount(minlength=10) for epoch in drawn])
