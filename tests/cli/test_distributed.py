@@ -73,10 +73,10 @@ def test_per_sample_losses_put_a_loss_together_from_parts(loss, weighted):
     ("extra", "name"),
     [
         (IB, "plain_IB_IBReweight"),
-        (["--loss_type", "CE", "--train_rule", "CBReweight", "--beta", 0.99], "plain_CE_CBReweight"),
+        (["--loss_type", "CE", "--train_rule", "CBReweight", "--beta", 0.99, "--ema", 0.9], "plain_CE_CBReweight"),
         ([*IB[:2], "--alpha", "auto", "--train_rule", "Resample"], "plain_IB_Resample"),
     ],
-    ids=["IB", "CE+CB", "IB auto Resample"],
+    ids=["IB", "CE+CB with EMA", "IB auto Resample"],
 )
 def test_model_without_batch_norm_is_the_single_processes(tmp_path, extra, name):
     cwd = [tmp_path / "one", tmp_path / "two"]
