@@ -7,6 +7,7 @@
 A file is what torch.save makes. Its checksums are those of the zip archive.
 """
 
+import io
 import os
 import pickle
 import re
@@ -53,8 +54,10 @@ def exists(folder: str) -> bool:
 
 def save(folder: str, names: Iterable[str], state: dict) -> None:
     """Write the dict `state` to files of these names, one after the other, each atomically."""
+    content = io.BytesIO()  # a full disk makes torch.save raise what is no OSError
+    torch.save(state, content)
     for name in names:
-        write_atomically(os.path.join(folder, name), lambda file: torch.save(state, file))
+        write_atomically(os.path.join(folder, name), lambda file: file.write(content.getbuffer()))
 
 
 def load_newest(folder: str) -> dict | None:
@@ -84,9 +87,9 @@ def load(path: str, bare: bool = False) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DataError(f"{path} is not a checkpoint, or tries to run code, or is damaged: refused") from None
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file makes torch raise nearly anything
+    except Exception as error:  # a damaged file makes torch and zipfile raise nearly anything
+        if isinstance(error, OSError) and error.filename:  # one that may not be read
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise DataError(f"{path} is damaged or not a checkpoint ({reason})") from None
     if bare and isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -174,6 +177,7 @@ def has_normalised_head(state_dict: dict) -> bool:
     return not any(name.endswith(("linear.bias", "fc.bias")) for name in state_dict)
 
 
+@torch.no_grad()
 def on_cpu(value: Any) -> Any:
     """The same nested dicts and lists with a copy on the CPU of every tensor; waits for a GPU once."""
     copied = _copied(value)
@@ -185,9 +189,9 @@ def on_cpu(value: Any) -> Any:
 def _copied(value):
     if isinstance(value, torch.Tensor):
         if not value.is_cuda:
-            return value.detach().clone()
+            return value.clone()
         host = torch.empty_like(value, device="cpu", pin_memory=True)
-        return host.copy_(value.detach(), non_blocking=True)
+        return host.copy_(value, non_blocking=True)
     if isinstance(value, dict):
         return {name: _copied(item) for name, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, list) else value

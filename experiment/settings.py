@@ -11,7 +11,7 @@ and what may stand beside a published figure are derived from `affects`:
     rounding        the same run, but not to the last bit: threads, ranks, compilation
     nothing         places, progress, what to do
 
-`python -m experiment.flags > docs/flags.md` writes the page of all flags.
+`python -m experiment.flags` writes the tables of docs/flags.md.
 """
 
 import argparse
@@ -128,11 +128,10 @@ class Settings:
         "share of the training images to test on, without val/ or test/ (default: as --val_fraction)")
     flip: str = _data("auto", "--flip", ("auto", "on", "off"),
         "random mirroring of training images; auto: as the data set says, no for digits")
-    augment: str = _data("none", "--augment", AUGMENTS,
-        "what is done to training images after crop and flip. " + _explain(AUGMENTS))
+    augment: str = _data("none", "--augment", AUGMENTS, _explain(AUGMENTS))
     image_size: int = _data(None, "--image_size N", number(int, low=8, high=1024),
         "side of the square that the model sees, in pixels")
-    crop: str | None = _data(None, "--crop", CROPS, "training crops. " + _explain(CROPS))
+    crop: str | None = _data(None, "--crop", CROPS, f"training crops. {_explain(CROPS)} (default: %(default)s)")
     recipe: str | None = _data(None, "--recipe", ("official", "paper", "ldam"),
         "defaults of the flags: the official code's, what the paper prints (lr x 0.1 at 50 and 90), or the LDAM "
         "paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold", affects="nothing")

@@ -12,13 +12,14 @@ import pytest
 from script_runner import TINY, break_off, load_checkpoint, run_ok
 
 import models
+from loaders.augment import AUGMENTS
 from training import metrics, optimizer, registry
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 SECTIONS = {text.splitlines()[0]: text for text in PAGE.split("\n## ")[1:]}
 REGISTRIES = (
     registry.LOSSES, registry.RULES, registry.CLASS_WEIGHTS, registry.SAMPLERS, optimizer.OPTIMIZERS,
-    metrics.CLASS_FIGURES, models.CIFAR_MODELS,
+    metrics.CLASS_FIGURES, models.CIFAR_MODELS, AUGMENTS,
 )  # fmt: skip
 
 

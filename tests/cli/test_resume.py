@@ -9,6 +9,7 @@ import pytest
 import torch
 from script_runner import (
     DIGITS,
+    EPOCHS,
     FIVE,
     REAL,
     TINY,
@@ -317,7 +318,14 @@ def test_a_kill_costs_the_epochs_since_the_last_checkpoint_and_no_bit(seconds, t
 def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_completed(tmp_path, capsys):
     args = [*FIVE, *TINY]
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    with mock.patch.object(Records, "write_summary", side_effect=KeyboardInterrupt):
+    write_summary = Records.write_summary
+
+    def killed_at_the_end(self, history):
+        if len(history) == EPOCHS:
+            raise KeyboardInterrupt
+        write_summary(self, history)
+
+    with mock.patch.object(Records, "write_summary", killed_at_the_end):
         assert run_main(args, tmp_path, capsys)[0] == 130
     out = run_ok(args, tmp_path, capsys, figures=True)
     assert "epoch 5/5 done" not in out

@@ -230,8 +230,9 @@ def assert_same_weights(path, other):
     buffers, others = one["optimizer"]["state"], two["optimizer"]["state"]
     assert buffers.keys() == others.keys()
     assert buffers, "no momentum: nothing was trained"
-    for key, buffer in buffers.items():
-        assert torch.equal(buffer["momentum_buffer"], others[key]["momentum_buffer"]), f"momentum {key} differs"
+    for key, values in buffers.items():
+        for name, value in values.items():
+            assert torch.equal(value, others[key][name]), f"{name} {key} differs"
 
 
 def snapshot(folder):

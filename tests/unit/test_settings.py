@@ -47,6 +47,11 @@ def test_a_record_comes_back_as_the_settings_that_wrote_it(script):
     assert again == mine
 
 
+def test_a_mean_of_three_channels_comes_back():
+    mine = parse("folder_train.py", ["--data_dir", "somewhere", "--mean", "0.5", "0.4", "0.3"])
+    assert from_record(json.loads(json.dumps(recorded(mine)))).mean == (0.5, 0.4, 0.3)
+
+
 BAD = {
     "lr": "x", "milestones": "abc", "loss_type": "XX", "epochs": 2.5, "seed": -1, "imb_factor": 7, "detach_ib": "yes",
     "lr_factors": [0.1, None], "alpha": [1], "dataset": 3.0, "ib_norm": None,
@@ -191,4 +196,5 @@ def test_what_changes_a_run_is_part_of_its_identity_and_of_a_fork(argv, affected
 
 def test_the_page_of_flags_is_made_of_the_settings():
     page = (pathlib.Path(__file__).parents[2] / "docs" / "flags.md").read_text()
+    assert page.count("| `-") > len(FIELDS)
     assert page == flags.page(page), "run: python -m experiment.flags"
