@@ -1,7 +1,9 @@
 """reproduce.py run: what is shared is trained once, with the same bits; killed, failed and lost runs."""
 
 import contextlib
+import csv
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -11,8 +13,10 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import script_runner
+from PIL import Image
 
 import experiment.run
 import models
@@ -20,7 +24,7 @@ import reproduce
 from files import run_lock
 from paper import driver, executors, records, runs
 from paper.runs import Run
-from utils import Terminated
+from utils import Terminated, duration
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 #: Flags after a run's own: three epochs, the IB phase in the last one.
@@ -34,9 +38,6 @@ def three_epochs(monkeypatch):
     setup = runs.Setup("cifar_train.py", "tiny", 3, 2, (1,), 2, batch_size=64, lr_factors=(0.1,), ib_lr_factor=0.1)
     monkeypatch.setitem(runs.SETUPS, "digits", setup)
     monkeypatch.setitem(models.CIFAR_MODELS, "tiny", script_runner.tiny)
-    records.command_settings.cache_clear()
-    yield
-    records.command_settings.cache_clear()
 
 
 class InProcess:
@@ -198,30 +199,79 @@ def test_a_run_with_other_flags_than_its_record_is_not_taken_for_done(three_epoc
 
 
 REFUSED = {
-    "exp_str": "--exp_str foo", "root_log": "--root_log X", "root_model": "--root_m X", "dry_run": "--dry_run",
-    "evaluate": "-e --resume X", "resume": "--resume auto", "keep_epochs": "--keep_epochs 3", "threads": "--threads 2",
-    "seed": "--seed 1", "arch": "-a resnet44", "dataset": "--dataset cifar10", "imb_factor": "--imb_factor 0.5",
-    "loss_type": "--loss_type BS", "overwrite": "--overwrite", "rand_number": "--rand_number 3",
+    "exp_str": "--exp_str foo", "root_model": "--root_m X", "resume": "-e --resume X", "seed": "--seed 1",
+    "arch": "-a resnet44", "imb_factor": "--imb_factor 0.5", "no_such_flag": "--no_such_flag",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_flags_that_reproduce_py_sets_itself_are_refused_before_anything_runs(name, tmp_path, capsys):
+def test_flags_that_cannot_stand_after_the_dashes_are_refused_before_anything_runs(name, tmp_path, capsys):
     select = ["--dataset", "digits", "--ratio", "20", "--method", "CE", "IB"]
     with pytest.raises(SystemExit) as stop:
         reproduce.main(["run", *select, "--out", str(tmp_path / "out"), "--", *REFUSED[name].split()])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"reproduce.py sets --{'resume' if name == 'evaluate' else name} itself" in line
+    assert (f"reproduce.py sets --{name} itself" if name != "no_such_flag" else "--no_such_flag") in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_flags_are_refused_before_anything_runs(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(["run", "--table", "2", "--out", str(tmp_path / "out"), "--", "--no_such_flag"])
-    assert stop.value.code == 2
-    assert "--no_such_flag" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("select", "said"),
+    [
+        # CE whole, IB and IB+CB their second halves
+        ("--ratio 20 --method CE IB IB+CB", "3 runs, 80 epochs in all, shared ones once, 1 at a time; the time shows"),
+        ("--method IB --jobs 2", "4 runs (ratios 100 50 20 10: --ratio restricts them), 160 epochs in all"),
+        ("--ratio 20 --method CE CE+cRT", "2 runs, 43 epochs in all"),  # 40 and 2, one of them twice
+    ],
+)
+def test_run_says_how_much_it_is_about_to_train(select, said, tmp_path, capsys):
+    argv = ["run", "--dataset", "digits", "--protocol", "short", *select.split(), "--out", str(tmp_path)]
+    options = reproduce.build_parser().parse_args(argv)
+    assert said in reproduce._what_is_about_to_start(reproduce.select(options), options)
+
+
+def test_the_estimate_is_made_from_the_records_that_are_there(tmp_path):
+    source = REPOSITORY / "results" / "cifar10_lt100" / "cifar10_resnet32_CE_None_exp_0.01_full_s0.json"
+    (tmp_path / "results").mkdir()
+    shutil.copy(source, tmp_path / "results")
+    seconds = [epoch["seconds"] for epoch in records.load(source)["history"]]
+    options = reproduce.build_parser().parse_args(["run", "--ratio", "100", "--method", "CE", "--out", str(tmp_path)])
+    expected = duration(200 * sum(seconds) / len(seconds))
+    assert f"about {expected} at the pace" in reproduce._what_is_about_to_start(reproduce.select(options), options)
+
+
+def test_methods_are_compared_on_a_folder(tmp_path, capsys, monkeypatch):
+    """The one command of the page, then report, on images that tell their class by their colour."""
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    rng = np.random.default_rng(0)
+    for part, counts in {"train": (12, 6, 3), "val": (4, 4, 4)}.items():
+        for label, count in enumerate(counts):
+            folder = tmp_path / "leaves" / part / "abc"[label]
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (32, 32, 3)) + np.eye(3, dtype=int)[label] * 150
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    argv = ["--dataset", "folder", "--method", "CE", "IB", "cRT", "--seeds", "0", "--out", str(tmp_path)]
+    argv += ["--", "--data_dir", str(tmp_path / "leaves"), "-a", "shufflenet_v2_x0_5", "--epochs", "4"]
+    argv += ["--image_size", "32", "-b", "8", "-j", "0", "--lr", "0.01", "--warmup_epochs", "0"]
+    options = reproduce.build_parser().parse_args(["run", *argv])
+    chosen = reproduce.select(options)
+    executor = InProcess(capsys)
+    work, failed, _ = drive(chosen, tmp_path, executor, options.extra)
+    assert failed == [], [work.output(run).read_text() for run in failed]
+    forks = [pathlib.Path(command[command.index("--resume") + 1]).name for _, command in executor.commands]
+    assert forks == ["auto", "ckpt.epoch002.pth.tar", "ckpt.epoch003.pth.tar"]
+    reproduce.main(["report", str(tmp_path / "results"), "--csv"])
+    text = (tmp_path / "results" / "report.md").read_text()
+    assert "## leaves, as the data are" in text
+    with open(tmp_path / "results" / "report.csv", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["CE", "IB", "CE+cRT"]
+    for run in chosen:
+        summary = json.loads((tmp_path / "log" / run.name / "summary.json").read_text())
+        assert float(rows[run.method]["last_class_mean"]) == pytest.approx(summary["last"]["class_mean"], abs=1e-3)
+    assert "| IB minus CE | 1 |" in text
+    assert (tmp_path / "results" / "methods_leaves_none_1_own.png").exists()
 
 
 def test_a_failed_run_is_named_the_rest_continues_and_the_next_time_it_runs(three_epochs, tmp_path, capsys):

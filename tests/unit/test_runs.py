@@ -10,10 +10,13 @@ import sys
 
 import pytest
 
+import imbalance_cifar
 import reproduce
 from experiment.parser import parse
-from paper import runs
+from experiment.settings import recorded
+from paper import records, runs
 from paper.runs import Run
+from training import registry
 from training.recipe import Recipe
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
@@ -84,10 +87,10 @@ def test_flags_of_five_cells(cell, capsys):
     assert line[line.index("--milestones") : line.index("--milestones") + 3] == ["--milestones", "160", "180"]
 
 
-@pytest.mark.parametrize("protocol", ["full", "short"])
 @pytest.mark.parametrize("table", [1, 2, 3, 4, 5, 6])
-def test_every_line_passes_its_dry_run(table, protocol, capsys, tmp_path, monkeypatch):
+def test_every_line_passes_its_dry_run(table, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    protocol = "short" if table in (2, 3) else "full"
     for line in listed("--table", table, "--protocol", protocol, capsys=capsys):
         assert len(dry_run(line, capsys)) == int(flag(line, "--epochs")) + 1
     assert list(tmp_path.iterdir()) == []
@@ -178,17 +181,16 @@ def test_short_is_a_fifth_with_the_same_warm_up(capsys):
 # ---------------------------------------------------------------------------------------- controls, variants
 
 
-@pytest.mark.parametrize("protocol", ["full", "short"])
 @pytest.mark.parametrize("dataset", runs.SETUPS)
-@pytest.mark.parametrize("control", runs.CONTROLS)
-def test_every_control_passes_its_dry_run_with_the_lr_of_ib(control, dataset, protocol, capsys, tmp_path, monkeypatch):
+def test_every_control_passes_its_dry_run_with_the_lr_of_ib(dataset, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (line,) = listed("--control", control, "--dataset", dataset, "--protocol", protocol, capsys=capsys)
-    rows = dry_run(line, capsys)[1:]
-    imb_type = flag(line, "--imb_type")
-    ib = stages(Run(dataset, imb_type, 1 if imb_type == "none" else 100, "IB", protocol=protocol))
-    assert [float(row.split(",")[1]) for row in rows] == [stage.lr for stage in ib]
-    assert {row.split(",")[2] for row in rows} == ({"CE"} if control == "ib-lr" else {"CE", "IB"})
+    for control in runs.CONTROLS:
+        (line,) = listed("--control", control, "--dataset", dataset, "--protocol", "short", capsys=capsys)
+        rows = dry_run(line, capsys)[1:]
+        imb_type = flag(line, "--imb_type")
+        ib = stages(Run(dataset, imb_type, 1 if imb_type == "none" else 100, "IB", protocol="short"))
+        assert [float(row.split(",")[1]) for row in rows] == [stage.lr for stage in ib]
+        assert {row.split(",")[2] for row in rows} == ({"CE"} if control == "ib-lr" else {"CE", "IB"})
 
 
 def test_the_two_by_two_is_what_it_says(capsys):
@@ -350,3 +352,80 @@ def test_restrictions_hold_for_figures_too(argv, count, capsys):
 def test_an_equals_sign_at_the_end_of_a_value_is_part_of_it(capsys):
     reproduce.main(["list", "--table", "2", "--out=some=", "--seeds", "0"])
     assert "--root_log some=/log" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ own methods, own data, a folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "method", "pair"),
+    [
+        ("IB+CB", "IB+CB", ("IB", "CBReweight")),
+        ("cRT", "CE+cRT", ("CE", "cRT")),
+        ("IBFocal+IBReweight", "IB+Focal", ("IBFocal", "IBReweight")),
+        ("BS+DRW", "BS+DRW", ("BS", "DRW")),
+        ("LA+cRT", "LA+cRT", ("LA", "cRT")),
+    ],
+)
+def test_a_method_is_any_loss_and_rule_of_the_registry(asked, method, pair, capsys):
+    (line,) = listed("--ratio", 100, "--method", asked, capsys=capsys)
+    assert (flag(line, "--loss_type"), flag(line, "--train_rule")) == pair
+    run = Run("cifar10", "exp", 100, method)
+    assert (runs.pair_of(method), runs.name_of_method(*pair)) == (pair, method)
+    assert records.describe(recorded(records.command_settings(run))) == (run, ())
+    assert run.family[6] in (pair[0], "CE", run.title)
+    assert stages(run)[: run.fork_epoch] == stages(run.trunk)[: run.fork_epoch]
+
+
+def test_a_loss_that_is_registered_is_a_method(capsys, monkeypatch):
+    monkeypatch.setitem(registry.LOSSES, "GCE", registry.LOSSES["CE"])
+    (line,) = listed("--ratio", 100, "--method", "GCE", capsys=capsys)
+    assert flag(line, "--loss_type") == "GCE"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"), [("--method XE", "--method XE: choose from CE"), ("--dataset svhn", "svhn")]
+)
+def test_an_unknown_method_or_data_set_is_one_line(flags, line, capsys):
+    assert line in refused("list", *flags.split(), capsys=capsys)
+
+
+def test_an_own_data_set_of_small_images_is_trained_as_cifar_is(capsys, monkeypatch):
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    monkeypatch.setitem(imbalance_cifar.DATASETS, "svhn", imbalance_cifar.DATASETS["cifar10"])
+    (line,) = listed("--dataset", "svhn", "--method", "IB", capsys=capsys)
+    assert [flag(line, name) for name in ("--dataset", "-a", "--imb_factor", "--epochs")] == [
+        "svhn", "resnet32", "0.01", "200",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("extra", "lengths"),
+    [
+        ("--epochs 60", {"start_ib_epoch": 30, "drw_epoch": 48, "milestones": (48, 54), "lr_factors": (0.01, 0.01)}),
+        ("", {"start_ib_epoch": 100, "drw_epoch": 160, "milestones": (160, 180)}),
+        ("--epochs 60 --start_ib_epoch 20", {"start_ib_epoch": 20, "milestones": (48, 54)}),
+        ("--epochs 60 --milestones 40 --lr_factors 0.1", {"milestones": (40,), "lr_factors": (0.1,), "drw_epoch": 48}),
+        ("--epochs 4", {"start_ib_epoch": 2, "milestones": (3,), "lr_factors": (0.01,)}),
+        ("--epochs 60 --schedule cosine", {"schedule": "cosine", "start_ib_epoch": 30}),
+    ],
+)
+def test_a_folders_lengths_follow_its_epochs_unless_given(extra, lengths, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    argv = ["--dataset", "folder", "--method", "CE", "IB", "cRT", "--seeds", "0", "1", "--"]
+    argv += ["--data_dir", "some/leaves", "-a", "resnet18", "--pretrained", *extra.split()]
+    lines = listed(*argv, capsys=capsys)
+    assert [line[1] for line in lines] == ["folder_train.py"] * 6
+    settings = parse("folder_train.py", lines[1][2:])
+    assert (settings.dataset, settings.arch, settings.imb_type, settings.pretrained, settings.data_dir) == (
+        "leaves", "resnet18", "none", "imagenet", "some/leaves",
+    )  # fmt: skip
+    assert {name: getattr(settings, name) for name in lengths} == lengths
+    crt = parse("folder_train.py", lines[2][2:])
+    assert (crt.drw_epoch, crt.epochs) == (settings.epochs, settings.epochs + 10)
+
+
+def test_a_folder_needs_its_place_and_stands_alone(capsys):
+    assert "needs -- --data_dir" in refused("list", "--dataset", "folder", capsys=capsys)
+    line = refused("list", "--dataset", "folder", "cifar10", "--", "--data_dir", "x", capsys=capsys)
+    assert "stands alone" in line
