@@ -39,7 +39,8 @@ def load_pyplot() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update(STYLE)
+    for name, value in STYLE.items():
+        matplotlib.rcParams[name] = value  # type: ignore[index]
     return pyplot
 
 
@@ -166,8 +167,10 @@ def _curves(pyplot, history, start_ib_epoch, folder, title):
     accuracy.set(xlabel="epoch", ylabel="test accuracy [%]", ylim=(0, 102))
     if any(record["stage"]["loss"].startswith("IB") for record in history):
         for axes in (test, train, accuracy):
-            axes.axvline(start_ib_epoch + 0.5, color="black", linestyle="--", linewidth=0.8, label="IB starts")
-    accuracy.legend(ncols=3, loc="lower right")
+            axes.axvline(start_ib_epoch + 0.5, color="black", linestyle="--", linewidth=0.8)
+        where = {"transform": test.get_xaxis_transform(), "ha": "center", "fontsize": 6}
+        test.text(start_ib_epoch + 0.5, 1.02, "IB starts", **where)
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(label(title), fontsize=6)
     return _saved(pyplot, figure, folder, "curves.png")
 

@@ -190,7 +190,7 @@ def _differences_of_data(run, record):
     if run.dataset in runs.NATURAL:
         is_whole = (len(counts), sum(counts)) == (setup.classes, setup.train_images)
     else:
-        available = [setup.train_images // setup.classes] * setup.classes
+        available = [(setup.train_images or 0) // setup.classes] * setup.classes
         try:
             is_whole = counts == class_counts(available, run.imb_type, 1 / run.ratio)
         except ValueError:  # a ratio that empties classes

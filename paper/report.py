@@ -394,7 +394,7 @@ def runs_and_commands(rows: Rows) -> list[str]:
         return []
     lines, commands = [], []
     for row, found in rows.items():
-        if not row.difference:
+        if not row.difference and row.run.protocol != "own":
             commands.append(shlex.join(["python", *row.run.argv("reproduced")]))
         for record in found:
             amp, threads = record["settings"].get("amp", "none"), record["settings"].get("threads")

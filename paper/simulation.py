@@ -9,7 +9,7 @@ number. CE has a spread of 0.4 points; "unequal" gives the other method 1.0.
 import argparse
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def shares(
 def table(repeats: int = 2000) -> list[str]:
     """Markdown: for every case and n the false "differs" (truth 0), the false "agrees" (truth at the margin), and how
     often it decides 0, 1 and 3 points away."""
-    cases = [("level", {"what": "level"})]
+    cases: list[tuple[str, dict[str, Any]]] = [("level", {})]
     cases += [(f"gain, correlation {c}", {"what": "gain", "correlation": c}) for c in CORRELATIONS]
     cases += [(f"gain, correlation {c}, unequal", {"what": "gain", "correlation": c, "spread": WIDE}) for c in (0, 0.9)]
     cases += [("level, spread 1.0", {"spread": WIDE})]

@@ -13,10 +13,12 @@ adjustment: Holm, 'A simple sequentially rejective multiple test procedure', 197
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from scipy.stats import t as student
+
+Key = TypeVar("Key")
 
 #: Level of a difference (two-sided) and of each of the two one-sided tests of an equivalence.
 LEVEL = 0.05
@@ -161,8 +163,8 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def family(
-    contrasts: Mapping[str, Sequence[float]], margin: float = PAIRED_MARGIN, resolution: float = 0.0
-) -> dict[str, Contrast]:
+    contrasts: Mapping[Key, Sequence[float]], margin: float = PAIRED_MARGIN, resolution: float = 0.0
+) -> dict[Key, Contrast]:
     """`paired` for several contrasts that are read together: p is Holm's, and 'adds' needs it below 5 % too.
 
     Intervals and equivalences are not adjusted.
