@@ -11,19 +11,28 @@ recipe.
 """
 
 import functools
+from collections.abc import Iterable
 
 import torch
 
 import imbalance_cifar
 import models
+from experiment.checks import check_deterministic, check_last_batch
+from experiment.data import describe, export_split, split_validation
 from experiment.evaluation import evaluate_checkpoint
-from experiment.fit import fit
 from experiment.parser import parse
 from experiment.run import open_run
 from loaders.in_memory import InMemoryBatches
-from training.optimizer import sgd
+from training import distributed
+from training.cuda_graph import StepGraph
+from training.ema import Ema
+from training.loop import evaluate, for_evaluation, train_one_epoch
+from training.mixup import Mixup
+from training.optimizer import make_optimizer
+from training.precision import Precision
 from training.recipe import Recipe
-from utils import command
+from training.stages import Criteria, Trained, can_capture, redraw_head, set_lr
+from utils import command, epoch_seed
 
 
 @command
@@ -37,28 +46,62 @@ def main(argv=None):
         settings = run.settings
 
         # data
-        train_set, test_set = imbalance_cifar.load(
+        chosen, test_set = imbalance_cifar.load(
             settings.dataset, settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
         )
-        train_set, val_set = run.use_data(train_set, test_set)
+        train_set, val_set = split_validation(chosen, settings)
+        if settings.export_split:
+            return export_split(train_set, settings.export_split)
+        run.use_data(describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
+        size = train_set.image_size
         batches = functools.partial(
-            InMemoryBatches, batch_size=settings.batch_size, device=run.device, seed=run.seed, flip=settings.flips
-        )
-        train_batches, test_batches = batches(train_set), batches(test_set)
-        val_batches = batches(val_set) if val_set else None
+            InMemoryBatches, batch_size=settings.batch_size, device=run.device, seed=run.seed, flip=settings.flips,
+            rank=distributed.rank(), world_size=distributed.world_size(),
+        )  # fmt: skip
+        train_batches = batches(train_set, augment=settings.augment)
+        test_batches = for_evaluation(batches(test_set), size)
+        val_batches = for_evaluation(batches(val_set), size) if val_set else None
 
         # model
         torch.manual_seed(run.seed)
         build = models.CIFAR_MODELS[settings.arch]
         model = build(train_set.num_classes, use_norm=settings.use_norm, feature_norm=settings.feature_norm)
         model = model.to(run.device).to(memory_format=torch.channels_last)
+        ema = Ema(model, settings.ema) if settings.ema else None
+        tested = ema.module if ema else model
+        precision = Precision(settings.amp, run.device.type)
         if settings.evaluate:
-            return evaluate_checkpoint(run, model, test_batches, val_batches)
+            run.restore(model=model, ema=ema)
+            return evaluate_checkpoint(run, tested, test_batches, val_batches, precision)
 
-        # optimizer, training
-        optimizer = sgd(model, settings.lr, settings.momentum, settings.weight_decay)
-        run.restore(model, optimizer)
-        fit(run, model, optimizer, recipe, train_batches, test_batches, val_batches)
+        # optimizer, loss
+        optimizer = make_optimizer(settings.optimizer, model, settings.lr, vars(settings))
+        criteria = Criteria(recipe, run.class_counts, run.device)
+        mixup = Mixup(settings.mixup, train_set.num_classes, run.seed) if settings.mixup else None
+        check_last_batch(model, len(train_set.targets), settings.batch_size, size, settings.sync_bn)
+        check_deterministic(model, size)
+        run.restore(model=model, optimizer=optimizer, criterion=criteria, scaler=precision, ema=ema)
+
+        # training
+        trained = Trained(model, run.device, settings.sync_bn, settings.compile)
+        graph = StepGraph() if settings.cuda_graph and can_capture(run.device, precision, settings.compile) else None
+        for epoch in run.epochs():
+            stage = recipe.stage(epoch)
+            set_lr(optimizer, stage.lr)
+            if recipe.draws_head(epoch):
+                redraw_head(model, optimizer, ema, epoch_seed(run.seed, epoch))
+            torch.manual_seed(epoch_seed(run.seed, epoch) + distributed.rank())  # for models with dropout
+            rates = recipe.image_rates(stage, run.class_counts, train_batches.targets)
+            images: Iterable = train_batches.train_epoch(epoch, rates)
+            images = mixup.mix(images, epoch) if mixup else images
+            train = train_one_epoch(
+                trained.of(stage), images, criteria.of(stage), optimizer, train_set.num_classes, precision,
+                run.on_batch(len(train_batches), stage.lr), graph, after_step=ema.update if ema else None,
+            )  # fmt: skip
+            test = evaluate(tested, test_batches.eval_epoch(), run.class_counts, precision)
+            val = evaluate(tested, val_batches.eval_epoch(), run.class_counts, precision) if val_batches else None
+            run.save(stage, train, test, val, criteria.of(stage))
+        run.report(tested, test_batches, precision)
 
 
 if __name__ == "__main__":

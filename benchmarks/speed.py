@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                      # a table, about ten minutes on two cores
     python benchmarks/speed.py --quick              # under a minute, rough
-    python benchmarks/speed.py --only tiny          # one part; --help lists them
+    python benchmarks/speed.py --only folder        # one part; --help lists them
     python benchmarks/speed.py --json speed.json --markdown speed.md
 
 Synthetic images of CIFAR's size, ResNet-32, batch 128, on the first CUDA device or the CPU. Every comparison is
@@ -253,26 +253,6 @@ def measure_pipeline(bench: Bench) -> None:
     bench.ratio("pipeline", times["plain, 0 workers"], times["ours"])
 
 
-def measure_tiny(bench: Bench) -> None:
-    """Tiny ImageNet's pipeline at 224 on one thread: decoded images to normalised batches, against torchvision."""
-    from torch.utils.data import DataLoader
-    from torchvision import transforms
-
-    from loaders.resized_crops import ResizedCropBatches
-
-    dataset = synthetic(64 if bench.options.quick else 512, 64)
-    ours = ResizedCropBatches(dataset, dataset.data, BATCH)
-    tail = [transforms.ToTensor(), transforms.Normalize(dataset.mean, dataset.std)]
-    augment = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
-    centre = [transforms.Resize(256), transforms.CenterCrop(224)]
-    for part, batches, head in (
-        ("train", lambda: ours.train_epoch(0), augment),
-        ("eval", ours.eval_epoch, centre),
-    ):
-        plain = bench.loops.plain.Images(dataset.data, dataset.targets, transforms.Compose([*head, *tail]))
-        compare_pipelines(bench, f"tiny_{part}", DataLoader(plain, BATCH), batches, len(plain))
-
-
 def measure_folder(bench: Bench) -> None:
     """JPEG files of 500 x 375 to normalised batches at 224, in this process: folder_train.py's against torchvision."""
     from PIL import Image
@@ -289,7 +269,7 @@ def measure_folder(bench: Bench) -> None:
         for number, image in enumerate(noise.data):  # smooth noise: files of about the size of photographs
             Image.fromarray(image).resize((500, 375)).save(f"{folder}/class/{number}.jpg", quality=90)
         plain = datasets.ImageFolder(folder, augment)
-        noise.paths = [path for path, _ in plain.samples]
+        noise.samples = plain.samples
         ours = ImageFileBatches(noise, BATCH)
         loader = DataLoader(plain, BATCH, shuffle=True)
         compare_pipelines(bench, "folder_train", loader, lambda: ours.train_epoch(0), len(plain))
@@ -419,7 +399,7 @@ def run_child(task: str, *arguments: str) -> None:
 # ----------------------------------------------------------------------------------------------------- report
 
 PARTS = {
-    "steps": measure_steps, "profile": measure_profile, "pipeline": measure_pipeline, "tiny": measure_tiny,
+    "steps": measure_steps, "profile": measure_profile, "pipeline": measure_pipeline,
     "folder": measure_folder, "epoch": measure_epoch, "side_by_side": measure_side_by_side,
     "memory": measure_memory, "first": measure_first_batch,
 }  # fmt: skip

@@ -1,34 +1,29 @@
-"""Checkpoints: written whole or not at all, with a checksum, loaded without running code from the file.
+"""Checkpoints: dicts that are written whole or not at all, and loaded without running code from the file.
 
-A file is what torch.save makes, and any torch.load reads it. As the comment that a zip archive may end with, it
-carries the sha256 of all bytes before that comment. Files without one (published, torchvision's) are loaded too.
+    epoch, arch, state_dict, best_acc1, optimizer   the published names
+    criterion, scaler, ema, ...                     the state of each further part of a run, by its name
+    settings, history, ...                          what the run is, and its figures so far
+
+A file is what torch.save makes. Its checksums are those of the zip archive.
 """
 
-import contextlib
-import hashlib
-import io
 import os
 import pickle
 import re
-import struct
 import warnings
+import zipfile
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from experiment.validation import check_state, check_weights
 from files import write_atomically
-from utils import DataError, warn
+from utils import DataError
 
-NEWEST, PREVIOUS, BEST = "ckpt.pth.tar", "ckpt.previous.pth.tar", "ckpt.best.pth.tar"
+NEWEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
 
-#: The name of a run's checkpoint; the group is the number of epochs of one that is kept for forks.
-NAME = re.compile(r"ckpt(?:\.previous|\.best|\.epoch\d+\.best|\.epoch(\d+))?\.pth\.tar")
-
-#: The comment: these words and 64 hexadecimal digits.
-SEAL, DIGITS = b"\nsha256 of all bytes before this line: ", 64
-#: How a zip archive begins, how its last record begins, and how long that is without the comment.
-ZIP_START, ZIP_END, ZIP_END_SIZE = b"PK\x03\x04", b"PK\x05\x06", 22
+#: The name of a run's checkpoint; `previous` is one of older versions.
+NAME = re.compile(r"ckpt(?:\.previous|\.best|\.epoch\d+\.best|\.epoch\d+)?\.pth\.tar")
 
 
 def epoch_name(epoch: int) -> str:
@@ -51,91 +46,25 @@ def written(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names if NAME.fullmatch(name)]
 
 
-def _seal(content):
-    """The bytes of a zip archive without a comment, with its checksum as the comment."""
-    content = content[:-2] + struct.pack("<H", len(SEAL) + DIGITS)
-    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
-
-
-def _check_seal(content, path):
-    """Compare the bytes of a file with their checksum, if they carry one.
-
-    Raises:
-        DataError: they carry a wrong one, or what is left of one.
-    """
-    body, seal = content[: -len(SEAL) - DIGITS], content[-len(SEAL) - DIGITS :]
-    if seal.startswith(SEAL):
-        if seal[len(SEAL) :] != hashlib.sha256(body).hexdigest().encode():
-            raise DataError(f"{path} is damaged: its checksum does not match")
-        return
-    end = content.rfind(ZIP_END, -(2**16)) if content.startswith(ZIP_START) else -1
-    if end >= 0 and content[end + ZIP_END_SIZE - 2 :] != b"\0\0":
-        raise DataError(f"{path} is damaged: it does not end where it should")
-
-
-def _read(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def write(path: str, content: bytes) -> None:
-    """Write a checkpoint's bytes beside `path`, read them back from there, and move them to `path`.
-
-    The newest checkpoint is kept under the name PREVIOUS.
-
-    Raises:
-        DataError: they cannot be read back as they were written.
-    """
-    folder, name = os.path.split(path)
-
-    def read_back(temporary):
-        if _read(temporary) != content:
-            raise DataError(f"{path} cannot be read back as it was written: nothing was replaced")
-        if name == NEWEST and os.path.exists(path):
-            os.replace(path, os.path.join(folder, PREVIOUS))
-
-    write_atomically(path, lambda file: file.write(content), read_back)
+def exists(folder: str) -> bool:
+    """Whether a run's folder holds a checkpoint to continue from."""
+    return os.path.exists(os.path.join(folder, NEWEST))
 
 
 def save(folder: str, names: Iterable[str], state: dict) -> None:
     """Write the dict `state` to files of these names, one after the other, each atomically."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = _seal(buffer.getvalue())
     for name in names:
-        write(os.path.join(folder, name), content)
+        write_atomically(os.path.join(folder, name), lambda file: torch.save(state, file))
 
 
-def exists(folder: str) -> bool:
-    """Whether a run's folder holds a checkpoint to continue from; between two writes it is the previous one."""
-    return any(os.path.exists(os.path.join(folder, name)) for name in (NEWEST, PREVIOUS))
-
-
-def newest_kept(folder: str) -> str | None:
-    """The path of the newest checkpoint that `epoch_name` names in a run's folder, or None."""
-    named = [(NAME.fullmatch(os.path.basename(path)), path) for path in written(folder)]
-    return max(((int(match[1]), path) for match, path in named if match and match[1]), default=(0, None))[1]
-
-
-def load_newest(folder: str) -> tuple[str, dict] | tuple[None, None]:
-    """The newest good checkpoint of a run's folder as (path, dict), or (None, None) where there is none.
-
-    The previous one is taken, with a warning, where the newest is damaged or gone.
-
-    Raises:
-        DataError: the newest is damaged, and the previous one too.
-    """
-    newest, previous = os.path.join(folder, NEWEST), os.path.join(folder, PREVIOUS)
-    if not os.path.exists(previous):
-        return (newest, load(newest)) if os.path.exists(newest) else (None, None)
+def load_newest(folder: str) -> dict | None:
+    """The newest checkpoint of a run's folder, None where there is none. Raises DataError as `load`."""
+    if not exists(folder):
+        return None
     try:
-        return newest, load(newest)
+        return load(os.path.join(folder, NEWEST))
     except DataError as error:
-        with contextlib.suppress(DataError):
-            state = load(previous)
-            warn(f"{error}; continuing from the previous one, {previous}, after {state.get('epoch')} epochs")
-            return previous, state
-        raise
+        raise DataError(f"{error}; --overwrite starts again, --resume PATH --force continues another one") from None
 
 
 def load(path: str, bare: bool = False) -> dict:
@@ -144,32 +73,57 @@ def load(path: str, bare: bool = False) -> dict:
     With `bare`, a file that is a state dict itself, as torchvision's are, comes as the `state_dict` of a dict.
 
     Raises:
-        DataError: missing, damaged, or not a checkpoint, see validation.py.
+        DataError: missing, damaged, or not a checkpoint.
     """
-    return read(path, bare)[1]
-
-
-def read(path: str, bare: bool = False) -> tuple[bytes, dict]:
-    """The bytes of a checkpoint, to be copied by `write`, and the dict in them. As `load`."""
     if not os.path.isfile(path):
         raise DataError(f"no checkpoint at {path}")
-    content = _read(path)
-    _check_seal(content, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            _check_sums(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DataError(f"{path} is not a checkpoint, or tries to run code, or is damaged: refused") from None
+    except OSError:
+        raise
     except Exception as error:  # a damaged file makes torch raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise DataError(f"{path} is damaged or not a checkpoint ({reason})") from None
     if bare and isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
-        state = {"state_dict": state}
-        check_weights(state["state_dict"], path)
-    else:
-        check_state(state, path)
-    return content, state
+        return {"state_dict": state}
+    return _checked(state, path)
+
+
+def _check_sums(path):
+    """Compare the parts of a zip archive with their checksums, which torch.load does not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
+
+
+#: What a checkpoint's entries are, where it has them.
+_KINDS: dict[str, Any] = {
+    "epoch": int, "arch": str, "best_acc1": (int, float, torch.Tensor), "optimizer": dict, "settings": dict,
+    "history": list, "class_counts": list, "classes": list, "trained_on": list, "forced": list,
+}  # fmt: skip
+
+
+def _checked(state, path):
+    """The state, if it has weights and its entries are what they should be."""
+    what = f"{path} is not a training checkpoint"
+    weights = state.get("state_dict") if isinstance(state, dict) else None
+    named = isinstance(weights, dict) and all(isinstance(n, str) and torch.is_tensor(w) for n, w in weights.items())
+    if not weights or not named:
+        raise DataError(f"{what}: it has no 'state_dict' of tensors")
+    for name, kind in _KINDS.items():
+        if state.get(name) is not None and not isinstance(state[name], kind):
+            raise DataError(f"{what}: its {name!r} is a {type(state[name]).__name__}")
+    history = state.get("history") or []
+    if history and history[-1].get("epoch") != state["epoch"] - 1:
+        raise DataError(f"{what}: its 'history' does not end with its last epoch")
+    return state
 
 
 def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: str | None = None) -> None:
@@ -218,3 +172,22 @@ def _head_hint(own, weights):
 def has_normalised_head(state_dict: dict) -> bool:
     """Whether the weights are of a model with LDAM's head, which has no bias."""
     return not any(name.endswith(("linear.bias", "fc.bias")) for name in state_dict)
+
+
+def on_cpu(value: Any) -> Any:
+    """The same nested dicts and lists with a copy on the CPU of every tensor; waits for a GPU once."""
+    copied = _copied(value)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copied
+
+
+def _copied(value):
+    if isinstance(value, torch.Tensor):
+        if not value.is_cuda:
+            return value.detach().clone()
+        host = torch.empty_like(value, device="cpu", pin_memory=True)
+        return host.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _copied(item) for name, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value

@@ -10,24 +10,28 @@ import torch
 
 import models
 from experiment import plots
-from experiment.fit import print_classes, summary_line
 from experiment.records import to_json
-from experiment.resume import EVALUATION, LOGITS
 from experiment.run import Run
+from experiment.screen import print_classes, summary_line
 from files import write_atomically, write_text
 from imbalance import GROUP_RULE
 from losses import log_prior
 from training import distributed
 from training.loop import evaluate
 from training.metrics import group_accuracy
+from training.precision import Precision
 from utils import DataError, UsageError, format_metric
 
+#: What -e writes: a folder below the run's logs, and the file of --save_logits in it.
+EVALUATION, LOGITS = "evaluate", "logits.npz"
 #: Equal bins of the confidence, of the expected calibration error.
 BINS = 15
 
 
-def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val_batches: Any = None) -> dict:
-    """Print the figures of the checkpoint and write them to log/<its name>/evaluate. Returns them.
+def evaluate_checkpoint(
+    run: Run, model: torch.nn.Module, test_batches: Any, val_batches: Any, precision: Precision
+) -> dict:
+    """Print the figures of a restored model and write them to log/<its name>/evaluate. Returns them.
 
     Those of a correction go to a folder of their own in there, `posthoc_la_1` for example.
 
@@ -38,15 +42,14 @@ def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val
             finite.
     """
     settings = run.settings
-    run.restore(model)
-    correction = _correction(run, model, val_batches)
-    logits, target = collect_logits(model, test_batches, run.precision)
+    correction = _correction(run, model, val_batches, precision)
+    logits, target = collect_logits(model, test_batches, precision)
     if not logits.isfinite().all():
         raise DataError(f"{run.start.path} gives logits that are not finite: its weights, or the correction, are bad")
-    result = _evaluate_logits(logits.to(run.device), target.to(run.device), run.class_counts, settings.batch_size)
+    result = _evaluate_logits(logits.to(run.device), target.to(run.device), run.class_counts, test_batches.batch_size)
     if not distributed.is_main():
         return result
-    print_classes(run.class_names, run.class_counts, result)
+    print_classes(run.data.class_names, run.class_counts, result)
     ece = f"  calibration error {result['calibration_error']:.2f}"
     print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
     folder = os.path.join(settings.log_folder, EVALUATION, *(f"{name}_{tau:g}" for name, tau in correction.items()))
@@ -56,8 +59,8 @@ def evaluate_checkpoint(run: Run, model: torch.nn.Module, test_batches: Any, val
         os.unlink(logits_path)
     where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, "data_dir": settings.data_dir}
     path = os.path.join(folder, "evaluation.json")
-    write_text(path, to_json({**where, "classes": run.classes, **result}))
-    written = [path, *plots.of_evaluation(result, run.class_names, run.class_counts, folder, settings.name)]
+    write_text(path, to_json({**where, "classes": run.data.classes, **result}))
+    written = [path, *plots.of_evaluation(result, run.data.class_names, run.class_counts, folder, settings.name)]
     written += plots.of_calibration(result["calibration"], folder, settings.name)
     if settings.save_logits:
         written.append(logits_path)
@@ -137,7 +140,7 @@ def expected_calibration_error(rows: Sequence[dict]) -> float:
 # ------------------------------------------------------------------------------------- post-hoc corrections
 
 
-def _correction(run, model, val_batches):
+def _correction(run, model, val_batches, precision):
     """Apply --posthoc_la or --tau_norm to the head of `model`. Returns what was applied, for the record."""
     settings = run.settings
     name = "posthoc_la" if settings.posthoc_la else "tau_norm" if settings.tau_norm else None
@@ -164,7 +167,7 @@ def _correction(run, model, val_batches):
         scores = {}
         for value in values:
             correct(value)
-            logits, target = collect_logits(model, val_batches, run.precision)
+            logits, target = collect_logits(model, val_batches, precision)
             scores[value] = _class_mean(logits, target, run.class_counts)
             print(f"--{name} {value:g}: class mean {format_metric(scores[value])} on the held-out part")
         values = (max(scores, key=lambda value: scores[value]),)

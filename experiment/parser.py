@@ -89,16 +89,14 @@ def build_parser(script: str, description: str | None = None) -> Parser:
         if name == "dataset" and of.datasets:
             how |= {"choices": list(of.datasets), "default": next(iter(of.datasets))}
         elif name == "dataset":
-            how |= {"metavar": "NAME", "help": "default: the name of the data's folder"}
+            how |= {"metavar": "NAME", "help": "a name for the run (default: that of the folder)"}
         elif name == "arch":
             archs = of.archs()
             how |= {"choices": archs}
             named = "any of torchvision's classifiers" if len(archs) > 10 else ", ".join(archs)
-            how |= {"metavar": "NAME", "help": f"{named} (default: %(default)s)"}
+            how |= {"help": f"{named} (default: %(default)s)"}
         elif name == "pretrained":
             how |= _pretrained(of)
-        if field.default is False:
-            how["action"] = "store_true"
         groups[field.metadata["group"]].add_argument(*flags, **how)
     return parser
 

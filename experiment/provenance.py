@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from experiment.resume import ResumeState
+from experiment.resume import Start
 from experiment.settings import Settings, fields_affecting
 from utils import code_version, versions, warn
 
@@ -23,24 +23,20 @@ def of_this_process(settings: Settings, device: torch.device) -> dict[str, Any]:
     }
 
 
-def trained_on(start: ResumeState, process: dict[str, Any], epochs: int) -> list[dict[str, Any]]:
+def trained_on(start: Start, process: dict[str, Any], epochs: int) -> list[dict[str, Any]]:
     """What trains the epochs of a run that `process` continues, in order; a new part where something changes.
 
     Returns:
         dicts as `process`, each with `from_epoch`, its first epoch, counted from 0. The first one begins later than the
         run where an older checkpoint does not tell. A process that has nothing to train adds none.
     """
-    parts = [dict(part) for part in start.trained_on]
-    if parts and (start.epoch >= epochs or _without_epoch(parts[-1]) == process):
+    parts = [dict(part) for part in start.checkpoint.get("trained_on") or ()]
+    if parts and (start.epoch >= epochs or {**parts[-1], "from_epoch": 0} == {**process, "from_epoch": 0}):
         return parts
     if parts and parts[-1].get("device") != process["device"]:
         devices = f"was made on {parts[-1].get('device')}, this run is on {process['device']}"
         warn(f"{start.path} {devices}: the same run, but not to the last bit")
     return [*parts, {"from_epoch": start.epoch, **process}]
-
-
-def _without_epoch(part: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if name != "from_epoch"}
 
 
 def lengths(parts: Sequence[dict[str, Any]], name: str, epochs: int) -> list[tuple[Any, int]]:

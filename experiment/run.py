@@ -1,35 +1,39 @@
-"""The open run: device, ranks, folders and their lock, where it starts; what it is; its checkpoints and records."""
+"""The open run: device, ranks, folders and their lock, where it starts; its epochs, checkpoints and records."""
 
-import concurrent.futures
 import contextlib
-import copy
 import dataclasses
+import math
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 import models
-from experiment import checkpoint, provenance
+from experiment import checkpoint, plots, provenance
+from experiment.data import Data, check_data
 from experiment.records import Records, best_epoch
-from experiment.resume import ResumeState, clear, find_start, load_for_evaluation, read_inherited, take_over
+from experiment.resume import Start, find_evaluated, find_start
+from experiment.screen import Progress, print_classes, summary_line
 from experiment.settings import Settings, recorded
-from files import files_sha256, run_lock, write_text
-from imbalance import GROUP_RULE, count_classes, groups, split_sha256
-from loaders import batch_slices
-from training import distributed, optimizer
+from files import run_lock
+from imbalance import GROUP_RULE, groups
+from training import distributed
+from training.loop import NonFiniteLoss, evaluate
 from training.precision import Precision, set_determinism
-from utils import DataError, NothingToDo, UsageError, draw_seed, named, one_line, warn
+from training.registry import Stage
+from utils import DataError, NothingToDo, UsageError, draw_seed, one_line, warn
 
 
 @contextlib.contextmanager
 def open_run(settings: Settings) -> Iterator["Run"]:
     """Join the ranks, choose the device, lock the folders, and find where the run starts.
 
-    The Run's settings are complete: the seed is drawn or the checkpoint's, threads and ranks are counted; with -e data,
-    model and method are the checkpoint's.
+    The Run's settings are complete: threads and ranks are counted, the seed is drawn or the checkpoint's; with -e data,
+    model and method are the checkpoint's. However the run ends, its last epoch is on the disk afterwards.
 
     Raises:
         UsageError, DataError: see `resume.find_start`, `files.run_lock`, `utils.choose_device`.
@@ -38,17 +42,7 @@ def open_run(settings: Settings) -> Iterator["Run"]:
     try:
         settings = _prepared(settings, device)
         if settings.evaluate:
-            settings, path, state = load_for_evaluation(settings)
-            start = ResumeState(
-                state.get("epoch", 0),
-                state_dict=state["state_dict"],
-                path=path,
-                split_sha256=state.get("split_sha256"),
-                files_sha256=state.get("files_sha256"),
-                classes=state.get("classes"),
-                class_counts=state.get("class_counts"),
-            )
-            yield Run(settings, device, start)
+            yield Run(*find_evaluated(settings), device)
             return
         lock = run_lock(settings.log_folder, settings.model_folder)
         with lock if distributed.is_main() else contextlib.nullcontext():
@@ -56,17 +50,24 @@ def open_run(settings: Settings) -> Iterator["Run"]:
                 settings = dataclasses.replace(settings, resume="auto", overwrite=False)
                 print("restarted by torchrun: --resume auto", flush=True)
             start = find_start(settings)
-            seed = start.seed if settings.seed is None else settings.seed
-            seed = distributed.broadcast(draw_seed()) if seed is None else seed
-            yield Run(dataclasses.replace(settings, seed=seed), device, start)
+            settings = dataclasses.replace(settings, seed=_seed(settings, start))
+            run = Run(settings, start, device)
+            try:
+                yield run
+            except BaseException:
+                with contextlib.suppress(OSError):  # the first error is the one to tell
+                    run.write()
+                raise
+            finally:
+                run.close()
+    except NonFiniteLoss as bad:
+        hint = "try a smaller --lr, or with an IB loss a smaller --alpha (or --alpha auto)"
+        raise DataError(f"the loss is not finite in epoch {run.epoch + 1}, batch {bad.batch + 1}: {hint}") from None
     except RuntimeError as error:
-        if distributed.world_size() == 1 or not distributed.is_lost(error):
-            raise
-        raise DataError(f"another process of this job has ended ({str(error).splitlines()[0]})") from None
+        raise _explained(error) or error from None
     except KeyboardInterrupt as stop:
         newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
-        found = newest if os.path.exists(newest) else checkpoint.newest_kept(settings.model_folder)
-        hint = f"add --resume auto to continue from {found}" if found else "no epoch was finished"
+        hint = f"the same command continues from {newest}" if os.path.exists(newest) else "no epoch was finished"
         raise type(stop)(f": {hint}") from None
     finally:
         distributed.stop()
@@ -78,373 +79,318 @@ def _prepared(settings, device):
         raise UsageError("--amp fp16 needs a CUDA device; --amp bf16 runs on the CPU too")
     if settings.sync_bn and device.type == "cpu":
         raise UsageError("--sync_bn needs CUDA devices")
+    if settings.gpu is not None and device.type == "cpu":
+        warn(f"--gpu {settings.gpu}: there is no CUDA device, the run is on the CPU")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     set_determinism(settings.deterministic, settings.tf32)
     return dataclasses.replace(settings, threads=torch.get_num_threads(), processes=distributed.world_size())
 
 
+def _seed(settings, start):
+    """--seed, else the checkpoint's, else one drawn for all ranks."""
+    seed = settings.seed
+    if seed is None:
+        seed = (start.checkpoint.get("settings") or {}).get("seed")
+    return distributed.broadcast(draw_seed()) if seed is None else seed
+
+
+def _explained(error):
+    """One line for what a flag or another process has caused; None for anything else."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if distributed.world_size() > 1 and distributed.is_lost(error):
+        return DataError(f"another process of this job has ended ({text})")
+    is_compiler = type(error).__name__ in ("InvalidCxxCompiler", "InductorError", "BackendCompilerFailed")
+    if is_compiler or "compiler" in str(error).lower():
+        return UsageError(f"--compile needs a working compiler (g++ on a CPU, triton on a GPU): {text}")
+    return None
+
+
 class Run:
     """One run on one device.
 
-    Attributes: settings (complete), device, precision, start (a `ResumeState`), class_counts, classes (as the
-    data set calls them), class_names (for people), info (what does not change during the run, for summary.json).
+    Attributes: settings (complete), start, device, seed, history (a record of each epoch), epoch (the one in training),
+    data and class_counts (after `use_data`).
     """
 
+    data: Data
     class_counts: list[int]
-    classes: list[str]
-    class_names: list[str]
-    info: dict[str, Any]
 
-    def __init__(self, settings: Settings, device: torch.device, start: ResumeState) -> None:
-        self.settings, self.device, self.start = settings, device, start
-        self.precision = Precision(settings.amp, device.type)
-        self.precision.load_state_dict(start.scaler)
+    def __init__(self, settings: Settings, start: Start, device: torch.device) -> None:
+        self.settings, self.start, self.device = settings, start, device
+        self.seed, self.epoch = settings.seed or 0, start.epoch
         self.history, self.forced = list(start.history), list(start.forced)
-        self._writer: Writer | None = None
+        self.parts: dict[str, Any] = {}
+        self.info: dict[str, Any] = {}
+        self._records: Records | None = None
+        self._unwritten: dict | None = None  # the checkpoint of the last epoch, and of the best one
+        self._unwritten_best: dict | None = None
+        self._written_at = -math.inf
+        self.progress: Any = None
 
-    @property
-    def seed(self) -> int:
-        """The run's seed: given, drawn, or the checkpoint's."""
-        return self.settings.seed or 0
+    # ---------------------------------------------------------------------------------------- before training
 
-    # ------------------------------------------------------------------------------------------------ data
-
-    def use_data(self, train_set: Any, test_set: Any) -> tuple[Any, Any]:
-        """Take the data sets in: check them against the checkpoint, hold out the validation part.
-
-        Returns:
-            (training set, validation set or None).
+    def use_data(self, data: Data) -> None:
+        """Compare the data with the checkpoint's.
 
         Raises:
-            UsageError: a class count or a fraction that the data contradict. DataError: not the checkpoint's images.
-            NothingToDo: --export_split; or the folder holds this run, finished, on the same images.
+            UsageError, DataError: see `data.check_data`. NothingToDo: the folder holds this run, finished.
         """
-        settings, known = self.settings, len(train_set.classes)
-        self._check_classes(train_set.classes)
-        if settings.num_classes not in (None, known):
-            raise UsageError(f"--num_classes {settings.num_classes}: {settings.dataset} has {known} classes")
-        self.settings = settings = dataclasses.replace(settings, num_classes=known)
-        split = {"sha256": split_sha256(train_set.chosen), "files_sha256": _files_sha256(train_set, test_set)}
-        train_set, val_set = _hold_out(train_set, settings.val_fraction)
-        if settings.export_split:
-            _export_split(train_set, settings.export_split)
-        self.classes, self.class_names = list(train_set.classes), list(train_set.class_names)
-        self.class_counts = count_classes(train_set.targets, known)
-        chooses = len(settings.posthoc_la) > 1 or len(settings.tau_norm) > 1  # on a held-out part of these images
-        if not settings.evaluate or settings.test_fraction or chooses:  # else what is tested may have been trained on
-            self._check_images(split)
-        if chooses and self.start.split_sha256 is None:
-            what = f"{self.start.path} does not tell on which images it was trained: maybe on those held out here"
-            self._unless_forced("unknown images", UsageError(what))
-        if not settings.evaluate:
-            self._check_flip(train_set)
-        if settings.evaluate and self.start.class_counts:  # groups and prior are the model's, whatever is tested on
-            self.class_counts = list(self.start.class_counts)
+        settings, start = self.settings, self.start
+        self.data, self.class_counts = data, data.class_counts
+        self.forced += check_data(data, start, settings)
+        if start.is_finished:
+            raise NothingToDo(
+                f"{settings.log_folder} holds this run, finished: nothing to do (--overwrite runs it again)"
+            )
+        if settings.evaluate and start.checkpoint.get("class_counts"):
+            self.class_counts = list(start.checkpoint["class_counts"])  # groups and prior are the model's
         elif settings.evaluate and settings.posthoc_la:
-            warn(f"{self.start.path} records no class counts: --posthoc_la takes those of the data given")
-        split["total"] = len(train_set.targets)
+            warn(f"{start.path} records no class counts: --posthoc_la takes those of the data given")
+
+    def restore(self, **parts: Any) -> None:
+        """Name all that has a state, the model as `model`; load what the checkpoint has of each, or --pretrained's.
+
+        The parts are saved by these names. Without a checkpoint all stay as they are; None is no part.
+
+        Raises:
+            DataError: a state that does not fit, or, with -e, one that is missing.
+        """
+        start, model = self.start, parts["model"]
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        if start.path is None:
+            _load_pretrained(self.settings, model)
+        for name, part in self.parts.items():
+            state = start.states.get(_key(name))
+            if state is None:
+                if self.settings.evaluate:
+                    raise DataError(f"{start.path} holds no state of {name!r}")
+            elif name == "model":
+                checkpoint.load_weights(model, state, str(start.path))
+            else:
+                try:
+                    part.load_state_dict(state)
+                except Exception as error:  # whatever a foreign state makes torch raise
+                    raise DataError(f"{start.path} does not fit this model's {name}: {error}") from None
+        if not self.settings.evaluate:
+            self._describe(sum(p.numel() for p in model.parameters()))
+            distributed.barrier()  # until every rank has read what rank 0 is about to write
+
+    def _describe(self, parameters):
+        """What does not change during the run, for summary.json and the screen."""
+        settings, data, counts = self.settings, self.data, self.class_counts
         process = provenance.of_this_process(settings, self.device)
         trained_on = provenance.trained_on(self.start, process, settings.epochs)
         last = trained_on[-1]  # this process, if it has something to train
+        written = {**recorded(settings), "num_classes": len(data.classes)}
         self.info = {
             "name": settings.name,
-            "settings": {**recorded(settings), **{name: last.get(name) for name in provenance.OF_PROCESS}},
+            "settings": {**written, **{name: last.get(name) for name in provenance.OF_PROCESS}},
             "versions": last["versions"],
             "code": last["code"],
             "device": last["device"],
             "trained_on": trained_on,
             "forced": self.forced,
-            "classes": self.classes,
-            "class_counts": self.class_counts,
+            "classes": data.classes,
+            "class_counts": counts,
             "group_rule": GROUP_RULE,
-            "split": split,
-            "test_images": len(test_set.targets),
+            "split": {"sha256": data.split_sha256, "files_sha256": data.files_sha256, "total": sum(counts)},
+            "test_images": data.test_images,
+            "parameters": parameters,
         }
-        if self.start.is_finished:
-            raise NothingToDo(
-                f"{settings.log_folder} holds this run, finished: nothing to do (--overwrite runs it again)"
-            )
-        return train_set, val_set
-
-    def _check_classes(self, classes):
-        """Refuse data with other classes than the checkpoint's, or in another order: its head would be misread."""
-        start, here = self.start, list(classes)
-        there = here if start.classes is None else list(start.classes)
-        if there != here:
-            first = next((pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), None)
-            differs = f"{first[0]!r} there and {first[1]!r} here" if first else f"{len(there)} there, {len(here)} here"
-            what = f"{start.path} has other classes than {self.settings.data_dir}: {differs}"
-            self._unless_forced("other classes", DataError(what))
-
-    def _check_images(self, split):
-        """Refuse other images than those that the checkpoint was trained on, or changed files."""
-        start, where = self.start, self.settings.data_dir
-        counts = f"{sum(start.class_counts or ())} of them, {sum(self.class_counts)} here"
-        checks = [
-            ("other images", start.split_sha256, split["sha256"], f"was trained on other images of {where}"),
-            (
-                "changed image files", start.files_sha256, split["files_sha256"],
-                f"was trained on other image files than those in {where}: names, classes or sizes differ",
-            ),
-            (
-                "another part of the images", start.class_counts, self.class_counts,
-                f"was trained on another part of the images, {counts}",
-            ),
-        ]  # fmt: skip
-        for kind, there, here, what in checks:
-            if there in (None, here):
-                continue
-            if start.is_finished:
-                raise DataError(f"{start.path} {what} (--overwrite trains it anew)")
-            self._unless_forced(kind, DataError(f"{start.path} {what}"))
-
-    def _check_flip(self, train_set):
-        """Refuse to continue with mirrored images what was trained without, and the other way round."""
-        flips = [{"on": True, "off": False}.get(flip, train_set.flip) for flip in (self.start.flip, self.settings.flip)]
-        if self.start.path is not None and flips[0] != flips[1]:
-            what = f"was trained {'with' if flips[0] else 'without'} mirrored images"
-            way = f"use --flip {'on' if flips[0] else 'off'}"
-            self._unless_forced(what, UsageError(f"{self.start.path} {what}: {way}"))
-
-    def _unless_forced(self, kind, error):
-        """Refuse to continue; --force continues, with a warning, and the run's records name the `kind`."""
-        if not self.settings.force:
-            raise type(error)(f"{error} (use --force to continue anyway)")
-        warn(f"{error}; continuing because of --force")
-        self.forced.append(kind)
-
-    def check_last_batch(self, model: torch.nn.Module, batches: Any) -> None:
-        """Refuse a batch of one image, on any rank, where batch norm cannot take it, before training gets there.
-
-        Raises:
-            UsageError: see above.
-        """
-        size, images = self.settings.batch_size, len(batches.targets)
-        ranks = 1 if self.settings.sync_bn else distributed.world_size()  # which normalises all ranks' images together
-        sizes = {part.stop - part.start for rank in range(ranks) for part in batch_slices(images, size, rank, ranks)}
-        if 1 not in sizes:
-            return
-        one = torch.zeros(1, 3, *[self.settings.image_size or 32] * 2, device=self.device)
-        try:
-            with torch.no_grad():
-                copy.deepcopy(model).train()(one)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            leaves = "leaves a last batch" if ranks == 1 else f"over {ranks} processes leaves one of them a batch"
-            raise UsageError(
-                f"--batch-size {size} {leaves} of one image of {images}, which batch norm cannot take at this image "
-                "size: choose another --batch-size"
-            ) from None
-
-    def check_deterministic(self, model: torch.nn.Module) -> None:
-        """Try a backward pass with --deterministic, before an old run is deleted or an epoch lost.
-
-        Raises:
-            UsageError: the model has an operator that cannot be repeated to the bit on this device.
-        """
-        if not self.settings.deterministic:
-            return
-        images = torch.zeros(2, 3, *[self.settings.image_size or 32] * 2, device=self.device)
-        try:
-            copy.deepcopy(model).train()(images)[0].sum().backward()
-        except RuntimeError as error:
-            if "does not have a deterministic implementation" not in str(error):
-                raise
-            raise UsageError(
-                f"-a {self.settings.arch} cannot be trained with --deterministic on a GPU: {str(error).split(',')[0]}"
-            ) from None
-
-    # ----------------------------------------------------------------------------------------------- model
-
-    def restore(self, model: torch.nn.Module, optim: torch.optim.Optimizer | None = None) -> None:
-        """Load the checkpoint's weights and optimizer state, or --pretrained's weights; say what the run is.
-
-        Raises:
-            DataError: weights or a state that do not fit.
-        """
-        settings, start = self.settings, self.start
-        self.info["parameters"] = sum(p.numel() for p in model.parameters())
-        if start.state_dict is not None:
-            checkpoint.load_weights(model, start.state_dict, str(start.path))
-        else:
-            _load_pretrained(settings, model)
-        if optim is None:
-            return
-        if start.optimizer is not None:
-            try:
-                optimizer.load_state(optim, start.optimizer)
-            except Exception as error:  # whatever a foreign state makes torch raise
-                raise DataError(f"{start.path} does not fit this model's optimizer: {error}") from None
-        self._print_info()
-        distributed.barrier()  # until every rank has read what rank 0 is about to write
-
-    def _print_info(self):
-        info, counts = self.info, self.class_counts
-        print(f"run {one_line(info['name'])}, seed {self.settings.seed}, on {info['device']}")
-        print(f"class counts: {_shortened(counts)}, total {sum(counts)}")
+        print(f"run {one_line(settings.name)}, seed {self.seed}, on {last['device']}")
+        shown = " ".join(map(str, counts))
+        if len(counts) > 200:
+            shown = f"{len(counts)} classes, {max(counts)} to {min(counts)} images"
+        print(f"class counts: {shown}, total {sum(counts)}")
         sizes = ", ".join(f"{name} {len(labels) or 'n/a'}" for name, labels in groups(counts).items())
         print(f"classes by group: {sizes} ({GROUP_RULE})")
-        print(f"parameters: {info['parameters']:,}; sha256 of the chosen indices: {info['split']['sha256']}")
-        print("versions: " + ", ".join(f"{name} {value}" for name, value in info["versions"].items()))
+        print(f"parameters: {parameters:,}; sha256 of the chosen indices: {data.split_sha256}")
+        print("versions: " + ", ".join(f"{name} {value}" for name, value in last["versions"].items()))
         if self.start.path is not None:
             print(f"resumes from {one_line(self.start.path)} after {self.start.epoch} epochs")
         sys.stdout.flush()
 
-    # ------------------------------------------------------------------------------------------- what is kept
+    # --------------------------------------------------------------------------------------------- the epochs
 
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep checkpoints and logs while epochs are trained; rank 0 does. All is written when it ends.
+    def epochs(self) -> Iterator[int]:
+        """The epochs to train, counted from 0. Logs and checkpoints begin here, an old run is deleted here."""
+        if distributed.is_main():
+            self._begin()
+        self.progress = Progress(self.start.epoch, self.settings.epochs, self.settings.print_freq)
+        for epoch in range(self.start.epoch, self.settings.epochs):
+            self.epoch, self._began = epoch, time.monotonic()
+            yield epoch
 
-        With --overwrite the old run is deleted now, not earlier.
-        """
-        if not distributed.is_main():
-            yield
-            return
-        settings = self.settings
-        inherited = read_inherited(self.start)
-        if settings.overwrite:
-            clear(settings.log_folder, settings.model_folder)
-        take_over(self.start, inherited, settings.model_folder)
-        records = Records(settings.log_folder, self.class_names, self.info, self.history)
-        with contextlib.closing(records) as self._records, contextlib.closing(Writer()) as self._writer:
-            yield
+    def on_batch(self, batches: int, lr: float) -> Callable:
+        """What shows the progress of an epoch of so many batches; called after each."""
+        self.progress.epoch(self.epoch, batches, lr)
+        return self.progress.on_batch
 
-    def save(
-        self, record: dict, model: torch.nn.Module, optim: torch.optim.Optimizer, criterion: torch.nn.Module
-    ) -> None:
-        """Add an epoch's record to the history; write checkpoints and logs while the next epoch is trained.
-
-        Raises:
-            Exception: what went wrong in the writing of the epoch before.
-        """
+    def save(self, stage: Stage, train: dict, test: dict, val: dict | None, criterion: Any) -> dict:
+        """Add the epoch to the history and the logs, and write a checkpoint where one is due. Returns its record."""
+        record = {
+            "epoch": self.epoch,
+            "time": time.time(),
+            "seconds": time.monotonic() - self._began,
+            "stage": dataclasses.asdict(stage),
+            "train": {name: value for name, value in train.items() if name != "ib_factor"},
+            "test": {name: value for name, value in test.items() if name != "confusion"},
+            "val": val and {name: value for name, value in val.items() if name != "confusion"},
+            "score": val["class_mean"] if val else test["acc1"],
+            "ib_factor": train["ib_factor"],
+            "alpha": float(criterion.current_alpha) if criterion.needs_features else None,
+        }
+        if not math.isfinite(test["loss"] + (val["loss"] if val else 0)):  # batch norm's first statistics may do it
+            warn(f"after epoch {self.epoch + 1} the model has outputs that are not finite: its accuracy means nothing")
         self.history = [*self.history, record]
-        if self._writer is not None:
-            self._writer.wait()
-            state = self._state(model, optim, criterion)
-            self._writer.start(self._write, state)
+        if self._records is not None:
+            self._records.add(record)
+            self._unwritten = self._state()
+            if best_epoch(self.history) is record and record["test"]["acc1"] > self._published_best():
+                self._unwritten_best = self._unwritten
+            if self._is_due(self.epoch + 1):
+                self.write()
+        self.progress.done(record, self.history)
+        return record
 
-    def raise_write_error(self) -> None:
-        """Raise what went wrong in the writing, if anything has by now; never waits."""
-        if self._writer is not None and self._writer.is_done():
-            self._writer.wait()
+    def _is_due(self, done):
+        if done in (self.settings.epochs, self.settings.start_ib_epoch, *self.settings.keep_epochs):
+            return True
+        return time.monotonic() - self._written_at >= self.settings.checkpoint_seconds
 
-    def _state(self, model, optim, criterion):
-        """A checkpoint's content; its tensors are copies on the CPU."""
-        best, done = best_epoch(self.history), self.history[-1]["epoch"] + 1
+    def write(self) -> None:
+        """Write the checkpoints that are not on the disk yet, and summary.json.
+
+        The best one comes first and the newest last, so that what the newest tells is true after a kill, too.
+        """
+        if self._records is None or self._unwritten is None:
+            return
+        state, folder = self._unwritten, self.settings.model_folder
+        if self._unwritten_best is not None:
+            checkpoint.save(folder, [checkpoint.BEST], self._unwritten_best)
+            self._unwritten_best = None
+        self._keep(state)
+        checkpoint.save(folder, [checkpoint.NEWEST], state)
+        self._records.write_summary(state["history"])
+        self._unwritten, self._written_at = None, time.monotonic()
+
+    def _keep(self, state):
+        """Keep a checkpoint to fork from, and the best one so far beside it, if this is one of those epochs."""
+        done, folder = state["epoch"], self.settings.model_folder
+        if done in (self.settings.start_ib_epoch, *self.settings.keep_epochs):
+            best = os.path.join(folder, checkpoint.BEST)
+            if os.path.exists(best):
+                shutil.copyfile(best, os.path.join(folder, checkpoint.best_name(done)))
+            checkpoint.save(folder, [checkpoint.epoch_name(done)], state)
+
+    def _state(self):
+        """A checkpoint: the parts' states, copied to the CPU, and what the run is."""
+        info, done = self.info, self.history[-1]["epoch"] + 1
         return {
             "epoch": done,
             "arch": self.settings.arch,
-            "state_dict": on_cpu(model.state_dict()),
-            "best_acc1": max(best["test"]["acc1"], self.start.best_acc1),
-            "optimizer": on_cpu(optim.state_dict()),
-            "criterion": on_cpu(criterion.state_dict()),
-            "scaler": self.precision.state_dict(),
-            "settings": self.info["settings"],
-            "split_sha256": self.info["split"]["sha256"],
-            "files_sha256": self.info["split"]["files_sha256"],
-            "classes": self.classes,
-            "class_counts": self.class_counts,
-            "trained_on": self.info["trained_on"],
+            "best_acc1": max(best_epoch(self.history)["test"]["acc1"], self._published_best()),
+            **checkpoint.on_cpu({_key(name): part.state_dict() for name, part in self.parts.items()}),
+            "settings": info["settings"],
+            "split_sha256": info["split"]["sha256"],
+            "files_sha256": info["split"]["files_sha256"],
+            "classes": info["classes"],
+            "class_counts": info["class_counts"],
+            "trained_on": info["trained_on"],
             "forced": self.forced,
             "history": self.history,
         }
 
-    def _write(self, state):
-        """The newest checkpoint; beside it the best, and those asked for; then the logs."""
-        settings, history, folder = self.settings, state["history"], self.settings.model_folder
-        best, done = best_epoch(history), state["epoch"]
-        names = [checkpoint.NEWEST]
-        if best is history[-1] and best["test"]["acc1"] > self.start.best_acc1:
-            names.append(checkpoint.BEST)
-        keep = done in (settings.start_ib_epoch, *settings.keep_epochs)
-        if keep:
-            names.append(checkpoint.epoch_name(done))
-        checkpoint.save(folder, reversed(names), state)  # the newest last: it says that the others are there
-        best_path = os.path.join(folder, checkpoint.BEST)
-        if keep and os.path.exists(best_path):
-            checkpoint.write(os.path.join(folder, checkpoint.best_name(done)), checkpoint.read(best_path)[0])
-        self._records.add(history[-1])
+    def _published_best(self):
+        """`best_acc1` of a published checkpoint, which brings no history; a validation set makes it meaningless."""
+        best = float(self.start.checkpoint.get("best_acc1", -1.0))
+        is_ours = any(record["test"]["acc1"] >= best for record in self.start.history)
+        return -1.0 if is_ours or self.settings.val_fraction or self.settings.val_left_out else best
 
+    # ------------------------------------------------------------------------------------------------ folders
 
-class Writer:
-    """One thread that writes while the main one trains, one job at a time."""
+    def _begin(self):
+        """Empty the folders with --overwrite; write what a fork brings; open the logs."""
+        settings, start = self.settings, self.start
+        best = None if start.is_own else _inherited_best(start)
+        if settings.overwrite:
+            _empty(settings.log_folder)
+            _empty(settings.model_folder)
+        if start.path is not None and not start.is_own:
+            _remove(os.path.join(settings.model_folder, checkpoint.BEST))
+            if best is not None:
+                checkpoint.save(settings.model_folder, [checkpoint.BEST], best)
+            state = {**start.checkpoint, "settings": self.info["settings"], "forced": self.forced}
+            state |= {name: self.info[name] for name in ("classes", "class_counts")}
+            if start.history:
+                self._keep(state)
+                checkpoint.save(settings.model_folder, [checkpoint.NEWEST], state)
+        self._records = Records(settings.log_folder, self.data.class_names, self.info, self.history)
+        self._written_at = time.monotonic()
 
-    def __init__(self) -> None:
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._job: concurrent.futures.Future | None = None
-
-    def start(self, write: Callable, *args: Any) -> None:
-        """Have `write(*args)` called in the thread; `wait()` comes before the next one."""
-        self._job = self._thread.submit(write, *args)
-
-    def is_done(self) -> bool:
-        return self._job is None or self._job.done()
-
-    def wait(self) -> None:
-        """Wait for the job and raise its error. Ctrl-C and SIGTERM are raised once it is done."""
-        job, stopped = self._job, None
-        while job is not None and not job.done():
-            try:
-                concurrent.futures.wait([job])
-            except KeyboardInterrupt as stop:
-                stopped = stop
-        self._job = None
-        if job is not None:
-            job.result()
-        if stopped is not None:
-            raise stopped
+    def report(self, model: torch.nn.Module, test_batches: Any, precision: Precision) -> None:
+        """Print the per-class table, best and last; draw the figures."""
+        settings, best, last = self.settings, best_epoch(self.history), self.history[-1]
+        final = evaluate(model, test_batches.eval_epoch(), self.class_counts, precision)
+        if not distributed.is_main():
+            return
+        self.progress.close()
+        print_classes(self.data.class_names, self.class_counts, best["test"], last["test"])
+        for name, record in (("best", best), ("last", last)):
+            print(f"{name} (epoch {record['epoch'] + 1}): {summary_line(record['test'])}")
+        print(f"({GROUP_RULE}; accuracies in percent of the test set)")
+        folder = settings.log_folder
+        drawn = plots.of_evaluation(final, self.data.class_names, self.class_counts, folder, settings.name)
+        drawn += plots.of_history(self.history, settings.start_ib_epoch, folder, settings.name)
+        print(f"logs: {folder}; checkpoints: {settings.model_folder}; figures: {' '.join(drawn) or 'none'}", flush=True)
 
     def close(self) -> None:
-        """Wait for the job, end the thread, raise the job's error."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
+        """Close the logs and the progress bar."""
+        if self.progress is not None:
+            self.progress.close()
+        if self._records is not None:
+            self._records.close()
 
 
-def on_cpu(value: Any) -> Any:
-    """The same nested dicts and lists with a copy on the CPU of every tensor."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        copied = copy.copy(value)  # keeps what a state dict carries beside its items
-        copied.update((name, on_cpu(item)) for name, item in value.items())
-        return copied
-    return [on_cpu(item) for item in value] if isinstance(value, list) else value
+def _key(name):
+    """The name of a part's state in a checkpoint: the model's is the published one."""
+    return "state_dict" if name == "model" else name
 
 
-def _hold_out(train_set, fraction):
-    """(training set, validation set or None)."""
-    if not fraction:
-        return train_set, None
-    alone = train_set.classes_of_one_image()
-    try:
-        train_set, val_set = train_set.hold_out(fraction)
-    except ValueError as error:
-        raise UsageError(f"--val_fraction {fraction}: {error}") from None
-    if alone:
-        warn(f"--val_fraction holds out no image of classes that have one image: {named(alone)}")
-    return train_set, val_set
+def _inherited_best(start):
+    """The best checkpoint of the epochs before `start.epoch`, or None where there is none."""
+    if not start.history:
+        return None
+    best, folder = best_epoch(start.history), os.path.dirname(start.path)
+    if best is start.history[-1]:
+        return start.checkpoint
+    for name in (checkpoint.best_name(start.epoch), checkpoint.BEST):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            state = checkpoint.load(path)
+            # another run, or epochs that were trained again, may have left the file
+            if repr(state.get("history", [])[-1:]) == repr([best]):  # as text, in which NaN equals NaN
+                return state
+    warn(
+        f"the best checkpoint of the first {start.epoch} epochs is not beside {start.path}: none is written before a "
+        f"better epoch than epoch {best['epoch'] + 1}"
+    )
+    return None
 
 
-def _files_sha256(*data):
-    """Of the image files of training and test; None for data in memory, whose md5 torchvision checks."""
-    samples = [sample for part in data for sample in getattr(part, "samples", [])]
-    return files_sha256(samples) if samples else None
+def _empty(folder):
+    """Delete all that a folder holds but its lock, a hidden file."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif not entry.name.startswith("."):
+            os.unlink(entry.path)
 
 
-def _export_split(train_set, path):
-    write_text(path, "".join(f"{index}\n" for index in train_set.chosen))
-    raise NothingToDo(f"{path}: indices of {len(train_set.chosen)} chosen training images, one a line")
-
-
-def _shortened(counts: Sequence[int]) -> str:
-    if len(counts) <= 200:
-        return " ".join(map(str, counts))
-    return f"{len(counts)} classes, {max(counts)} to {min(counts)} images"
+def _remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _load_pretrained(settings, model):

@@ -1,50 +1,75 @@
-"""Every setting of a run, declared once: name, flag, type, bounds, default, help, and what it affects.
+"""Every setting of a run, declared once: name, flag, bounds, default, help, and what it affects.
 
-The identity of a run, what a fork must share, what a resume may change and what may stand beside a published figure
-are derived from `affects`:
+The identity of a run, what a fork must share, what a resume may change, what an evaluation takes from the checkpoint
+and what may stand beside a published figure are derived from `affects`:
 
-    data, model     which images, which network; an evaluation takes them from the checkpoint
+    data, model     which images, which network
     start           the first weights and everything drawn: seed, pretrained
     schedule        lr, losses, rules and their constants; compared epoch by epoch
-    optimizer       SGD and the batch
+    optimizer       the optimizer, the batch and how batches are mixed
     numerics        precision: the same experiment with other rounding errors, large enough to be named
     rounding        the same run, but not to the last bit: threads, ranks, compilation
     nothing         places, progress, what to do
+
+`python -m experiment.flags > docs/flags.md` writes the page of all flags.
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from imbalance import IMB_TYPES
+from loaders.augment import AUGMENTS, CROPS
 from losses import NORMS
+from training.optimizer import OPTIMIZERS, constants_of
 from training.precision import AMP_TYPES
 from training.recipe import SCHEDULES, Recipe
 from training.registry import LOSSES, RULES, all_constants
 from utils import UsageError, number, warn
 
 KINDS = ("data", "model", "start", "schedule", "optimizer", "numerics", "rounding", "nothing")
-CROPS = ("resized", "padded")
 
 
-def setting(default: Any, *flags: str, affects: str, group: str = "", **of_argparse: Any) -> Any:
-    """Declare a field of `Settings`; `of_argparse` goes to `add_argument`. Without flags it is found, not given."""
+def setting(
+    default: Any, flags: str = "", kind: Any = None, help: str = "", *, group: str, affects: str, **of_argparse: Any
+) -> Any:
+    """Declare a field of `Settings`.
+
+    Args:
+        flags: as in '-b --batch-size N'; a word without dashes names the value. None: the setting is found, not given.
+        kind: an argparse type, or the choices: a tuple, or a registry.
+        help: the default is added to it.
+        group: of the flags in --help. affects: one of `KINDS`. of_argparse: goes to `add_argument`.
+    """
     if affects not in KINDS:
         raise ValueError(f"affects must be one of {', '.join(KINDS)}, got {affects!r}")
-    metadata = {"flags": flags, "affects": affects, "group": group, "argparse": of_argparse}
+    names = tuple(word for word in flags.split() if word.startswith("-"))
+    how = {"help": help, **of_argparse}
+    if len(names) < len(flags.split()):
+        how["metavar"] = flags.split()[-1]
+    if isinstance(kind, (tuple, Mapping)):  # a registry may grow until the command line is read
+        how["choices"] = kind
+    elif kind is not None:
+        how["type"] = kind
+    if isinstance(default, bool):
+        how["action"] = "store_false" if default else "store_true"
+    elif default not in (None, "", ()) and "default" not in help:
+        how["help"] = f"{help} (default: %(default)s)".lstrip()
+    metadata = {"flags": names, "affects": affects, "group": group, "argparse": how}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def _alpha(text):
-    return "auto" if text == "auto" else number(float, above=0)(text)
+    return "auto" if text == "auto" else POSITIVE(text)
 
 
 _alpha.__name__ = "number"  # what argparse calls it
 
 
-def plain_name(text):
+def plain_name(text: str) -> str:
     """An argparse type: a part of a folder's name."""
     if not text or os.sep in text or not text.isprintable():
         raise argparse.ArgumentTypeError("it is part of a folder's name: printable, without a separator, not empty")
@@ -56,298 +81,163 @@ def _explain(entries):
     return "; ".join(f"{name}: {entry.help}" for name, entry in entries.items())
 
 
-EPOCH = {"type": number(int, low=0, high=10**6), "metavar": "E"}
-COUNT = {"type": number(int, low=1, high=10**6), "metavar": "N"}
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+EPOCH, COUNT = number(int, low=0, high=10**6), number(int, low=1, high=10**6)
+POSITIVE, NOT_NEGATIVE, SHARE = number(float, above=0), number(float, low=0), number(float, low=0, high=0.9)
+
+_data = functools.partial(setting, group="data", affects="data")
+_model = functools.partial(setting, group="model", affects="model")
+_method = functools.partial(setting, group="method", affects="schedule")
+_training = functools.partial(setting, group="training", affects="schedule")
+_run = functools.partial(setting, group="run", affects="nothing")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of one run; read only. A script that does not offer a flag leaves its field at None."""
 
-    # ---------------------------------------------------------------------------------------------- data
-    dataset: str = setting(
-        None, "--dataset", affects="data", group="data", type=plain_name, help="default: %(default)s"
-    )
-    data_dir: str = setting(
-        "./data", "--data_dir", affects="nothing", group="data", help="folder of the data (default: %(default)s)"
-    )
-    train_list: str | None = setting(
-        None, "--train_list", affects="data", group="data", metavar="FILE",
-        help="training images as lines 'path label' below --data_dir, instead of folders",
-    )  # fmt: skip
-    val_list: str | None = setting(
-        None, "--val_list", affects="data", group="data", metavar="FILE", help="test images, as --train_list"
-    )
-    check_images: bool = setting(
-        False, "--check_images", affects="nothing", group="data", help="decode every image before training starts"
-    )
-    imb_type: str = setting(
-        "exp", "--imb_type", affects="data", group="data", choices=IMB_TYPES,
-        help="shape of the tail; none: as the data are (default: %(default)s)",
-    )  # fmt: skip
-    imb_factor: float = setting(
-        0.01, "--imb_factor", affects="data", group="data", type=number(float, above=0, high=1), metavar="F",
-        help="smallest class over largest, in (0, 1] (default: %(default)s)",
-    )  # fmt: skip
-    rand_number: int = setting(
-        0, "--rand_number", affects="data", group="data", type=number(int, low=0, high=2**32 - 1), metavar="N",
-        help="seed of the choice of images (default: %(default)s)",
-    )  # fmt: skip
-    num_classes: int | None = setting(
-        None, "--num_classes", affects="data", group="data", type=number(int, low=1, high=10**6), metavar="K",
-        help="may be left out: the data set knows; a wrong number is an error",
-    )  # fmt: skip
-    val_fraction: float = setting(
-        0.0, "--val_fraction", affects="data", group="data", type=number(float, low=0, high=0.9), metavar="F",
-        help="share of the training images held out to pick the best epoch, by mean class accuracy, without the test "
-        "set (default: %(default)s: by top-1 on the test set, as published)",
-    )  # fmt: skip
-    test_fraction: float = setting(0.0, affects="data", type=number(float, low=0, high=0.9))
-    flip: str = setting(
-        "auto", "--flip", affects="data", group="data", choices=("auto", "on", "off"),
-        help="random mirroring of training images; auto: as the data set says, no for digits (default: %(default)s)",
-    )  # fmt: skip
-    image_size: int = setting(
-        None, "--image_size", affects="data", group="data", type=number(int, low=8, high=1024), metavar="N",
-        help="side of the square that the model sees (default: %(default)s)",
-    )  # fmt: skip
-    crop: str | None = setting(
-        None, "--crop", affects="data", group="data", choices=CROPS,
-        help="training crops. resized: RandomResizedCrop, tested on the centre of images resized to 256/224 of that "
-        "side; padded: RandomCrop of the image padded by an eighth, tested whole (default: %(default)s)",
-    )  # fmt: skip
+    # fmt: off
+    dataset: str = _data(None, "--dataset", plain_name, "the data set")
+    data_dir: str = _data("./data", "--data_dir DIR", None, "folder of the data", affects="nothing")
+    train_list: str | None = _data(None, "--train_list FILE", None,
+        "training images as lines 'path label' below --data_dir, instead of folders")
+    val_list: str | None = _data(None, "--val_list FILE", None, "test images, in the same form")
+    check_images: bool = _data(False, "--check_images", None,
+        "decode every image before training starts", affects="nothing")
+    imb_type: str = _data("exp", "--imb_type", IMB_TYPES, "shape of the tail; none: as the data are")
+    imb_factor: float = _data(0.01, "--imb_factor F", number(float, above=0, high=1),
+        "smallest class over largest, in (0, 1]")
+    rand_number: int = _data(0, "--rand_number N", number(int, low=0, high=2**32 - 1), "seed of the choice of images")
+    num_classes: int | None = _data(None, "--num_classes K", COUNT,
+        "may be left out: the data set knows; a wrong number is an error")
+    val_fraction: float = _data(0.0, "--val_fraction F", SHARE,
+        "share of each class of the training images, one image at least, that is held out to pick the best epoch, by "
+        "class mean; 0: by top-1 on the test set, as published")
+    val_left_out: int = _data(0, "--val_left_out N", EPOCH,
+        "pick the best epoch on images that the imbalance has left out, up to N of a class; they are never trained on")
+    test_fraction: float = _data(0.0, "", SHARE, "")
+    flip: str = _data("auto", "--flip", ("auto", "on", "off"),
+        "random mirroring of training images; auto: as the data set says, no for digits")
+    augment: str = _data("none", "--augment", AUGMENTS,
+        "what is done to training images after crop and flip. " + _explain(AUGMENTS))
+    image_size: int = _data(None, "--image_size N", number(int, low=8, high=1024),
+        "side of the square that the model sees, in pixels")
+    crop: str | None = _data(None, "--crop", CROPS, "training crops. " + _explain(CROPS))
+    recipe: str | None = _data(None, "--recipe", ("official", "paper", "ldam"),
+        "defaults of the flags: the official code's, what the paper prints (lr x 0.1 at 50 and 90), or the LDAM "
+        "paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold", affects="nothing")
 
-    # --------------------------------------------------------------------------------------------- model
-    arch: str = setting(
-        None, "-a", "--arch", affects="model", group="model", type=plain_name, help="default: %(default)s"
-    )
-    pretrained: str | None = setting(
-        None, "--pretrained", affects="start", group="model", nargs="?", metavar="imagenet|none|PATH"
-    )
+    arch: str = _model(None, "-a --arch NAME", plain_name, "the network")
+    pretrained: str | None = _model(None, "--pretrained imagenet|none|PATH", None,
+        "first weights: ImageNet's, always with a new last layer, or those of a checkpoint, whose last layer is taken "
+        "where it fits", affects="start", nargs="?")
 
-    # -------------------------------------------------------------------------------------------- method
-    loss_type: str = setting(
-        "CE", "--loss_type", affects="schedule", group="method", choices=list(LOSSES), metavar="LOSS",
-        help=_explain(LOSSES) + " (default: %(default)s)",
-    )  # fmt: skip
-    train_rule: str = setting(
-        "None", "--train_rule", affects="schedule", group="method", choices=list(RULES), metavar="RULE",
-        help=_explain(RULES) + " (default: %(default)s)",
-    )  # fmt: skip
-    start_ib_epoch: int = setting(
-        100, "--start_ib_epoch", affects="schedule", group="method", **EPOCH,
-        help="first epoch, counted from 0, of the IB loss (default: %(default)s)",
-    )  # fmt: skip
-    alpha: float | str = setting(
-        1000.0, "--alpha", affects="schedule", group="method", type=_alpha, metavar="A|auto",
-        help="scale of the IB loss; auto: set in the first 20 IB batches (default: 1000)",
-    )  # fmt: skip
-    auto_target: str = setting(
-        "ce", "--auto_target", affects="schedule", group="method", choices=("ce", "ib"),
-        help="size that --alpha auto gives the loss. ce: of plain CE; ib: of the IB loss with L1 norm and alpha 1000 "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    epsilon: float = setting(
-        1e-3, "--epsilon", affects="schedule", group="method", type=number(float, low=0), metavar="E",
-        help="added to the influence (default: %(default)s)",
-    )  # fmt: skip
-    ib_norm: str = setting(
-        "l1", "--ib_norm", affects="schedule", group="method", choices=NORMS,
-        help="norm of the influence; none: it counts as 0, the factor is alpha / epsilon (default: %(default)s)",
-    )  # fmt: skip
-    detach_ib: bool = setting(
-        False, "--detach_ib", affects="schedule", group="method", help="no gradient through the IB factor"
-    )
-    gamma: float = setting(
-        1.0, "--gamma", affects="schedule", group="method", type=number(float, low=0), metavar="G",
-        help="of Focal and IBFocal (default: %(default)s)",
-    )  # fmt: skip
-    focal_scale: float = setting(
-        10.0, "--focal_scale", affects="schedule", group="method", type=number(float, above=0), metavar="S",
-        help="factor of the Focal loss, as in the official code (default: %(default)s)",
-    )  # fmt: skip
-    beta: float = setting(
-        0.9999, "--beta", affects="schedule", group="method", type=number(float, low=0, high=0.9999999), metavar="B",
-        help="of CBReweight, DRW, Resample and DRS (default: %(default)s)",
-    )  # fmt: skip
-    max_m: float = setting(
-        0.5, "--max_m", affects="schedule", group="method", type=number(float, low=0), metavar="M",
-        help="LDAM's largest margin (default: %(default)s)",
-    )  # fmt: skip
-    s: float = setting(
-        30.0, "--s", affects="schedule", group="method", type=number(float, above=0), metavar="S",
-        help="LDAM's scale (default: %(default)s)",
-    )  # fmt: skip
-    la_tau: float = setting(
-        1.0, "--la_tau", affects="schedule", group="method", type=number(float, low=0), metavar="T",
-        help="LA's weight of the log prior (default: %(default)s)",
-    )  # fmt: skip
-    vs_gamma: float = setting(
-        0.2, "--vs_gamma", affects="schedule", group="method", type=number(float, low=0), metavar="G",
-        help="VS's exponent of n_k / n_max, which multiplies the logits (default: %(default)s)",
-    )  # fmt: skip
-    vs_tau: float = setting(
-        1.2, "--vs_tau", affects="schedule", group="method", type=number(float, low=0), metavar="T",
-        help="VS's weight of the log prior (default: %(default)s)",
-    )  # fmt: skip
-    drw_epoch: int = setting(
-        160, "--drw_epoch", affects="schedule", group="method", **EPOCH,
-        help="first epoch of the weights of DRW and DRW-IB, of DRS's sampler, of cRT's new head (default: %(default)s)",
-    )  # fmt: skip
+    loss_type: str = _method("CE", "--loss_type LOSS", LOSSES, _explain(LOSSES))
+    train_rule: str = _method("None", "--train_rule RULE", RULES, _explain(RULES))
+    start_ib_epoch: int = _method(100, "--start_ib_epoch E", EPOCH, "first epoch, counted from 0, of the IB loss")
+    alpha: float | str = _method(1000.0, "--alpha A|auto", _alpha,
+        "scale of the IB loss; auto: set in the first 20 IB batches, see --auto_target")
+    auto_target: str = _method("ce", "--auto_target", ("ce", "ib"),
+        "size that --alpha auto gives the loss. ce: of plain CE; ib: of the IB loss with L1 norm and alpha 1000")
+    epsilon: float = _method(1e-3, "--epsilon E", NOT_NEGATIVE, "added to the influence in the denominator")
+    ib_norm: str = _method("l1", "--ib_norm", NORMS,
+        "norm of the influence (Table 1), not comparable at a fixed alpha; none: it counts as 0, the factor is alpha / "
+        "epsilon")
+    detach_ib: bool = _method(False, "--detach_ib", None,
+        "no gradient through the IB factor; the official code lets it through")
+    gamma: float = _method(1.0, "--gamma G", NOT_NEGATIVE, "exponent of Focal and IBFocal")
+    focal_scale: float = _method(10.0, "--focal_scale S", POSITIVE, "factor of the Focal loss, as in the official code")
+    beta: float = _method(0.9999, "--beta B", number(float, low=0, high=0.9999999),
+        "of effective numbers: CBReweight, DRW, Resample and DRS")
+    max_m: float = _method(0.5, "--max_m M", NOT_NEGATIVE, "LDAM's largest margin")
+    s: float = _method(30.0, "--s S", POSITIVE, "LDAM's scale")
+    la_tau: float = _method(1.0, "--la_tau T", NOT_NEGATIVE, "LA's weight of the log prior")
+    vs_gamma: float = _method(0.2, "--vs_gamma G", NOT_NEGATIVE,
+        "VS's exponent of n_k / n_max, which multiplies the logits")
+    vs_tau: float = _method(1.2, "--vs_tau T", NOT_NEGATIVE, "VS's weight of the log prior")
+    drw_epoch: int = _method(160, "--drw_epoch E", EPOCH,
+        "first epoch of the weights of DRW and DRW-IB, of DRS's sampler, of cRT's new head")
+    mixup: float = _method(0.0, "--mixup A", NOT_NEGATIVE,
+        "mix each image and its target with another of the batch, shares drawn from Beta(A, A); 0: off; not with the "
+        "IB losses", affects="optimizer")
 
-    # ------------------------------------------------------------------------------------------ training
-    epochs: int = setting(200, "--epochs", affects="schedule", group="training", **COUNT, help="default: %(default)s")
-    start_epoch: int = setting(
-        0, "--start-epoch", affects="schedule", group="training", **EPOCH,
-        help="number of the first epoch, for restarts by hand; --resume sets it (default: %(default)s)",
-    )  # fmt: skip
-    batch_size: int = setting(
-        128, "-b", "--batch-size", affects="optimizer", group="training", **COUNT, help="default: %(default)s"
-    )
-    lr: float = setting(
-        0.1, "--lr", "--learning-rate", affects="schedule", group="training", type=number(float, low=0), metavar="LR",
-        help="before its factors (default: %(default)s)",
-    )  # fmt: skip
-    momentum: float = setting(
-        0.9, "--momentum", affects="optimizer", group="training", type=number(float, low=0), metavar="M",
-        help="default: %(default)s",
-    )  # fmt: skip
-    weight_decay: float = setting(
-        2e-4, "--wd", "--weight-decay", affects="optimizer", group="training", type=number(float, low=0), metavar="W",
-        help="default: %(default)s",
-    )  # fmt: skip
-    schedule: str = setting(
-        "step", "--schedule", affects="schedule", group="training", choices=SCHEDULES,
-        help="step: the lr falls at the milestones; cosine: half a cosine over all epochs (default: %(default)s)",
-    )  # fmt: skip
-    warmup_epochs: int = setting(
-        5, "--warmup_epochs", affects="schedule", group="training", **EPOCH,
-        help="linear warm-up (default: %(default)s)",
-    )  # fmt: skip
-    keep_warmup: bool = setting(
-        False, "--keep_warmup", affects="schedule", group="training",
-        help="warm up also where the IB phase starts before its end",
-    )  # fmt: skip
-    milestones: tuple[int, ...] = setting(
-        (160, 180), "--milestones", affects="schedule", group="training", nargs="*", **EPOCH,
-        help="epochs at which the lr falls (default: %(default)s)",
-    )  # fmt: skip
-    lr_factors: tuple[float, ...] = setting(
-        (0.01, 0.01), "--lr_factors", affects="schedule", group="training", nargs="*", type=number(float, above=0),
-        metavar="F", help="what it is multiplied by there (default: %(default)s)",
-    )  # fmt: skip
-    ib_lr_factor: float = setting(
-        0.01, "--ib_lr_factor", affects="schedule", group="training", type=number(float, above=0), metavar="F",
-        help="what the lr is multiplied by in the IB phase (default: %(default)s)",
-    )  # fmt: skip
-    seed: int | None = setting(
-        None, "--seed", affects="start", group="training", type=number(int, low=0, high=2**31 - 1), metavar="N",
-        help="drawn, printed and recorded if left out",
-    )  # fmt: skip
+    epochs: int = _training(200, "--epochs N", COUNT, "number of epochs")
+    start_epoch: int = _training(0, "--start-epoch E", EPOCH,
+        "number of the first epoch, for restarts by hand; --resume sets it")
+    batch_size: int = _training(128, "-b --batch-size N", COUNT,
+        "images of a batch, over all GPUs", affects="optimizer")
+    optimizer: str = _training("sgd", "--optimizer", OPTIMIZERS, "the optimizer", affects="optimizer")
+    lr: float = _training(0.1, "--lr --learning-rate LR", NOT_NEGATIVE,
+        "learning rate, multiplied by the schedule's factors")
+    momentum: float = _training(0.9, "--momentum M", NOT_NEGATIVE, "of SGD", affects="optimizer")
+    weight_decay: float = _training(2e-4, "--wd --weight-decay W", NOT_NEGATIVE,
+        "weight decay of all weights", affects="optimizer")
+    ema: float = _training(0.0, "--ema D", number(float, low=0, high=0.999999),
+        "test an exponential moving average of the weights with this decay, 0.999 for example; 0: off", affects="model")
+    schedule: str = _training("step", "--schedule", SCHEDULES,
+        "step: the lr falls at the milestones; cosine: half a cosine over all epochs")
+    warmup_epochs: int = _training(5, "--warmup_epochs N", EPOCH, "epochs of linear warm-up")
+    keep_warmup: bool = _training(False, "--keep_warmup", None,
+        "warm up also where the IB phase starts before the end of the warm-up")
+    milestones: tuple[int, ...] = _training((160, 180), "--milestones E", EPOCH,
+        "epochs at which the lr falls", nargs="*")
+    lr_factors: tuple[float, ...] = _training((0.01, 0.01), "--lr_factors F", POSITIVE,
+        "what the lr is multiplied by there; left out beside --milestones: the first factor for all", nargs="*")
+    ib_lr_factor: float = _training(0.01, "--ib_lr_factor F", POSITIVE, "what the lr is multiplied by in the IB phase")
+    seed: int | None = _training(None, "--seed N", number(int, low=0, high=2**31 - 1),
+        "of the weights and of everything drawn; left out, it is drawn, printed and recorded", affects="start")
 
-    # ----------------------------------------------------------------------------------------------- run
-    gpu: int | None = setting(
-        None, "--gpu", affects="nothing", group="run", type=int, metavar="N",
-        help="CUDA device (default: the first one, else the CPU)",
-    )  # fmt: skip
-    threads: int | None = setting(
-        None, "--threads", affects="rounding", group="run", type=number(int, low=1, high=1024), metavar="N",
-        help="CPU threads (default: torch's)",
-    )  # fmt: skip
-    processes: int = setting(1, affects="rounding", type=number(int, low=1))
-    amp: str = setting(
-        "none", "--amp", affects="numerics", group="run", choices=list(AMP_TYPES),
-        help="mixed precision; the losses stay float32. bf16 pays on GPUs and on CPUs with AVX512-BF16 or AMX; other "
-        "CPUs emulate it, ten times slower (default: none)",
-    )  # fmt: skip
-    tf32: bool = setting(
-        True, "--no_tf32", affects="numerics", group="run", action="store_false",
-        help="convolutions in full float32 on a GPU (default: TF32, as torch does; never for matrix products)",
-    )  # fmt: skip
-    sync_bn: bool = setting(
-        False, "--sync_bn", affects="numerics", group="run",
-        help="batch norm over all GPUs, as on a single one (with torchrun)",
-    )  # fmt: skip
-    compile: bool = setting(
-        False, "--compile", affects="rounding", group="run", help="torch.compile; CUDA graphs on a GPU"
-    )
-    cuda_graph: bool = setting(
-        True, "--no_cuda_graph", affects="rounding", group="run", action="store_false",
-        help="on a GPU start every kernel of a step by itself; without the flag steps on images in memory are replayed "
-        "as a CUDA graph, except with --compile, --amp fp16 or torchrun",
-    )  # fmt: skip
-    deterministic: bool = setting(
-        False, "--deterministic", affects="rounding", group="run", help="bitwise repeatable on CUDA too; slower there"
-    )
-    workers: int = setting(
-        min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
-        "-j", "--workers", affects="nothing", group="run", type=number(int, low=0, high=1024), metavar="N",
-        help="processes that load images (default: the cores that are there, at most 4)",
-    )  # fmt: skip
-    print_freq: int = setting(
-        10, "-p", "--print_freq", affects="nothing", group="run", **COUNT,
-        help="batches between progress lines (default: %(default)s)",
-    )  # fmt: skip
-    resume: str = setting(
-        "", "--resume", affects="nothing", group="run", metavar="PATH|auto",
-        help="continue from a checkpoint; auto: from this run's newest",
-    )  # fmt: skip
-    evaluate: bool = setting(
-        False, "-e", "--evaluate", affects="nothing", group="run",
-        help="evaluate the checkpoint of --resume, train nothing; data and model are the checkpoint's",
-    )  # fmt: skip
-    posthoc_la: tuple[float, ...] = setting(
-        (), "--posthoc_la", affects="nothing", group="run", nargs="+", type=number(float, low=0), metavar="TAU",
-        help="with -e: subtract TAU * log prior from the logits (post-hoc logit adjustment); several values are "
-        "compared on the held-out part of --val_fraction",
-    )  # fmt: skip
-    tau_norm: tuple[float, ...] = setting(
-        (), "--tau_norm", affects="nothing", group="run", nargs="+", type=number(float, low=0), metavar="TAU",
-        help="with -e: divide each class's weight vector by its length to the power of TAU; several as --posthoc_la",
-    )  # fmt: skip
-    save_logits: bool = setting(
-        False, "--save_logits", affects="nothing", group="run", help="with -e: write logits and targets to logits.npz"
-    )
-    export_split: str | None = setting(
-        None, "--export_split", affects="nothing", group="run", metavar="FILE",
-        help="write the indices of the chosen training images, one a line, and stop",
-    )  # fmt: skip
-    keep_epochs: tuple[int, ...] = setting(
-        (), "--keep_epochs", affects="nothing", group="run", nargs="*", **COUNT,
-        help="also keep the checkpoints after N epochs",
-    )  # fmt: skip
-    exp_str: str = setting(
-        "0", "--exp_str", affects="nothing", group="run", type=plain_name, metavar="NAME",
-        help="last part of the run's name (default: %(default)s)",
-    )  # fmt: skip
-    root_log: str = setting(
-        "log", "--root_log", affects="nothing", group="run", metavar="DIR", help="default: %(default)s"
-    )
-    root_model: str = setting(
-        "checkpoint", "--root_model", affects="nothing", group="run", metavar="DIR", help="default: %(default)s"
-    )
-    dry_run: bool = setting(
-        False, "--dry_run", affects="nothing", group="run", help="print the recipe, one CSV row an epoch, and stop"
-    )
-    force: bool = setting(
-        False,
-        "--force",
-        affects="nothing",
-        group="run",
-        help="resume although settings or data differ from the checkpoint's, or a newer one is there",
-    )
-    overwrite: bool = setting(
-        False,
-        "--overwrite",
-        affects="nothing",
-        group="run",
-        help="delete the run that the folder holds, and start anew",
-    )
-    recipe: str | None = setting(
-        None, "--recipe", affects="nothing", group="data", choices=("official", "paper", "ldam"),
-        help="defaults of the flags: the official code's, what the paper prints (lr x 0.1 at 50 and 90), or the LDAM "
-        "paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold",
-    )  # fmt: skip
+    gpu: int | None = _run(None, "--gpu N", int, "CUDA device; left out: the first one, else the CPU")
+    threads: int | None = _run(None, "--threads N", number(int, low=1, high=1024),
+        "CPU threads, by default torch's choice; the bits are those of one thread count", affects="rounding")
+    processes: int = _run(1, "", COUNT, "", affects="rounding")
+    amp: str = _run("none", "--amp", tuple(AMP_TYPES),
+        "mixed precision; the losses stay float32. bf16 pays on GPUs and on CPUs with AVX512-BF16 or AMX; other CPUs "
+        "emulate it, ten times slower", affects="numerics")
+    tf32: bool = _run(True, "--no_tf32", None,
+        "convolutions in full float32 on a GPU (default: TF32, as torch does; never for matrix "
+        "products)", affects="numerics")
+    sync_bn: bool = _run(False, "--sync_bn", None,
+        "batch norm over all GPUs, as on a single one (with torchrun)", affects="numerics")
+    compile: bool = _run(False, "--compile", None, "torch.compile; CUDA graphs on a GPU", affects="rounding")
+    cuda_graph: bool = _run(True, "--no_cuda_graph", None,
+        "on a GPU start every kernel of a step by itself; without the flag steps on images in memory are replayed as a "
+        "CUDA graph, except with --compile, --mixup, --amp fp16 or torchrun", affects="rounding")
+    deterministic: bool = _run(False, "--deterministic", None,
+        "bitwise repeatable on CUDA too; slower there", affects="rounding")
+    workers: int = _run(min(4, _cores()), "-j --workers N", number(int, low=0, high=1024),
+        "processes that load image files (default: the cores that are there, at most 4); without effect for images in "
+        "memory")
+    print_freq: int = _run(10, "-p --print_freq N", COUNT, "batches between progress lines")
+    checkpoint_seconds: float = _run(15.0, "--checkpoint_seconds S", NOT_NEGATIVE,
+        "least time between two checkpoints; those at the end, at a stop and to keep are always written")
+    resume: str = _run("", "--resume PATH|auto", None,
+        "continue from a checkpoint, of another run too; auto: from this run's newest, with more --epochs too")
+    evaluate: bool = _run(False, "-e --evaluate", None,
+        "evaluate the checkpoint of --resume, train nothing; data and model are the checkpoint's")
+    posthoc_la: tuple[float, ...] = _run((), "--posthoc_la TAU", NOT_NEGATIVE,
+        "with -e: subtract TAU * log prior from the logits (post-hoc logit adjustment); of several values the best on "
+        "the held-out part of --val_fraction is taken, never on the test set", nargs="+")
+    tau_norm: tuple[float, ...] = _run((), "--tau_norm TAU", NOT_NEGATIVE,
+        "with -e: divide each class's weight vector by its length to the power of TAU; several as "
+        "--posthoc_la", nargs="+")
+    save_logits: bool = _run(False, "--save_logits", None, "with -e: write logits and targets to logits.npz")
+    export_split: str | None = _run(None, "--export_split FILE", None,
+        "write the indices of the images that are trained on, one a line, and stop")
+    keep_epochs: tuple[int, ...] = _run((), "--keep_epochs N", COUNT,
+        "also keep the checkpoints after N epochs, to fork from", nargs="*")
+    exp_str: str = _run("0", "--exp_str NAME", plain_name, "last part of the run's name")
+    root_log: str = _run("log", "--root_log DIR", None, "folder of the logs of all runs")
+    root_model: str = _run("checkpoint", "--root_model DIR", None, "folder of the checkpoints of all runs")
+    dry_run: bool = _run(False, "--dry_run", None, "print the recipe, one CSV row an epoch, and stop")
+    force: bool = _run(False, "--force", None,
+        "continue although settings or data differ from the checkpoint's, or a newer one exists; what differed is "
+        "recorded, and such a run never stands beside a published figure")
+    overwrite: bool = _run(False, "--overwrite", None, "delete the run that the folders hold, and start again")
+    # fmt: on
 
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)  # names given on the command line
     script: str = dataclasses.field(default="", compare=False)  # a key of `parser.SCRIPTS`
@@ -398,6 +288,9 @@ SHARED = fields_affecting("data", "model", "start", "optimizer", "numerics")
 OF_CHECKPOINT = fields_affecting("data", "model", "schedule")
 
 
+# ------------------------------------------------------------------------------------------------- in files
+
+
 def recorded(settings: Settings) -> dict[str, Any]:
     """The settings as JSON has them, sorted; what the script does not offer is left out."""
     values = {name: getattr(settings, name) for name in FIELDS}
@@ -415,7 +308,10 @@ def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Sett
         ValueError: a value of a type that the setting cannot have.
     """
     values = {name: _as_declared(FIELDS[name], value) for name, value in record.items() if name in FIELDS}
-    return dataclasses.replace(base or Settings(), **values, given=frozenset())
+    settings = dataclasses.replace(base or Settings(), **values, given=frozenset())
+    if len(settings.milestones) != len(settings.lr_factors):
+        raise ValueError(f"milestones is {settings.milestones!r} and lr_factors is {settings.lr_factors!r}")
+    return settings
 
 
 def _as_declared(field, value):
@@ -442,53 +338,24 @@ def _one_as_declared(name, how, value):
     return value
 
 
+# ---------------------------------------------------------------------------------------------- combinations
+
+
 def check(settings: Settings) -> Settings:
     """The settings, if they can work together.
 
     Raises:
         UsageError: a combination that cannot work. What only never happens is a warning.
     """
-    epochs, milestones = settings.epochs, settings.milestones
-    if len(settings.lr_factors) != len(milestones):
-        raise UsageError(f"--lr_factors needs one factor for each of the {len(milestones)} milestones")
-    if list(milestones) != sorted(set(milestones)):
-        raise UsageError("--milestones must rise")
-    never = [m for m in milestones if m >= epochs]
-    if never and "milestones" in settings.given:
-        raise UsageError(f"--milestones {never[0]} never comes: the last epoch is {epochs - 1}")
-    if settings.schedule == "cosine" and settings.given & {"milestones", "lr_factors"}:
-        raise UsageError("--schedule cosine has no --milestones and no --lr_factors")
-    if never and settings.schedule == "step":
-        warn(f"the lr milestones {never} never come in {epochs} epochs (set --milestones)")
-    if "imb_factor" in settings.given and "imb_type" not in settings.given and settings.imb_type == "none":
+    _check_schedule(settings)
+    _check_method(settings)
+    given = settings.given
+    if "imb_factor" in given and "imb_type" not in given and settings.imb_type == "none":
         raise UsageError("--imb_factor needs --imb_type exp or step: without it the images stay as they are")
-    loss, rule = LOSSES[settings.loss_type], RULES[settings.train_rule]
-    if loss.first_phase_ce and settings.start_ib_epoch >= epochs:
-        warn(
-            f"--start_ib_epoch {settings.start_ib_epoch} never comes in {epochs} epochs: "
-            f"--loss_type {settings.loss_type} will be plain CE throughout"
-        )
-    if loss.needs_features and settings.ib_norm == "none" and settings.epsilon == 0:
-        raise UsageError("--ib_norm none needs an --epsilon over 0: the factor is alpha / epsilon")
-    if settings.auto_target == "ib" and settings.ib_norm not in ("l1", "none"):
-        raise UsageError(f"--auto_target ib needs L1 norms: it does not go with --ib_norm {settings.ib_norm}")
-    if settings.auto_target != "ce" and settings.alpha != "auto" and "auto_target" in settings.given:
-        raise UsageError("--auto_target says what --alpha auto aims at: add --alpha auto")
-    if not settings.evaluate:
-        _warn_of_unused_constants(settings)
-    if rule.start and getattr(settings, rule.start) >= epochs:
-        warn(f"--{rule.start} {getattr(settings, rule.start)} never comes in {epochs} epochs: the rule does nothing")
-    late = [m for m in milestones if settings.drw_epoch <= m < epochs]
-    if rule.trains == "head" and late and settings.schedule == "step":
-        warn(f"the lr milestones {late} never come: from --drw_epoch {settings.drw_epoch} on the head has its own lr")
-    if settings.start_epoch >= epochs:
-        raise UsageError(f"--start-epoch {settings.start_epoch} is past the last epoch, {epochs - 1}")
-    if settings.start_epoch and not settings.resume:
-        warn(f"--start-epoch {settings.start_epoch} without --resume: the epochs before it are left out, not trained")
-    if settings.start_epoch > settings.drw_epoch and rule.trains == "head" and not settings.resume:
-        raise UsageError(
-            f"--train_rule {settings.train_rule} from --start-epoch {settings.start_epoch} on has no network"
-        )
+    if settings.val_fraction and settings.val_left_out:
+        raise UsageError("--val_fraction and --val_left_out exclude each other")
+    if settings.val_left_out and settings.imb_type == "none":
+        raise UsageError("--val_left_out needs --imb_type exp or step: without it no images are left out")
     if settings.evaluate and not settings.resume:
         raise UsageError("--evaluate needs --resume PATH (or --resume auto)")
     if settings.resume == "auto" and settings.overwrite:
@@ -503,12 +370,65 @@ def check(settings: Settings) -> Settings:
     return settings
 
 
-def _warn_of_unused_constants(settings):
-    """Name the constants of losses and rules that were given and that no epoch uses."""
+def _check_schedule(settings):
+    epochs, milestones, rule = settings.epochs, settings.milestones, RULES[settings.train_rule]
+    if len(settings.lr_factors) != len(milestones):
+        raise UsageError(f"--lr_factors needs one factor for each of the {len(milestones)} milestones")
+    if list(milestones) != sorted(set(milestones)):
+        raise UsageError("--milestones must rise")
+    never = [m for m in milestones if m >= epochs]
+    if never and "milestones" in settings.given:
+        raise UsageError(f"--milestones {never[0]} never comes: the last epoch is {epochs - 1}")
+    if settings.schedule == "cosine" and settings.given & {"milestones", "lr_factors"}:
+        raise UsageError("--schedule cosine has no --milestones and no --lr_factors")
+    if never and settings.schedule == "step":
+        warn(f"the lr milestones {never} never come in {epochs} epochs (set --milestones)")
+    if LOSSES[settings.loss_type].first_phase_ce and settings.start_ib_epoch >= epochs:
+        warn(
+            f"--start_ib_epoch {settings.start_ib_epoch} never comes in {epochs} epochs: "
+            f"--loss_type {settings.loss_type} will be plain CE throughout"
+        )
+    if rule.start and getattr(settings, rule.start) >= epochs:
+        warn(f"--{rule.start} {getattr(settings, rule.start)} never comes in {epochs} epochs: the rule does nothing")
+    late = [m for m in milestones if settings.drw_epoch <= m < epochs]
+    if rule.trains == "head" and late and settings.schedule == "step":
+        warn(f"the lr milestones {late} never come: from --drw_epoch {settings.drw_epoch} on the head has its own lr")
+    if settings.start_epoch >= epochs:
+        raise UsageError(f"--start-epoch {settings.start_epoch} is past the last epoch, {epochs - 1}")
+    if settings.start_epoch and not settings.resume:
+        warn(f"--start-epoch {settings.start_epoch} without --resume: the epochs before it are left out, not trained")
+    if settings.start_epoch > settings.drw_epoch and rule.trains == "head" and not settings.resume:
+        raise UsageError(
+            f"--train_rule {settings.train_rule} from --start-epoch {settings.start_epoch} on has no network"
+        )
+
+
+def _check_method(settings):
+    loss, method = LOSSES[settings.loss_type], f"--loss_type {settings.loss_type}"
+    if loss.needs_features and settings.ib_norm == "none" and settings.epsilon == 0:
+        raise UsageError("--ib_norm none needs an --epsilon over 0: the factor is alpha / epsilon")
+    if settings.auto_target == "ib" and settings.ib_norm not in ("l1", "none"):
+        raise UsageError(f"--auto_target ib needs L1 norms: it does not go with --ib_norm {settings.ib_norm}")
+    if settings.auto_target != "ce" and settings.alpha != "auto" and "auto_target" in settings.given:
+        raise UsageError("--auto_target says what --alpha auto aims at: add --alpha auto")
+    if settings.mixup and not accepts_soft_targets(settings):
+        raise UsageError(f"--mixup makes soft targets, which {method} does not take: use another loss, or --mixup 0")
+    if settings.evaluate:
+        return
     recipe = Recipe.from_settings(settings)
     changes = (0, settings.start_ib_epoch, recipe.rule_start)
     used = {name for epoch in changes if epoch < settings.epochs for name in recipe.constants_at(epoch)}
     for name in all_constants():
         if name in settings.given - used:
-            method = f"--loss_type {settings.loss_type} with --train_rule {settings.train_rule}"
-            warn(f"{FIELDS[name].metadata['flags'][0]} has no effect: {method} does not use it")
+            rule = f"--train_rule {settings.train_rule}"
+            warn(f"{FIELDS[name].metadata['flags'][0]} has no effect: {method} with {rule} does not use it")
+    if "momentum" in settings.given and "momentum" not in constants_of(settings.optimizer):
+        warn(f"--momentum has no effect: --optimizer {settings.optimizer} does not use it")
+
+
+def accepts_soft_targets(settings: Settings) -> bool:
+    """Whether the run's loss takes targets (N, K) of probabilities, as --mixup makes them."""
+    recipe = Recipe.from_settings(settings)
+    stage = dataclasses.replace(recipe.stage(settings.epochs - 1), loss=settings.loss_type)
+    criterion = recipe.criterion(stage, [2, 1])
+    return getattr(criterion, "accepts_soft_targets", not criterion.needs_features)

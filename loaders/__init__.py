@@ -9,41 +9,53 @@ from collections.abc import Iterator
 import torch
 
 from imbalance import LabelledImages
-from training import distributed
+from loaders.transforms import normalise
 
 
 class Batches:
-    """What all loaders share; of each batch a rank gets its slice.
+    """What all loaders share.
 
     Args:
         dataset: says its targets, mean, std and whether to flip.
         batch_size: of all ranks together; the last batch may be smaller.
         device: where batches are made.
         seed: of the run.
+        image_size: width of the images in a batch.
         flip: mirror half of the training images; None: as the data set says. Flips are drawn in any case, so that the
             other draws stay the same.
+        rank, world_size: of each batch, rank number `rank` of `world_size` gets its slice.
     """
 
+    #: Whether training batches draw from the host's random state, so that a CUDA graph must not replay them.
+    draws_on_host: bool
+
     def __init__(
-        self, dataset: LabelledImages, batch_size: int, device: torch.device | str, seed: int, flip: bool | None
-    ) -> None:
+        self, dataset: LabelledImages, batch_size: int, device: torch.device | str, seed: int, image_size: int,
+        flip: bool | None, rank: int, world_size: int,
+    ) -> None:  # fmt: skip
         self.targets = torch.as_tensor(dataset.targets, dtype=torch.int64).to(device)  # (N,)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.flip = dataset.flip if flip is None else flip
+        self.mean = torch.tensor(dataset.mean, device=device).repeat(image_size)
+        self.std = torch.tensor(dataset.std, device=device).repeat(image_size)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
         return -(-len(self.targets) // self.batch_size)
 
     def _slices(self):
-        return batch_slices(len(self.targets), self.batch_size, distributed.rank(), distributed.world_size())
+        return list(batch_slices(len(self.targets), self.batch_size, self.rank, self.world_size))
+
+    def _normalised(self, images):
+        """(B, H, W, 3) uint8, on the device or not yet, as the model takes them."""
+        return normalise(images.to(self.mean.device, non_blocking=True), self.mean, self.std)
 
 
 def batch_slices(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[slice]:
     """This rank's slice of each batch of range(n).
 
     The ranks' slices follow one another; the first ones are larger by one where a batch cannot be divided evenly, the
-    last ones empty where it has fewer samples than there are ranks.
+    last ones empty where it has fewer images than there are ranks.
 
     >>> list(batch_slices(5, 3, rank=1, world_size=2))
     [slice(2, 3, None), slice(4, 5, None)]

@@ -1,83 +1,76 @@
-"""Images read from files, of any size, for data that do not fit into memory: a DataLoader's worker processes
-decode, crop and flip; batches are normalised on the device."""
+"""Images of any size, from files where they do not fit into memory: a DataLoader's worker processes decode, crop, flip
+and augment; batches are normalised on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import functional
+from torchvision.transforms.v2 import functional
 
-from imbalance_folder import open_image
+from imbalance_folder import map_in_threads, open_image
 from loaders import Batches, sampled_order
-from loaders.transforms import RESIZE_OVER_CROP, draw_boxes, normalise
+from loaders.augment import eval_transform, seeded, train_transform
 from utils import DataError, epoch_generator
-
-#: Longest side over shortest. Of a longer strip only the middle is resized for evaluation: the whole could take GBs.
-LONGEST_OVER_SHORTEST = 32
 
 
 class _Crops(Dataset):
-    """Item (index, seed): the image cropped and flipped as the seed says; seed None: resized, its middle."""
+    """Item (index, seed): the image as `train` makes it with that seed; seed None: as `evaluate` does."""
 
-    def __init__(self, paths, size, flip):
-        self.paths, self.size, self.flip = paths, size, flip
+    def __init__(self, sources, train, evaluate, image_size):
+        self.sources, self.train, self.evaluate, self.image_size = sources, train, evaluate, image_size
 
     def __getitem__(self, item):
         index, seed = item
+        source = self.sources[index]  # an image in memory, or a path
         try:
-            image = open_image(self.paths[index])
+            image = source if torch.is_tensor(source) else functional.pil_to_tensor(open_image(source))
         except DataError as error:  # an exception would come out of a worker with its whole traceback
             return error
-        crop = self._central(image) if seed is None else self._random(image, seed)
-        return torch.from_numpy(np.array(crop))
+        crop = self.evaluate(image) if seed is None else seeded(self.train, image, seed)
+        return crop.permute(1, 2, 0)
 
     def stack(self, items):
         """(B, size, size, 3) uint8, or the first error."""
         error = next((item for item in items if isinstance(item, DataError)), None)
-        return error or (torch.stack(items) if items else torch.empty((0, self.size, self.size, 3), dtype=torch.uint8))
-
-    def _central(self, image):
-        longest = LONGEST_OVER_SHORTEST * min(image.size)
-        longest += (max(image.size) - longest) % 2  # the same middle
-        if max(image.size) > longest:
-            image = functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-        shorter = functional.resize(image, round(self.size * RESIZE_OVER_CROP))
-        return functional.center_crop(shorter, self.size)
-
-    def _random(self, image, seed):
-        generator = torch.Generator().manual_seed(seed)
-        top, left, height, width = draw_boxes(1, image.height, image.width, generator)[0].tolist()
-        crop = functional.resized_crop(image, top, left, height, width, [self.size, self.size])
-        flip = torch.rand((), generator=generator) < 0.5
-        return functional.hflip(crop) if flip and self.flip else crop
+        empty = torch.empty((0, self.image_size, self.image_size, 3), dtype=torch.uint8)
+        return error or (torch.stack(items) if items else empty)
 
 
 class ImageFileBatches(Batches):
-    """RandomResizedCrop and flip for training, resize and central crop for evaluation, in batches.
+    """Crops and flips for training, resize and central crop for evaluation, in batches; see loaders/augment.py.
 
     Every image has a seed of its own, drawn from (seed, epoch), so an epoch is the same whatever `workers` is. The
     processes stay from epoch to epoch.
 
     Args:
-        dataset: with `paths`, N image files.
+        dataset: with `data`, (N, H, W, 3) uint8 in memory, or with `samples`, N pairs of an image file and a label, as
+            torchvision's ImageFolder has them.
         image_size: side of the square that the model sees.
         workers: processes that decode; 0: this one.
+        crop, augment, vertical_flip: see `loaders.augment.train_transform`.
         The others: see `loaders.Batches`.
 
     Iterating raises DataError for a file that cannot be decoded, and for a worker that dies.
     """
 
+    draws_on_host = True
+
     def __init__(
         self, dataset: Any, batch_size: int, device: torch.device | str = "cpu", seed: int = 0, image_size: int = 224,
-        workers: int = 0, flip: bool | None = None,
+        crop: str = "resized", workers: int = 0, flip: bool | None = None, augment: str = "none",
+        vertical_flip: bool = False, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
-        super().__init__(dataset, batch_size, device, seed, flip)
-        self.mean = torch.tensor(dataset.mean, device=device).repeat(image_size)
-        self.std = torch.tensor(dataset.std, device=device).repeat(image_size)
+        super().__init__(dataset, batch_size, device, seed, image_size, flip, rank, world_size)
         self._plan: list[list] = []  # the (index, seed) pairs of each batch of an epoch; the loader reads it anew
-        crops = _Crops(list(dataset.paths), image_size, self.flip)
+        train = train_transform(image_size, crop, self.flip, augment, vertical_flip)
+        sources: Any = getattr(dataset, "data", None)
+        if sources is None:
+            sources = [path for path, _ in dataset.samples]
+        else:
+            sources = torch.as_tensor(sources).permute(0, 3, 1, 2)
+        crops = _Crops(sources, train, eval_transform(image_size, crop), image_size)
         self._loader = DataLoader(
             crops, batch_sampler=self._plan, num_workers=workers, collate_fn=crops.stack,
             pin_memory=self.targets.is_cuda, persistent_workers=workers > 0,
@@ -97,11 +90,11 @@ class ImageFileBatches(Batches):
         return self._batches(torch.arange(n), [None] * n)
 
     def _batches(self, order, seeds):
-        items, slices = list(zip(order.tolist(), seeds, strict=True)), list(self._slices())
+        items, slices = list(zip(order.tolist(), seeds, strict=True)), self._slices()
         targets = self.targets[order.to(self.targets.device)]  # one upload an epoch
         self._plan[:] = [items[batch] for batch in slices]
         for batch, images in zip(slices, _read(self._loader), strict=True):
-            yield normalise(images.to(targets.device, non_blocking=True), self.mean, self.std), targets[batch]
+            yield self._normalised(images), targets[batch]
 
 
 def _read(loader):
@@ -115,3 +108,23 @@ def _read(loader):
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(f"a process that reads images died: a smaller -j may help ({error})") from None
+
+
+def decode(paths: Sequence[str], image_size: int, workers: int = 1) -> np.ndarray:
+    """Every image resized to image_size x image_size, to be kept in memory: (N, image_size, image_size, 3) uint8.
+
+    Args:
+        workers: threads that decode.
+
+    Raises:
+        DataError: see `imbalance_folder.open_image`.
+    """
+
+    def one(path):
+        image = functional.pil_to_tensor(open_image(path))
+        return functional.resize(image, [image_size, image_size]).permute(1, 2, 0).numpy()
+
+    images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
+    for number, image in enumerate(map_in_threads(one, paths, workers)):
+        images[number] = image
+    return images

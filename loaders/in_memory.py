@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from loaders import Batches, sampled_order
-from loaders.transforms import crop_and_flip, normalise
+from loaders.augment import AUGMENTS, seeded
+from loaders.transforms import crop_and_flip
 from utils import epoch_generator
 
 
@@ -16,38 +17,56 @@ class InMemoryBatches(Batches):
     Args:
         dataset: with `data`, (N, H, W, 3) uint8; of one image size.
         padding: zero pixels around an image before the random crop back to H x W.
+        augment: a name in `loaders.augment.AUGMENTS`. All but 'none' are made image by image on the host.
         The others: see `loaders.Batches`.
     """
 
     def __init__(
         self, dataset: Any, batch_size: int, device: torch.device | str = "cpu", seed: int = 0, padding: int = 4,
-        flip: bool | None = None,
+        flip: bool | None = None, augment: str = "none", rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
-        super().__init__(dataset, batch_size, device, seed, flip)
-        self.images, self.padding = torch.as_tensor(dataset.data).to(device), padding
-        width = self.images.shape[2]
-        self.mean = torch.tensor(dataset.mean, device=device).repeat(width)
-        self.std = torch.tensor(dataset.std, device=device).repeat(width)
+        images = torch.as_tensor(dataset.data)
+        width = images.shape[2]
+        super().__init__(dataset, batch_size, device, seed, width, flip, rank, world_size)
+        self.padding, self.augment, self.draws_on_host = padding, AUGMENTS[augment].make(width), augment != "none"
+        self.images = images.to("cpu" if self.draws_on_host else device)
 
-    def train_epoch(self, epoch: int, rates: torch.Tensor | None = None) -> "TrainEpoch":
+    def train_epoch(self, epoch: int, rates: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Augmented batches: images (B, 3, H, W) float32 in channels-last layout, targets (B,).
 
         Args:
             epoch: with the seed, all that the draws depend on.
             rates: (N,) float64 weights: draw N images with replacement, in proportion; None: a shuffle.
+
+        Returns:
+            A TrainEpoch, which a CUDA graph can hold; with `augment` a plain iterator.
         """
-        generator, n = epoch_generator(self.seed, epoch), len(self.targets)
+        generator, n, slices = epoch_generator(self.seed, epoch), len(self.targets), self._slices()
+
+        def mine(draws):  # this rank's, batch after batch
+            return torch.cat([draws[batch] for batch in slices])
+
         order = sampled_order(n, generator, rates)
         offsets = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=generator)
         flips = (torch.rand(n, generator=generator) < 0.5) & self.flip
-        slices = list(self._slices())  # this rank's draws, batch after batch
-        mine = (torch.cat([draws[batch] for batch in slices]) for draws in (order, offsets, flips))
-        return TrainEpoch(self, [batch.stop - batch.start for batch in slices], *mine)
+        batches = TrainEpoch(self, [part.stop - part.start for part in slices], mine(order), mine(offsets), mine(flips))
+        if not self.draws_on_host:
+            return batches
+        return self._augmented(batches, mine(torch.randint(2**62, (n,), generator=generator)).tolist())
+
+    def _augmented(self, batches, seeds):
+        """The batches, each image augmented with a seed of its own."""
+        for size in batches.sizes:
+            images, targets = batches.crops(size)
+            for image, seed in zip(images, seeds[:size], strict=True):
+                image.copy_(seeded(self.augment, image.permute(2, 0, 1), seed).permute(1, 2, 0))
+            seeds = seeds[size:]
+            yield self._normalised(images), targets
 
     def eval_epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches in order, not augmented."""
         for batch in self._slices():
-            yield normalise(self.images[batch], self.mean, self.std), self.targets[batch]
+            yield self._normalised(self.images[batch]), self.targets[batch]
 
 
 class TrainEpoch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
@@ -83,8 +102,13 @@ class TrainEpoch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
 
     def take(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The next `size` images and their targets."""
+        images, targets = self.crops(size)
+        return self.source._normalised(images), targets
+
+    def crops(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next `size` images as (size, H, W, 3) uint8, cropped and flipped, and their targets."""
         source, places = self.source, self.places[:size]
         chosen = self.order[places]
         images = crop_and_flip(source.images[chosen], self.offsets[places], self.flips[places], source.padding)
         self.places += size
-        return normalise(images, source.mean, source.std), source.targets[chosen]
+        return images, source.targets[chosen]

@@ -1,8 +1,8 @@
 """An epoch of training and an evaluation: what every script shares. Knows no flags and no files."""
 
-import contextlib
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from loaders.in_memory import TrainEpoch
 from training import distributed
 from training.cuda_graph import StepGraph
-from training.metrics import MetricAccumulator, group_accuracy
+from training.metrics import CLASS_FIGURES, MetricAccumulator
 from training.precision import Precision
 from utils import DataError
 
@@ -24,7 +24,11 @@ EVALUATION_PIXELS = 2**21
 
 
 class NonFiniteLoss(DataError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite; `batch` is the first bad batch, counted from 0."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__(f"the loss is not finite in batch {batch + 1}")
+        self.batch = batch
 
 
 def train_one_epoch(
@@ -36,21 +40,26 @@ def train_one_epoch(
     precision: Precision | None = None,
     on_batch: OnBatch | None = None,
     graph: StepGraph | None = None,
+    after_step: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
     """One pass over `batches`, (images, targets) on the model's device: this rank's slices of the global batches.
 
     Nothing is read from the device in between, but what `on_batch` reads.
 
     Args:
+        batches: targets are labels (N,), or soft ones (N, K) for a criterion that accepts them.
         graph: trains most batches by replaying a captured step, if `batches` is a TrainEpoch; the same in every epoch.
+        after_step: called after each step of the optimizer, on the host: an average of the weights, for example.
 
     Returns:
-        dict(loss, acc1, acc5, seen, ib_factor): accuracies in percent; ib_factor is the mean factor of each class
-        (None for a class without samples), or None for a criterion that has no factor.
+        dict(loss, acc1, acc5, seen, seconds, ib_factor): accuracies in percent, of soft targets' likeliest class;
+        ib_factor is the mean factor of each class (None for a class without samples), or None for a criterion that
+        has no factor.
 
     Raises:
         NonFiniteLoss: with the number of the first bad batch.
     """
+    started = time.monotonic()
     model.train()
     precision = precision or Precision()
     metrics = MetricAccumulator(num_classes, next(model.parameters()).device, by_class=False)
@@ -63,13 +72,16 @@ def train_one_epoch(
     def step(images, target):
         train_step(model, images, target, criterion, optimizer, precision, metrics)
 
-    with _batches_counted_once(model, metrics):
-        for batch, size in enumerate(_each_step(batches, step) if graph is None else graph.steps(step)):
-            metrics.count_batch(size)
-            if on_batch is not None:
-                on_batch(batch, metrics)
+    for batch, size in enumerate(_each_step(batches, step) if graph is None else graph.steps(step)):
+        metrics.count_batch(size)
+        if after_step is not None:
+            after_step()
+        if on_batch is not None:
+            on_batch(batch, metrics)
     figures = finite_figures(metrics)
-    return {**figures, "ib_factor": metrics.mean_factors() if criterion.needs_features else None}
+    factors = metrics.mean_factors() if criterion.needs_features else None
+    distributed.broadcast_buffers(model)
+    return {**figures, "ib_factor": factors, "seconds": time.monotonic() - started}
 
 
 def _each_step(batches, step):
@@ -88,7 +100,7 @@ def train_step(
     precision: Precision,
     metrics: MetricAccumulator,
 ) -> None:
-    """A step on one batch: images (N, 3, H, W), target (N,).
+    """A step on one batch: images (N, 3, H, W), target (N,) or (N, K).
 
     Whatever changes from step to step is a tensor that is changed in place, and nothing is read from the device, so
     that a CUDA graph can hold the step. lr, criterion and N stay as they were when the graph was captured.
@@ -105,7 +117,8 @@ def train_step(
     ranks = distributed.world_size()
     # data parallel averages the gradients
     precision.step(loss if ranks == 1 else loss * ranks, optimizer)
-    metrics.add(logits.detach(), target, loss.detach() * samples)
+    labels = target if target.ndim == 1 else target.argmax(1)
+    metrics.add(logits.detach(), labels, loss.detach() * samples)
     if criterion.needs_features:
         metrics.add_factors(criterion.factor(logits.detach(), target, features.detach()), target)
 
@@ -113,21 +126,6 @@ def train_step(
 def _takes_empty(model):
     """Whether the model takes a batch without images: batch norm over all ranks does, and blanks would enter it."""
     return any(isinstance(part, torch.nn.SyncBatchNorm) for part in model.modules())
-
-
-@contextlib.contextmanager
-def _batches_counted_once(model, metrics):
-    """Let batch norm's counters of batches, which nothing reads meanwhile, rise at the end: a kernel a layer less."""
-    layers = [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)]
-    layers = [layer for layer in layers if layer.training and layer.momentum is not None]
-    counters = [layer.num_batches_tracked for layer in layers]
-    for layer in layers:
-        layer.num_batches_tracked = None
-    try:
-        yield
-    finally:
-        for layer, counter in zip(layers, counters, strict=True):
-            layer.num_batches_tracked = None if counter is None else counter.add_(metrics.batches)
 
 
 def mean_over_ranks(
@@ -138,7 +136,8 @@ def mean_over_ranks(
     Returns:
         (loss, samples of the global batch).
     """
-    criterion.calibrate(logits, target, features, all_reduce_sum=distributed.all_reduce_sum)
+    if criterion.needs_features:
+        criterion.calibrate(logits, target, features, all_reduce_sum=distributed.all_reduce_sum)
     loss, count = criterion.per_sample(logits, target, features)
     if distributed.world_size() == 1:
         return loss.sum() / count.sum(), len(target)
@@ -151,7 +150,7 @@ def finite_figures(metrics: MetricAccumulator) -> dict[str, Any]:
     """`metrics.read()`; raises NonFiniteLoss, on every rank, if a loss was not finite on any."""
     figures = metrics.read()
     if not math.isfinite(figures["loss"]):
-        raise NonFiniteLoss(str(metrics.first_bad()))
+        raise NonFiniteLoss(metrics.first_bad())
     return figures
 
 
@@ -177,9 +176,11 @@ def evaluate(
         class_counts: training images of each class, for the groups.
 
     Returns:
-        dict(loss, acc1, acc5, seen, class_mean, many, medium, few, per_class, confusion), accuracies in percent,
-        None for what has no images.
+        dict(loss, acc1, acc5, seen, those of `metrics.CLASS_FIGURES`, per_class, confusion, seconds), accuracies in
+        percent, None for what has no images.
     """
+    started = time.monotonic()
+    distributed.broadcast_buffers(model)  # of an average, which each rank makes of its own
     model.eval()
     precision = precision or Precision()
     metrics = MetricAccumulator(len(class_counts), next(model.parameters()).device)
@@ -191,5 +192,6 @@ def evaluate(
         metrics.add(logits, target, F.cross_entropy(logits.float(), target, reduction="sum"))
         metrics.count_batch(len(target))
     per_class, confusion = metrics.per_class()
-    groups = group_accuracy(per_class, class_counts)
-    return {**metrics.read(), **groups, "per_class": per_class, "confusion": confusion}
+    figures = {name: figure(per_class, confusion, class_counts) for name, figure in CLASS_FIGURES.items()}
+    seconds = time.monotonic() - started
+    return {**metrics.read(), **figures, "per_class": per_class, "confusion": confusion, "seconds": seconds}

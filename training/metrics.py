@@ -1,6 +1,6 @@
 """Accuracy of each class, of the many/medium/few groups, and the confusion matrix, counted on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,3 +106,15 @@ def group_accuracy(per_class: Sequence[float | None], class_counts: Sequence[int
     """dict(class_mean, many, medium, few): means of class accuracies; None for an empty group."""
     by_group = {name: mean_accuracy(per_class, labels) for name, labels in groups(class_counts).items()}
     return {"class_mean": mean_accuracy(per_class), **by_group}
+
+
+def _of_group(name):
+    return lambda per_class, confusion, class_counts: group_accuracy(per_class, class_counts)[name]
+
+
+#: What an evaluation reports beside loss, top-1 and top-5. name -> a figure, or None, of (accuracy of each class in
+#: percent or None, confusion matrix or None, training images of each class). A new entry reaches the CSV files,
+#: TensorBoard, summary.json and the screen.
+CLASS_FIGURES: dict[str, Callable[[Sequence, Sequence | None, Sequence[int]], float | None]] = {
+    name: _of_group(name) for name in ("class_mean", "many", "medium", "few")
+}

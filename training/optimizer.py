@@ -1,36 +1,79 @@
-"""SGD as published, and its state when a run resumes."""
+"""The optimizers by name, and their state when a run resumes.
+
+To add one: write a function of (model, lr, the settings that it depends on by their names) and name it in
+`OPTIMIZERS`.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 
-def sgd(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with momentum and L2 weight decay on all parameters, no Nesterov; fused.
+def sgd(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD with momentum and L2 weight decay, no Nesterov; fused.
 
     Momentum buffers start as zeros, which gives the same bits as buffers made by the first step. That step would leave
     them unset where fp16's scaler skips it.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     if momentum:
-        for parameter in model.parameters():
+        for parameter in _parameters(optimizer):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a checkpoint's momentum, of an official one too; lr, weight decay and the like stay the optimizer's own.
+def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, ICLR 2019) with PyTorch's betas and epsilon; fused, and fit for a CUDA graph."""
+    on_cuda = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=on_cuda)
 
-    The fused step wants buffers of its parameter's memory layout: the loaded ones are copied into such.
+
+#: name -> optimizer from (model, lr, the settings that it depends on)
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}
+
+
+def constants_of(name: str) -> tuple[str, ...]:
+    """Names of the settings on which an optimizer depends, beside the lr."""
+    return tuple(inspect.signature(OPTIMIZERS[name]).parameters)[2:]
+
+
+def make_optimizer(name: str, model: torch.nn.Module, lr: float, constants: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer of that name, which keeps its own settings when a state is loaded.
+
+    Args:
+        name: a key of `OPTIMIZERS`.
+        constants: values by name, among them those of `constants_of(name)`.
+    """
+    optimizer = OPTIMIZERS[name](model, lr, **{constant: constants[constant] for constant in constants_of(name)})
+    optimizer.register_load_state_dict_pre_hook(_as_own)
+    return optimizer
+
+
+def _as_own(optimizer, state):
+    """A loaded state with the optimizer's own settings, in its parameters' memory layout, which the fused step wants.
+
+    What the state lacks, as an official one before its first step, stays as it is.
 
     Raises:
-        Exception: whatever torch raises for a state of another model.
+        ValueError: the state of another model or another optimizer.
     """
-    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
-        for parameter in group["params"]:
-            buffer = optimizer.state[parameter].get("momentum_buffer")
-            if buffer is not None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
-            elif group["momentum"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    own = optimizer.state_dict()
+    for mine, loaded in zip(own["param_groups"], state["param_groups"], strict=True):
+        if len(mine["params"]) != len(loaded["params"]):
+            raise ValueError(f"{len(loaded['params'])} parameters there, {len(mine['params'])} here")
+        if not {"momentum", "betas"} & set(mine) <= set(loaded):
+            raise ValueError("it is the state of another optimizer")
+    values = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        found = {name: value for name, value in state["state"].get(index, {}).items() if value is not None}
+        values[index] = {**own["state"].get(index, {}), **found}
+        for name, value in found.items():
+            if torch.is_tensor(value) and value.ndim:
+                values[index][name] = torch.empty_like(parameter).copy_(value)
+    return {"state": {i: value for i, value in values.items() if value}, "param_groups": own["param_groups"]}
+
+
+def _parameters(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

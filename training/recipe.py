@@ -9,23 +9,9 @@ from torch import Tensor
 
 from losses import Loss
 from training import registry
+from training.registry import Stage
 
 SCHEDULES = ("step", "cosine")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What is in force in one epoch.
-
-    lr: learning rate; loss: a key of `registry.LOSSES`; class_weights: of `registry.CLASS_WEIGHTS`; sampler: of
-    `registry.SAMPLERS`; trains: 'all', or 'head': the last linear layer alone.
-    """
-
-    lr: float
-    loss: str
-    class_weights: str
-    sampler: str
-    trains: str = "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +30,19 @@ class Recipe:
     constants: what losses, class weights and samplers depend on, by name (`registry.all_constants`).
     """
 
-    loss_type: str = "CE"
-    train_rule: str = "None"
-    epochs: int = 200
-    lr: float = 0.1
-    start_ib_epoch: int = 100
-    warmup_epochs: int = 5
-    milestones: tuple[int, ...] = (160, 180)
-    lr_factors: tuple[float, ...] = (0.01, 0.01)
-    ib_lr_factor: float = 0.01
-    keep_warmup: bool = False
-    drw_epoch: int = 160
-    schedule: str = "step"
-    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    loss_type: str
+    train_rule: str
+    epochs: int
+    lr: float
+    start_ib_epoch: int
+    warmup_epochs: int
+    milestones: tuple[int, ...]
+    lr_factors: tuple[float, ...]
+    ib_lr_factor: float
+    keep_warmup: bool
+    drw_epoch: int
+    schedule: str
+    constants: Mapping[str, Any]
 
     @classmethod
     def from_settings(cls, settings: Any) -> "Recipe":
@@ -79,6 +65,10 @@ class Recipe:
         start = registry.RULES[self.train_rule].start
         return 0 if start is None else getattr(self, start)
 
+    def draws_head(self, epoch: int) -> bool:
+        """Whether this epoch starts with a head drawn anew: the first in which the head alone is trained."""
+        return epoch == self.rule_start and self.stage(epoch).trains == "head"
+
     def stages(self) -> list[Stage]:
         """The stages of all epochs."""
         return [self.stage(epoch) for epoch in range(self.epochs)]
@@ -97,6 +87,11 @@ class Recipe:
     def sampling_rates(self, stage: Stage, class_counts: Sequence[int]) -> Tensor | None:
         """The rate at which an image of each class is drawn, (K,) float64, or None for a shuffle."""
         return registry.sampling_rates(stage, self.constants, class_counts)
+
+    def image_rates(self, stage: Stage, class_counts: Sequence[int], targets: Tensor) -> Tensor | None:
+        """The rate at which each image is drawn, (N,) float64, or None for a shuffle; targets (N,)."""
+        rates = self.sampling_rates(stage, class_counts)
+        return None if rates is None else rates[targets.cpu()]
 
     def constants_at(self, epoch: int) -> dict[str, Any]:
         """The constants in force in `epoch`, by name."""

@@ -8,14 +8,26 @@ constants that it depends on, which are settings (experiment/settings.py).
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 import losses
 
-if TYPE_CHECKING:
-    from training.recipe import Stage
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What is in force in one epoch.
+
+    lr: learning rate; loss: a key of `LOSSES`; class_weights: of `CLASS_WEIGHTS`; sampler: of `SAMPLERS`; trains:
+    'all', or 'head': the last linear layer alone.
+    """
+
+    lr: float
+    loss: str
+    class_weights: str
+    sampler: str
+    trains: str = "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +137,7 @@ RULES: dict[str, RuleEntry] = {
 }
 
 
-def constants_of(stage: "Stage") -> tuple[str, ...]:
+def constants_of(stage: Stage) -> tuple[str, ...]:
     """Names of the constants on which the stage's loss, class weights and sampler depend, each once."""
     names = [*LOSSES[stage.loss].constants]
     for function in (CLASS_WEIGHTS[stage.class_weights], SAMPLERS[stage.sampler]):
@@ -140,13 +152,13 @@ def all_constants() -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def build_criterion(stage: "Stage", constants: Mapping[str, Any], class_counts: Sequence[int]) -> losses.Loss:
+def build_criterion(stage: Stage, constants: Mapping[str, Any], class_counts: Sequence[int]) -> losses.Loss:
     """The criterion of a stage: criterion(logits, target, features), see losses.py."""
     weights = _call(CLASS_WEIGHTS[stage.class_weights], constants, class_counts)
     return _call(LOSSES[stage.loss].build, constants, class_counts, weights)
 
 
-def sampling_rates(stage: "Stage", constants: Mapping[str, Any], class_counts: Sequence[int]) -> Tensor | None:
+def sampling_rates(stage: Stage, constants: Mapping[str, Any], class_counts: Sequence[int]) -> Tensor | None:
     """The rate at which an image of each class is drawn, (K,) float64, or None for a shuffle."""
     return _call(SAMPLERS[stage.sampler], constants, class_counts)
 

@@ -19,7 +19,7 @@ from script_runner import (
     run_ok,
 )
 
-from experiment import fit
+import cifar_train
 from utils import epoch_seed
 
 #: Three epochs of the whole network, two of a new head.
@@ -32,9 +32,9 @@ HEAD = ("linear.weight", "linear.bias")
 
 def heads_at_start(args, cwd, capsys):
     """[(weight, its momentum, labels seen)] of each epoch that trains the head alone; weights from before it."""
-    train_one_epoch, found = fit.train_one_epoch, []
+    train_one_epoch, found = cifar_train.train_one_epoch, []
 
-    def watched(model, batches, criterion, optimizer, *rest):
+    def watched(model, batches, criterion, optimizer, *rest, **more):
         labels = []
 
         def seen():
@@ -45,9 +45,9 @@ def heads_at_start(args, cwd, capsys):
         if len(list(model.parameters())) <= len(HEAD):
             (weight, *_) = model.parameters()
             found.append((weight.detach().clone(), optimizer.state[weight]["momentum_buffer"].clone(), labels))
-        return train_one_epoch(model, seen(), criterion, optimizer, *rest)
+        return train_one_epoch(model, seen(), criterion, optimizer, *rest, **more)
 
-    with mock.patch.object(fit, "train_one_epoch", watched):
+    with mock.patch.object(cifar_train, "train_one_epoch", watched):
         run_ok(args, cwd, capsys)
     return found
 

@@ -2,10 +2,7 @@
 
 import subprocess
 import sys
-import types
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from image_runs import make_inat
@@ -13,9 +10,6 @@ from script_runner import DIGITS, REPOSITORY, environment, load_checkpoint, mess
 
 import losses
 from loaders import batch_slices
-from loaders.in_memory import InMemoryBatches
-from loaders.resized_crops import ResizedCropBatches
-from training import distributed
 
 DRIVER = REPOSITORY / "tests" / "helpers" / "distributed_run.py"
 #: 309 images in batches of 44: seven of them and a last one of a single image, of which the second rank has none.
@@ -41,15 +35,6 @@ def weights(cwd, name):
 # ------------------------------------------------------------------------------------ the parts of a batch
 
 
-def with_ranks(ranks, make):
-    """What `make()` gives on each of `ranks` ranks."""
-    found = []
-    for rank in range(ranks):
-        with mock.patch.multiple(distributed, world_size=lambda: ranks, rank=lambda rank=rank: rank):
-            found.append(make())
-    return found
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("items", [0, 1, 4, 5, 44])
 def test_parts_are_even_and_leave_nothing_out(ranks, items):
@@ -58,31 +43,6 @@ def test_parts_are_even_and_leave_nothing_out(ranks, items):
     ]
     assert [i for part in parts for i in part] == list(range(items))
     assert not items or max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def sources():
-    images = np.random.RandomState(0).randint(0, 256, (23, 8, 8, 3), dtype=np.uint8)
-    data = types.SimpleNamespace(
-        data=images, targets=list(range(23)), mean=(0.5,) * 3, std=(0.2,) * 3, flip=True, chosen=np.arange(23)
-    )
-    return {"tensors": InMemoryBatches(data, 10), "crops": ResizedCropBatches(data, images, 10, image_size=8)}
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", ["tensors", "crops"])
-@pytest.mark.parametrize("part", ["train", "resample", "eval"])
-def test_ranks_batches_put_together_are_the_single_processes(ranks, name, part):
-    source = sources()[name]
-    rates = torch.linspace(0, 1, 23, dtype=torch.float64) if part == "resample" else None
-
-    def batches():
-        return list(source.eval_epoch() if part == "eval" else source.train_epoch(3, rates))
-
-    whole, dealt = batches(), with_ranks(ranks, batches)
-    assert len(whole) == 3
-    for number, (images, target) in enumerate(whole):
-        assert torch.equal(torch.cat([rank[number][0] for rank in dealt]), images)
-        assert torch.equal(torch.cat([rank[number][1] for rank in dealt]), target)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

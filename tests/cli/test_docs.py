@@ -15,7 +15,7 @@ from experiment.parser import SCRIPTS, build_parser, parse
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]}
 PAGES |= {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.glob("docs/*.md"))}
-FLAGS_PAGE, RESULTS = PAGES["docs/flags.md"], re.compile(r"^<!-- (results/\S+) -->\n((?:\|.*\n)+)", flags=re.M)
+RESULTS = re.compile(r"^<!-- (results/\S+) -->\n((?:\|.*\n)+)", flags=re.M)
 
 
 def blocks(language):
@@ -25,14 +25,14 @@ def blocks(language):
     ]
 
 
-def commands(*launchers):
-    """(page, script, arguments) of every command in a block; placeholders in <...> and '...' are left out."""
-    lines = [(page, line) for page, block in blocks("") for line in block.splitlines()]
-    words = [(page, shlex.split(line.split("  #")[0])) for page, line in lines if line.startswith(launchers)]
-    for page, command in words:
-        script = next((i for i, word in enumerate(command) if word.endswith(".py")), None)
-        if script is not None and "..." not in command and not any("<" in word for word in command):
-            yield pytest.param(command[script], command[script + 1 :], id=f"{page}:{' '.join(command)[:60]}")
+def commands(page):
+    """(script, arguments) of every command in a page's blocks; placeholders in <...> and '...' are left out."""
+    lines = [line for of, block in blocks("") for line in block.splitlines() if of == page]
+    for line in lines:
+        words = shlex.split(line.split("  #")[0]) if line.startswith(("python ", "torchrun ")) else []
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if script is not None and "..." not in words and not any("<" in word for word in words):
+            yield words[script], words[script + 1 :]
 
 
 def cells(table):
@@ -52,8 +52,15 @@ def test_there_are_the_four_published_commands():
     assert sum("--num_classes 100 " in line for line in PAGES["README.md"].splitlines()) == 4
 
 
-@pytest.mark.parametrize(("script", "arguments"), list(commands("python ", "torchrun ")))
-def test_every_command_is_one(script, arguments, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_one(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for script, arguments in commands(page):
+        check_command(script, arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def check_command(script, arguments, capsys):
     assert (ROOT / script).is_file()
     if script == "reproduce.py":
         options = reproduce.build_parser().parse_args(arguments)
@@ -63,13 +70,12 @@ def test_every_command_is_one(script, arguments, capsys, tmp_path, monkeypatch):
         source = (ROOT / script).read_text() + (ROOT / "prepare_tinyimagenet.py").read_text()
         assert [flag for flag in arguments if flag.startswith("--") and f'"{flag}"' not in source] == []
         return
-    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
     settings = parse(script, arguments)
     importlib.import_module(script.removesuffix(".py")).main([*arguments, "--dry_run"])
     rows = capsys.readouterr().out.split()
     assert rows[0] == "epoch_from_0,lr,loss,class_weights,sampler"
     assert len(rows) == settings.epochs + 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_make_targets_and_modules_exist():
@@ -84,65 +90,9 @@ def test_make_targets_and_modules_exist():
 # ------------------------------------------------------------------------------------------------- flags
 
 
-def actions(script):
-    """{flags: action} of a script, without --help."""
-    return {tuple(a.option_strings): a for a in build_parser(script)._actions if a.dest != "help"}
-
-
-def shown(action):
-    """A default as the page has it."""
-    default = action.default
-    if action.nargs == 0:
-        return "off"
-    if action.dest == "workers":
-        return "cores, at most 4"
-    if default is None or default in ("", ()):
-        return "none" if action.dest != "train_rule" else "None"
-    if isinstance(default, (tuple, list)):
-        return " ".join(f"{item:g}" for item in default)
-    return f"{default:g}" if isinstance(default, (int, float)) else str(default)
-
-
-ALL_FLAGS = {
-    flags: {s: actions(s)[flags] for s in SCRIPTS if flags in actions(s)} for s in SCRIPTS for flags in actions(s)
-}
-
-
-def flag_rows():
-    """{flags: (default, text)} of the tables of flags.md."""
-    rows = [row for table in tables_of(FLAGS_PAGE) if table[0][:2] == ["flag", "default"] for row in table[1:]]
-    return {tuple(re.findall(r"`(-[^`]+)`", row[0])): row[1:] for row in rows}
-
-
-def test_the_page_of_flags_has_every_flag_and_no_other():
-    assert set(flag_rows()) == set(ALL_FLAGS)
-
-
-@pytest.mark.parametrize("flags", ALL_FLAGS, ids=lambda flags: flags[-1])
-def test_defaults_and_choices_are_those_of_the_parsers(flags):
-    default, text = flag_rows()[flags]
-    of = ALL_FLAGS[flags]
-    defaults = {shown(action) for action in of.values()}
-    differs = next(
-        (row for row in tables_of(FLAGS_PAGE[FLAGS_PAGE.index("## Where") :])[0] if row[0].strip("`") in flags), None
-    )
-    if differs:
-        assert differs[1:] == [shown(of[script]) if script in of else "no flag" for script in SCRIPTS]
-    if default == "differs":
-        assert differs
-    else:
-        assert {default} == defaults
-    for action in of.values():
-        if action.choices and len(action.choices) < 12:
-            assert set(map(str, action.choices)) <= set(re.findall(r"`([^`]+)`", text)) | {
-                "tinyimagenet",
-                "inaturalist",
-            }
-
-
 def test_flags_named_on_the_pages_exist():
     """In running text and tables; commands are tested above."""
-    known = {flag for flags in ALL_FLAGS for flag in flags}
+    known = {flag for script in SCRIPTS for a in build_parser(script)._actions for flag in a.option_strings}
     subparsers = next(a for a in reproduce.build_parser()._actions if a.choices and "run" in a.choices).choices
     known |= {flag for p in subparsers.values() for a in p._actions for flag in a.option_strings}
     known |= {"--help", "--max-restarts"}  # torchrun's
@@ -161,8 +111,7 @@ def test_flags_named_on_the_pages_exist():
 
 
 def figures():
-    found = [(page, path, table) for page, text in PAGES.items() for path, table in RESULTS.findall(text)]
-    return [pytest.param(path, table, id=f"{page}:{path}:{i}") for i, (page, path, table) in enumerate(found)]
+    return [found for text in PAGES.values() for found in RESULTS.findall(text)]
 
 
 def test_every_table_of_results_says_its_file():
@@ -172,8 +121,12 @@ def test_every_table_of_results_says_its_file():
                 assert any(table == marked for _, marked in RESULTS.findall(text)), (page, table)
 
 
-@pytest.mark.parametrize(("path", "table"), figures())
-def test_tables_are_those_of_the_results(path, table):
+def test_tables_are_those_of_the_results():
+    for path, table in figures():
+        check_table(path, table)
+
+
+def check_table(path, table):
     rows = cells(table)
     if path.endswith(".json"):
         _check_speed(rows, json.loads((ROOT / path).read_text())["spread"])
@@ -230,19 +183,22 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(path.read_text()), target
 
 
-@pytest.mark.parametrize(("page", "snippet"), blocks("python"))
-def test_snippets_run(page, snippet, capsys):
-    torch.manual_seed(0)
-    body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 16), torch.nn.ReLU())
-    names = {
-        "torch": torch, "class_counts": [50, 20, 10, 9, 8, 7, 6, 5, 4, 3], "images": torch.randn(4, 3, 32, 32),
-        "target": torch.tensor([0, 1, 2, 9]), "body": body, "head": torch.nn.Linear(16, 10),
-    }  # fmt: skip
-    exec(snippet, names)
-    names["loss"].sum().backward()
-    trained = names.get("model", names["head"])
-    assert all(torch.isfinite(p.grad).all() for p in trained.parameters())
-    assert any(p.grad.abs().sum() > 0 for p in trained.parameters())
+def test_snippets_of_losses_run():
+    """On README and docs/loss.md: a snippet makes `loss` of names that its page speaks of."""
+    found = [(page, snippet) for page, snippet in blocks("python") if page != "docs/extending.md"]
+    assert len(found) > 3
+    for page, snippet in found:
+        torch.manual_seed(0)
+        body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 16), torch.nn.ReLU())
+        names = {
+            "torch": torch, "class_counts": [50, 20, 10, 9, 8, 7, 6, 5, 4, 3], "images": torch.randn(4, 3, 32, 32),
+            "target": torch.tensor([0, 1, 2, 9]), "body": body, "head": torch.nn.Linear(16, 10),
+        }  # fmt: skip
+        exec(snippet, names)
+        names["loss"].sum().backward()
+        trained = names.get("model", names["head"])
+        assert all(torch.isfinite(p.grad).all() for p in trained.parameters()), page
+        assert any(p.grad.abs().sum() > 0 for p in trained.parameters()), page
 
 
 # ------------------------------------------------------------------------------------------------- form

@@ -179,7 +179,7 @@ def test_a_checkpoint_that_tells_no_images_chooses_no_correction(copied, capsys)
     args = ["--dataset", "digits", "-a", "tiny", "-e", "--resume", "published.pth", "--val_fraction", "0.3"]
     status, _, err = run_main([*args, "--posthoc_la", "0", "1"], copied, capsys)
     assert status == 2
-    assert "published.pth does not tell on which images it was trained" in messages(err)[-1]
+    assert "published.pth does not record its training images" in messages(err)[-1]
     assert run_main([*args, "--posthoc_la", "1"], copied, capsys)[0] == 0
     assert run_main([*args, "--posthoc_la", "0", "1", "--force"], copied, capsys)[0] == 0
 
@@ -213,7 +213,7 @@ def test_overwriting_a_run_removes_its_evaluation(copied, capsys):
     evaluate(copied, capsys, "--posthoc_la", "1", "--save_logits")
     evaluate(copied, capsys, "--tau_norm", "1")
     run_ok([*RUN, "--overwrite"], copied, capsys)
-    assert [path.name for path in (log_folder(copied) / "evaluate").rglob("*")] == []
+    assert not (log_folder(copied) / "evaluate").exists()
 
 
 def test_logits_that_are_not_finite_are_no_accuracy(copied, capsys):

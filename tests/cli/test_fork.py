@@ -1,5 +1,6 @@
 """Fork: a second phase that starts from another run's checkpoint is the run that was never forked."""
 
+import json
 import shutil
 from unittest import mock
 
@@ -14,14 +15,16 @@ from script_runner import (
     log_folder,
     messages,
     model_folder,
+    read_csv,
     read_logs,
     run_main,
     run_ok,
+    scalars,
     snapshot,
 )
 
-from experiment import resume
 from experiment.records import best_epoch
+from training import metrics
 
 
 @pytest.mark.parametrize(
@@ -34,19 +37,28 @@ from experiment.records import best_epoch
         ("IB", "IBReweight", ["--alpha", "auto"]),
         ("IB", "DRW", []),
         ("CE", "DRW", []),
+        ("IB", "None", ["--optimizer", "adamw", "--lr", "0.001"]),
+        ("IB", "None", ["--ema", "0.9"]),
+        ("BS", "None", ["--mixup", "0.4", "--start_ib_epoch", "2"]),
     ],
 )
-def test_a_fork_is_the_run_never_forked(loss, rule, flags, ce_run, tmp_path, capsys):
-    before = snapshot(ce_run), snapshot(log_folder(tmp_path))
+def test_a_fork_is_the_run_never_forked(loss, rule, flags, tmp_path, capsys):
+    source = [*FIVE, *TINY, *(flags if set(flags) & {"--optimizer", "--ema", "--mixup"} else [])]
+    source += ["--loss_type", "BS"] if loss == "BS" else []
+    run_ok([*source, "--keep_epochs", "1", "--exp_str", "source"], tmp_path, capsys)
+    ce_run = model_folder(tmp_path, "BS" if loss == "BS" else "CE", exp="source")
+    before = snapshot(ce_run)
     args = [*FIVE, *TINY, "--loss_type", loss, "--train_rule", rule, *flags]
+    args += ["--train_rule", "DRW"] if loss == "BS" else []
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
     run_ok([*args, "--exp_str", "fork", "--resume", ce_run / "ckpt.epoch002.pth.tar"], tmp_path, capsys)
+    rule = "DRW" if loss == "BS" else rule
     whole, fork = (model_folder(tmp_path, loss, rule, exp=e) for e in ("whole", "fork"))
     for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
         assert_same_weights(fork / name, whole / name)
     logs = [read_logs(log_folder(tmp_path, loss, rule, exp=e)) for e in ("fork", "whole")]
     assert logs[0] == logs[1]
-    assert before == (snapshot(ce_run), snapshot(log_folder(tmp_path)))
+    assert before == snapshot(ce_run)
 
 
 def test_a_fork_whose_best_epoch_is_in_phase_one_has_its_best_checkpoint(ce_run, tmp_path, capsys):
@@ -67,39 +79,24 @@ def test_a_fork_can_itself_be_stopped_and_resumed(ce_run, tmp_path, capsys):
     assert_same_weights(fork, whole)
 
 
-@pytest.mark.parametrize("again", ["the same command", "auto"])
+@pytest.mark.parametrize("again", ["the same command", "without --resume", "auto"])
 def test_a_fork_stopped_in_its_first_epoch_is_continued(again, ce_run, tmp_path, capsys):
-    # its folder has the logs of the epochs before the fork, and no checkpoint of its own yet
     args = [*FIVE, *TINY, "--loss_type", "IB", "--alpha", "auto"]
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
     forked = [*args, "--resume", ce_run / "ckpt.epoch002.pth.tar"]
     status, _, err = break_off(forked, tmp_path, capsys, after=0)
-    kept = f"checkpoint/{model_folder(tmp_path, 'IB').name}/ckpt.epoch002.pth.tar"
+    own = f"checkpoint/{model_folder(tmp_path, 'IB').name}/ckpt.pth.tar"
     assert (status, messages(err)[-1]) == (
-        130, f"cifar_train.py: stopped by Ctrl-C: add --resume auto to continue from {kept}"
+        130, f"cifar_train.py: stopped by Ctrl-C: the same command continues from {own}"
     )  # fmt: skip
-    assert not (model_folder(tmp_path, "IB") / "ckpt.pth.tar").exists()
-    status, _, err = run_main(args, tmp_path, capsys)
-    assert status == 2
-    assert "holds this run after 2 epochs: --resume auto continues it" in messages(err)[-1]
-    out = run_ok(forked if again != "auto" else [*args, "--resume", "auto"], tmp_path, capsys)
+    again = {"the same command": forked, "without --resume": args, "auto": [*args, "--resume", "auto"]}[again]
+    out = run_ok(again, tmp_path, capsys)
     assert "after 2 epochs" in out
     whole, fork = (model_folder(tmp_path, "IB", exp=e) for e in ("whole", "0"))
     for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
         assert_same_weights(fork / name, whole / name)
     logs = [read_logs(log_folder(tmp_path, "IB", exp=e)) for e in ("0", "whole")]
     assert logs[0] == logs[1]
-
-
-def test_logs_that_go_beyond_the_fork_are_not_written_over(ce_run, tmp_path, capsys):
-    args = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.epoch002.pth.tar"]
-    run_ok(args, tmp_path, capsys)
-    shutil.rmtree(model_folder(tmp_path, "IB"))
-    before = snapshot(tmp_path)
-    status, _, err = run_main(args, tmp_path, capsys)
-    assert status == 2
-    assert "holds the logs of this run after 5 epochs, but" in messages(err)[-1]
-    assert snapshot(tmp_path) == before
 
 
 def test_resample_run_forks_into_ib_with_resample_only(tmp_path, capsys):
@@ -114,12 +111,6 @@ def test_resample_run_forks_into_ib_with_resample_only(tmp_path, capsys):
     status, _, err = run_main([*args, "--loss_type", "IB", "--resume", path], tmp_path, capsys)
     assert status == 2
     assert "sampler is 'Resample' there and 'none' here" in err
-
-
-def test_every_run_keeps_its_fork_points(ce_run):
-    kept = {p.name for p in ce_run.iterdir() if "best" not in p.name}
-    assert kept == {f"ckpt{e}.pth.tar" for e in ("", ".previous", ".epoch001", ".epoch002", ".epoch003")}
-    assert [load_checkpoint(ce_run / f"ckpt.epoch00{n}.pth.tar")["epoch"] for n in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_an_ib_run_cannot_be_forked_into_ce_after_its_switch_but_before(tmp_path, capsys):
@@ -151,77 +142,6 @@ def test_a_constant_of_the_ib_loss_may_change_before_ib_starts_and_not_after(tmp
     assert_same_weights(fork, whole)
 
 
-@pytest.mark.parametrize("name", ["ckpt.pth.tar", "ckpt.epoch001.pth.tar"])
-def test_a_fork_takes_the_best_checkpoint_along(name, tmp_path, capsys):
-    """Of a finished run, and of a fork of a fork."""
-    run_ok([*FIVE, *TINY, "--epochs", "3", "--milestones", "2", "--keep_epochs", "1"], tmp_path, capsys)
-    for exp, before in (("one", "0"), ("two", "one")):
-        path = model_folder(tmp_path, exp=before) / (
-            name if before == "0" or "001" in name else "ckpt.epoch003.pth.tar"
-        )
-        more = ["--epochs", "4", "--milestones", "2", "--exp_str", exp, "--resume", path]
-        with mock.patch("experiment.run.Run._write"):  # nothing better comes
-            run_main([*FIVE, *TINY, *more], tmp_path, capsys)
-        epoch = load_checkpoint(path)["epoch"]
-        best = model_folder(tmp_path, exp=exp) / "ckpt.best.pth.tar"
-        assert best.exists()
-        assert load_checkpoint(best)["epoch"] <= epoch
-        assert (model_folder(tmp_path, exp=exp) / f"ckpt.epoch{epoch:03}.best.pth.tar").exists()
-
-
-def test_a_fork_from_the_best_checkpoint_has_it_as_its_best(ce_run, tmp_path, capsys):
-    shutil.copy(ce_run / "ckpt.epoch002.best.pth.tar", ce_run / "ckpt.best.pth.tar")
-    args = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.best.pth.tar"]
-    break_off(args, tmp_path, capsys, after=0)
-    assert_same_weights(model_folder(tmp_path, "IB") / "ckpt.best.pth.tar", ce_run / "ckpt.best.pth.tar")
-
-
-def test_a_fork_whose_source_is_written_over_meanwhile_says_so(ce_run):
-    start = resume.ResumeState(epoch=2, path=str(ce_run / "ckpt.epoch003.pth.tar"), is_fork=True)
-    with pytest.raises(resume.DataError, match="was written over while this run started"):
-        resume.read_inherited(start)
-
-
-def third_epoch_is_worse(ce_run):
-    """The source's checkpoint after three epochs, with the second as its best epoch."""
-    path = ce_run / "ckpt.epoch003.pth.tar"
-    state = load_checkpoint(path)
-    state["history"][2]["score"] = 0.0
-    assert best_epoch(state["history"])["epoch"] == 1
-    torch.save(state, path)
-    shutil.copy(ce_run / "ckpt.epoch002.pth.tar", ce_run / "ckpt.epoch003.best.pth.tar")
-    return path
-
-
-FORK = [*FIVE, *TINY, "--loss_type", "IB", "--start_ib_epoch", "3", "--resume"]
-
-
-def test_a_fork_that_cannot_start_deletes_nothing(ce_run, tmp_path, capsys):
-    path = third_epoch_is_worse(ce_run)
-    run_ok([*FORK, path], tmp_path, capsys)
-    best = ce_run / "ckpt.epoch003.best.pth.tar"
-    content = bytearray(best.read_bytes())
-    content[len(content) // 2] ^= 1
-    best.write_bytes(content)
-    before = snapshot(tmp_path)
-    status, _, err = run_main([*FORK, path, "--overwrite"], tmp_path, capsys)
-    assert status == 1
-    assert f"{best} is damaged" in messages(err)[-1]
-    assert snapshot(tmp_path) == before
-
-
-def test_a_fork_finds_the_best_checkpoint_by_what_is_in_it(ce_run, tmp_path, capsys):
-    """Beside a copy; and not where the file of that name is another epoch's."""
-    copied, best = ce_run / "copied.pth.tar", model_folder(tmp_path, "IB") / "ckpt.best.pth.tar"
-    shutil.move(third_epoch_is_worse(ce_run), copied)
-    shutil.move(ce_run / "ckpt.epoch003.best.pth.tar", ce_run / "ckpt.best.pth.tar")
-    break_off([*FORK, copied], tmp_path, capsys, after=0)
-    assert_same_weights(best, ce_run / "ckpt.best.pth.tar")
-    shutil.copy(ce_run / "ckpt.pth.tar", ce_run / "ckpt.best.pth.tar")
-    break_off([*FORK, copied, "--overwrite"], tmp_path, capsys, after=0)
-    assert not best.exists()
-
-
 def test_the_same_command_on_a_finished_fork_needs_no_source(ce_run, tmp_path, capsys):
     args = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.epoch002.pth.tar"]
     run_ok(args, tmp_path, capsys, figures=True)
@@ -232,3 +152,50 @@ def test_the_same_command_on_a_finished_fork_needs_no_source(ce_run, tmp_path, c
     assert status == 2
     assert "holds a run with other settings" in messages(err)[-1]
     assert snapshot(tmp_path) == before
+
+
+def test_a_fork_takes_the_best_checkpoint_along(ce_run, tmp_path, capsys):
+    """Known by what is in it; where it is gone, no other one stands in for it."""
+    path = ce_run / "ckpt.epoch003.pth.tar"
+    state = load_checkpoint(path)
+    state["history"][2]["score"] = 0.0
+    assert best_epoch(state["history"])["epoch"] == 1, "the second epoch is the best of three"
+    torch.save(state, path)
+    shutil.copy(ce_run / "ckpt.epoch002.pth.tar", ce_run / "ckpt.epoch003.best.pth.tar")
+    fork = [*FIVE, *TINY, "--loss_type", "IB", "--start_ib_epoch", "3", "--resume", path]
+    break_off(fork, tmp_path, capsys, after=0)
+    best = model_folder(tmp_path, "IB") / "ckpt.best.pth.tar"
+    assert_same_weights(best, ce_run / "ckpt.epoch002.pth.tar")
+    assert (best.with_name("ckpt.epoch003.best.pth.tar")).exists()
+    shutil.copy(ce_run / "ckpt.pth.tar", ce_run / "ckpt.epoch003.best.pth.tar")
+    shutil.copy(ce_run / "ckpt.pth.tar", ce_run / "ckpt.best.pth.tar")
+    _, _, err = break_off([*fork, "--overwrite"], tmp_path, capsys, after=0)
+    assert not best.exists()
+    assert "the best checkpoint of the first 3 epochs is not beside" in err
+
+
+def test_a_fork_that_cannot_start_deletes_nothing(ce_run, tmp_path, capsys):
+    fork = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    run_ok(fork, tmp_path, capsys)
+    path = ce_run / "ckpt.epoch002.pth.tar"
+    path.write_bytes(path.read_bytes()[:-1000])
+    before = snapshot(tmp_path)
+    status, _, err = run_main([*fork, "--overwrite"], tmp_path, capsys)
+    assert status == 1
+    assert f"{path} is damaged" in messages(err)[-1]
+    assert snapshot(tmp_path) == before
+
+
+def test_a_new_figure_does_not_break_a_fork_from_an_older_checkpoint(ce_run, tmp_path, capsys):
+    """A metric that is added in one place reaches CSV, TensorBoard, summary.json and the screen."""
+    fork = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    worst = {"worst": lambda per_class, confusion, class_counts: min(per_class)}
+    with mock.patch.dict(metrics.CLASS_FIGURES, worst):
+        out = run_ok(fork, tmp_path, capsys)
+    log = log_folder(tmp_path, "IB")
+    rows = read_csv(log / "log_test.csv")
+    assert [row["worst"] == "n/a" for row in rows] == [True, True, False, False, False]
+    last = json.loads((log / "summary.json").read_text())["last"]
+    assert last["worst"] == min(last["per_class"]) == float(rows[-1]["worst"])
+    assert [step for step, _ in scalars(log)["test/worst"]] == [2, 3, 4]
+    assert f"worst {last['worst']:.2f}" in out

@@ -7,9 +7,7 @@ from script_runner import (
     FIVE,
     TINY,
     assert_same_weights,
-    break_off,
     messages,
-    model_folder,
     read_logs,
     run_main,
     run_ok,
@@ -17,10 +15,8 @@ from script_runner import (
 )
 
 LONGER = {
-    "CE": [],
     "IB": ["--loss_type", "IB", "--train_rule", "IBReweight"],
     "alpha auto": ["--loss_type", "IB", "--alpha", "auto"],
-    "Resample": ["--train_rule", "Resample"],
     "validation part": ["--val_fraction", "0.2"],
 }
 
@@ -43,22 +39,11 @@ def test_a_finished_run_is_made_longer_in_its_own_folder(flags, tmp_path, capsys
     assert "finished: nothing to do" in run_ok([*args, "--epochs", "7"], tmp_path, capsys)
 
 
-def test_a_longer_run_that_is_stopped_is_resumed(tmp_path, capsys):
-    args = [*FIVE, *TINY]
-    run_ok(args, tmp_path, capsys)
-    longer = [*args, "--epochs", "8", "--resume", "auto"]
-    assert break_off(longer, tmp_path, capsys, after=1)[0] == 130
-    run_ok(longer, tmp_path, capsys)
-    run_ok([*args, "--epochs", "8", "--exp_str", "whole"], tmp_path, capsys)
-    assert_same_weights(model_folder(tmp_path) / "ckpt.pth.tar", model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
-
-
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [
         (["--milestones", "3"], "in epoch 4, lr is "),
         (["--lr", "0.2"], "in epoch 1, lr is 0.02 there and 0.04 here"),
-        (["--warmup_epochs", "0"], "in epoch 1, lr is 0.02 there and 0.1 here"),
         (["--train_rule", "CBReweight", "--beta", "0.9"], "in epoch 1, beta is 0.9999 there and 0.9 here"),
         (["--batch-size", "32"], "batch_size is 64 there and 32 here"),
         (["--seed", "1"], "seed is 0 there and 1 here"),
@@ -93,11 +78,3 @@ def test_a_longer_run_without_resume_auto_is_refused_with_the_way_to_continue(tm
     assert "epochs is 5 there and 7 here" in messages(err)[0]
     assert "--resume auto" in messages(err)[0]
     assert snapshot(tmp_path) == before
-
-
-def test_a_finished_run_is_made_longer_in_a_folder_of_its_own(ce_run, tmp_path, capsys):
-    longer = [*FIVE, *TINY, "--epochs", "7", "--exp_str", "longer"]
-    run_ok([*longer, "--resume", ce_run / "ckpt.pth.tar"], tmp_path, capsys)
-    run_ok([*FIVE, *TINY, "--epochs", "7", "--exp_str", "whole"], tmp_path, capsys)
-    one, two = (model_folder(tmp_path, exp=e) / "ckpt.pth.tar" for e in ("longer", "whole"))
-    assert_same_weights(one, two)

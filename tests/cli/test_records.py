@@ -1,8 +1,10 @@
 """What a run leaves, read back: CSV, TensorBoard, figures, evaluation, published checkpoints, the dry run."""
 
+import contextlib
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,9 @@ from script_runner import (
     snapshot,
 )
 
-from experiment.records import Progress
+from experiment.records import Records
+from experiment.screen import Progress
+from training.metrics import MetricAccumulator
 
 FIGURES = ["class_accuracy.png", "confusion.png", "curves.png"]
 
@@ -66,13 +70,6 @@ def test_tensorboard_has_what_the_csv_files_have_and_no_step_twice(resumed, tmp_
         assert values == pytest.approx([history[e]["ib_factor"][int(k)] for e in steps], rel=1e-6)
         assert min(values) > 0
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
-
-
-def test_without_the_ib_loss_there_is_no_ib_factor(tmp_path, capsys):
-    run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
-    tags = scalars(log_folder(tmp_path))
-    assert "lr" in tags
-    assert not [tag for tag in tags if "ib_factor" in tag]
 
 
 # --------------------------------------------------------------------------------------------------- figures
@@ -244,14 +241,6 @@ def test_a_published_checkpoint_of_another_arch_is_refused(published, tmp_path, 
         assert "arch is 'tiny' there and 'resnet20' here" in err
 
 
-@pytest.mark.parametrize("start", [[], ["--start-epoch", "1"]])
-def test_a_checkpoint_of_weights_alone_is_resumed_at_the_start_epoch(start, published, tmp_path, capsys):
-    torch.save({"state_dict": load_checkpoint(published)["state_dict"]}, tmp_path / "weights.pth.tar")
-    out = run_ok([*TWO_EPOCHS, *TINY, "--resume", "weights.pth.tar", *start], tmp_path, capsys)
-    assert ("epoch 1/2 done" in out) == (not start)
-    assert "epoch 2/2 done" in out
-
-
 def test_pretrained_weights_are_what_training_starts_from(published, tmp_path, capsys):
     args = [*DIGITS, *TINY, "--epochs", "1", "--milestones", "--lr", "0", "--pretrained", published]
     run_ok(args, tmp_path, capsys)
@@ -300,14 +289,6 @@ def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tm
     assert 0.25 * total < held[0] < 0.35 * total
     assert sum(summary["class_counts"]) == seen[0]
     assert min(summary["class_counts"]) >= 1
-
-
-def test_without_val_fraction_the_best_is_the_first_of_the_highest_top1(tmp_path, capsys):
-    run_ok([*DIGITS, *TINY, "--epochs", "6", "--milestones"], tmp_path, capsys)
-    rows = read_csv(log_folder(tmp_path) / "log_test.csv")
-    accuracies = [float(row["acc1"]) for row in rows]
-    assert load_checkpoint(model_folder(tmp_path) / "ckpt.best.pth.tar")["epoch"] == 1 + np.argmax(accuracies)
-    assert {row["val_class_mean"] for row in rows} == {"n/a"}
 
 
 # ---------------------------------------------------------------------------------------- dry run, progress
@@ -367,20 +348,25 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(stream):
-    stream = stream()
-    progress = Progress(epochs=3, print_freq=2, stream=stream)
+def test_progress_is_one_bar_on_a_terminal_and_lines_elsewhere(stream):
+    stream, history = stream(), []
+    progress = Progress(first=0, epochs=3, print_freq=2, stream=stream)
+    metrics = MetricAccumulator(2, "cpu")
+    metrics.add(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), torch.tensor(2.5))
+    metrics.count_batch(2)
     for epoch in range(2):
         progress.epoch(epoch, batches=5, lr=0.02)
         for batch in range(5):
-            if progress.due(batch):
-                progress.show(batch, {"loss": 1.25, "acc1": 50.0})
-        progress.done(60.0, f"epoch {epoch + 1}/3 done")
+            progress.on_batch(batch, metrics)
+        test = {"acc1": 50.0, "acc5": 100.0, "many": None, "medium": 1.0, "few": 2.0}
+        record = {"epoch": epoch, "seconds": 60.0, "score": 50.0, "stage": {"loss": "CE"}, "train": {"loss": 1.0}}
+        history.append({**record, "test": test})
+        progress.done(history[-1], history)
+    progress.close()
     text = stream.getvalue()
-    assert text.count("done") == 2
+    assert text.count("done in 60.0 s") == 2
     if stream.isatty():
-        assert "\r" in text
-        assert "epoch 1/3:" in text
+        assert "2/3" in text
         assert "batch 1/5" not in text
     else:
         assert "\r" not in text
@@ -392,3 +378,50 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(stream):
         ]
         assert "lr 0.02  loss 1.2500  acc1 50.00  left 0:0" in lines[0]
         assert "left 0:02:00" in lines[-1]  # this epoch's minute and that of the last epoch
+
+
+def test_an_average_of_the_weights_is_tested_kept_as_the_best_and_evaluated(tmp_path, capsys):
+    args = [*DIGITS, *TINY, "--epochs", "3", "--milestones", "--ema", "0.9"]
+    run_ok(args, tmp_path, capsys)
+    summary = json.loads((log_folder(tmp_path) / "summary.json").read_text())
+    for name, which in (("ckpt.pth.tar", "last"), ("ckpt.best.pth.tar", "best")):
+        run_ok(["-e", "--resume", model_folder(tmp_path) / name, "--threads", "1"], tmp_path, capsys)
+        found = json.loads((log_folder(tmp_path) / "evaluate" / "evaluation.json").read_text())
+        assert (found["acc1"], found["loss"]) == (summary[which]["acc1"], summary[which]["loss"])
+    raw = load_checkpoint(model_folder(tmp_path) / "ckpt.pth.tar")
+    assert not torch.equal(raw["state_dict"]["conv1.weight"], raw["ema"]["module.conv1.weight"])
+    del raw["ema"]
+    torch.save(raw, tmp_path / "without.pth.tar")
+    status, _, err = run_main(["-e", "--resume", "without.pth.tar", "--threads", "1"], tmp_path, capsys)
+    assert status == 1
+    assert "without.pth.tar holds no state of 'ema'" in err
+
+
+def test_files_that_grew_are_those_made_of_the_whole_history(tmp_path):
+    history, files = [record_of(epoch) for epoch in range(4)], []
+    for folder, known in (("grown", []), ("resumed", history[:2]), ("made", history)):
+        with contextlib.closing(Records(str(tmp_path / folder), ["a", "b"], INFO, known)) as records:
+            for record in history[len(known) :]:
+                records.add(record)
+            records.write_summary(history)
+        names = [n for n in sorted(os.listdir(tmp_path / folder)) if not n.startswith("events")]
+        files.append({name: (tmp_path / folder / name).read_bytes() for name in names})
+    assert len(files[0]) == 5
+    assert files[0] == files[1] == files[2]
+    summary = json.loads(files[0]["summary.json"])
+    assert [record["epoch"] for record in summary["history"]] == [0, 1, 2, 3]
+    assert summary["history"][0]["test"]["loss"] is None, "NaN, which JSON lacks"
+    assert (summary["last"]["epoch"], summary["best"]["epoch"], summary["epochs_done"]) == (3, 3, 4)
+
+
+def record_of(epoch):
+    figures = {"loss": float("nan"), "acc1": 40.0 + epoch, "acc5": 90.0, "seen": 9, "seconds": 0.5}
+    groups = {"class_mean": 1 / 3, "many": None, "medium": 2.0, "few": 3.0, "per_class": [0.1, None]}
+    return {
+        "epoch": epoch, "time": 1e9 + epoch, "seconds": 1.5, "score": figures["acc1"], "ib_factor": None, "alpha": None,
+        "stage": {"lr": 0.1, "loss": "CE", "class_weights": "none", "sampler": "none"},
+        "train": figures, "test": {**figures, **groups}, "val": None,
+    }  # fmt: skip
+
+
+INFO = {"name": "a ünïcode \udce9 name", "settings": {"seed": 1}, "split": {"sha256": "0"}, "classes": ["a", "b"]}

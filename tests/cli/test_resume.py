@@ -1,7 +1,6 @@
 """Stop and resume: the same weights and logs as the run never stopped."""
 
 import json
-import os
 import shutil
 import signal
 from unittest import mock
@@ -10,7 +9,6 @@ import pytest
 import torch
 from script_runner import (
     DIGITS,
-    EPOCHS,
     FIVE,
     REAL,
     TINY,
@@ -29,9 +27,9 @@ from script_runner import (
     snapshot,
 )
 
-from experiment import fit
+import cifar_train
 from experiment.records import Records, best_epoch
-from training.precision import Precision
+from experiment.run import Run
 
 # ----------------------------------------------------------------------------------------------- killed, as processes
 
@@ -47,7 +45,7 @@ def never_stopped(tmp_path_factory):
     """An IB run of a published model as a process, never stopped: its folder, and its flags."""
     cwd = tmp_path_factory.mktemp("never_stopped")
     args = [*DIGITS, *REAL, "--epochs", "2", "--start_ib_epoch", "1", "--milestones", "1", "-p", "1"]
-    args += ["--loss_type", "IB", "--train_rule", "CBReweight"]
+    args += ["--loss_type", "IB", "--train_rule", "CBReweight", "--checkpoint_seconds", "0"]
     done = run_process(args, cwd)
     assert done.returncode == 0, done.stderr
     return cwd, args
@@ -88,7 +86,7 @@ def test_ce_run_forked_into_ib_as_a_process_is_the_ib_run(never_stopped, tmp_pat
     _, model = where(tmp_path, "CE", "None")
     stopped = snapshot(model)
     assert messages(err) == [
-        "cifar_train.py: stopped by Ctrl-C: add --resume auto to continue from "
+        "cifar_train.py: stopped by Ctrl-C: the same command continues from "
         "checkpoint/digits_resnet20_CE_None_exp_0.01_0/ckpt.pth.tar"
     ]
     assert not leftovers(tmp_path)
@@ -100,13 +98,14 @@ def test_ce_run_forked_into_ib_as_a_process_is_the_ib_run(never_stopped, tmp_pat
     assert snapshot(model) == stopped, "the fork wrote into the folder it came from"
 
 
-def test_sigterm_in_mid_epoch_stops_cleanly(tmp_path):
+def test_sigterm_in_mid_epoch_leaves_the_last_finished_epoch_on_the_disk(tmp_path):
+    # the default --checkpoint_seconds: no checkpoint was due yet
     args = [*DIGITS, *REAL, "--epochs", "2", "--milestones", "1", "-p", "1"]
     status, lines, err = run_process_until(args, tmp_path, "epoch 2/2  batch 2/", signal.SIGTERM)
     log, model = where(tmp_path, "CE", "None")
     assert status == 143
     (line,) = messages(err)
-    assert line.startswith("cifar_train.py: stopped by SIGTERM: add --resume auto to continue from checkpoint/")
+    assert line.startswith("cifar_train.py: stopped by SIGTERM: the same command continues from checkpoint/")
     assert "epoch 2/2 done" not in "".join(lines)
     assert load_checkpoint(model / "ckpt.pth.tar")["epoch"] == 1
     assert [row["epoch_from_0"] for row in read_csv(log / "log_train.csv")] == ["0"]
@@ -123,9 +122,9 @@ def test_a_run_broken_off_in_any_epoch_is_resumed_to_the_same_end(after, tmp_pat
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
     status, _, err = break_off(args, tmp_path, capsys, after)
     assert status == 130
-    assert ("no epoch was finished" if after == 0 else "--resume auto") in messages(err)[0]
-    out = run_ok([*args, "--resume", "auto"], tmp_path, capsys)
-    assert ("starting from scratch" in out) == (after == 0)
+    assert ("no epoch was finished" if after == 0 else "the same command continues from") in messages(err)[0]
+    out = run_ok(args, tmp_path, capsys)
+    assert ("resumes from" in out) == (after > 0)
     one, two = (model_folder(tmp_path, "IB", "IBReweight", exp=e) for e in ("0", "whole"))
     for name in ("ckpt.pth.tar", "ckpt.best.pth.tar", "ckpt.epoch002.pth.tar"):
         assert_same_weights(one / name, two / name)
@@ -141,6 +140,10 @@ RESUMED = {
     "alpha auto": ["--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto"],
     "alpha auto and DRW": ["--loss_type", "IB", "--train_rule", "DRW", "--alpha", "auto"],
     "validation part": ["--val_fraction", "0.2"],
+    "AdamW": ["--optimizer", "adamw", "--lr", "0.001"],
+    "EMA": ["--ema", "0.9", "--loss_type", "IB"],
+    "EMA and cRT": ["--ema", "0.9", "--train_rule", "cRT"],
+    "mixup": ["--mixup", "0.4", "--loss_type", "BS"],
 }
 
 
@@ -161,6 +164,9 @@ def test_every_kind_of_run_is_resumed_to_the_same_end(flags, after, tmp_path, ca
         assert torch.equal(value, states[1]["criterion"][name]), name
     assert states[0]["history"][-1]["alpha"] == states[1]["history"][-1]["alpha"]
     assert states[0]["history"][-1]["ib_factor"] == states[1]["history"][-1]["ib_factor"]
+    assert states[0].get("ema", {}).keys() == states[1].get("ema", {}).keys()
+    for name, value in states[0].get("ema", {}).items():
+        assert torch.equal(value, states[1]["ema"][name]), name
 
 
 def test_resumed_twice_is_still_the_same_run(tmp_path, capsys):
@@ -186,33 +192,7 @@ def test_a_line_cut_by_a_crash_is_mended(tmp_path, capsys):
     assert read_logs(log_folder(tmp_path)) == read_logs(log_folder(tmp_path, exp="whole"))
 
 
-@pytest.mark.parametrize("again", [[], ["--resume", "auto"]], ids=["the same command", "resume auto"])
-def test_a_run_stopped_between_its_last_checkpoint_and_its_logs_is_completed(again, tmp_path, capsys):
-    args = [*FIVE, *TINY]
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    add = Records.add
-
-    def stopped_at_the_end(self, record):
-        if record["epoch"] == EPOCHS - 1:
-            raise KeyboardInterrupt
-        add(self, record)
-
-    with mock.patch.object(Records, "add", stopped_at_the_end):
-        assert run_main(args, tmp_path, capsys)[0] == 130
-    run_ok([*args, *again], tmp_path, capsys, figures=True)
-    assert read_logs(log_folder(tmp_path)) == read_logs(log_folder(tmp_path, exp="whole"))
-    assert (log_folder(tmp_path) / "curves.png").exists()
-    names = [os.listdir(folder) for folder in (model_folder(tmp_path), model_folder(tmp_path, exp="whole"))]
-    assert sorted(names[0]) == sorted(names[1]), "it went on from a copy, as a fork does"
-
-
 # ----------------------------------------------------------------------------------------------------- smaller things
-
-
-def test_resume_auto_with_nothing_there_is_a_fresh_start_that_says_so(tmp_path, capsys):
-    out = run_ok([*FIVE, *TINY, "--resume", "auto"], tmp_path, capsys)
-    assert "no checkpoint in checkpoint/digits_tiny_CE_None_exp_0.01_0, starting from scratch" in out
-    assert [row["epoch_from_0"] for row in read_csv(log_folder(tmp_path) / "log_train.csv")] == list("01234")
 
 
 def test_a_drawn_seed_is_printed_recorded_and_inherited(tmp_path, capsys):
@@ -229,20 +209,6 @@ def test_a_drawn_seed_is_printed_recorded_and_inherited(tmp_path, capsys):
     assert "finished" in run_ok(args, tmp_path, capsys), "the same command, its seed still left out, is the same run"
     run_ok([*args, "--exp_str", "second"], tmp_path, capsys)
     assert load_checkpoint(model_folder(tmp_path, exp="second") / "ckpt.pth.tar")["settings"]["seed"] != seed
-
-
-def test_the_loss_scaler_of_fp16_gets_its_state_back(tmp_path, capsys):
-    break_off([*FIVE, *TINY], tmp_path, capsys, after=2)
-    path = model_folder(tmp_path) / "ckpt.pth.tar"
-    torch.save({**load_checkpoint(path), "scaler": {"scale": 512.0}}, path)
-    with mock.patch.object(Precision, "load_state_dict") as restored:
-        run_ok([*FIVE, *TINY, "--resume", "auto"], tmp_path, capsys)
-    restored.assert_called_once_with({"scale": 512.0})
-    scaler = Precision("fp16").scaler
-    scaler.load_state_dict({**scaler.state_dict(), "scale": 512.0})
-    again = Precision("fp16")
-    again.load_state_dict(scaler.state_dict())
-    assert again.state_dict()["scale"] == 512.0
 
 
 def test_start_epoch_numbers_the_first_epoch(tmp_path, capsys):
@@ -274,117 +240,108 @@ def test_a_checkpoint_with_all_epochs_done_has_nothing_to_go_on_with(ce_run, tmp
     assert "has 5 epochs done" in err
 
 
-def test_a_checkpoint_of_all_epochs_without_history_is_refused(tmp_path, capsys):
-    run_ok([*FIVE, *TINY], tmp_path, capsys)
-    path = model_folder(tmp_path) / "ckpt.pth.tar"
-    state = load_checkpoint(path)
-    del state["history"]
-    torch.save(state, path)
-    shutil.rmtree(tmp_path / "log")
-    for more in ([], ["--resume", "auto"]):
-        status, _, err = run_main([*FIVE, *TINY, *more], tmp_path, capsys)
-        assert status == 2
-        assert "no history to make logs of: evaluate it with -e" in messages(err)[-1]
-
-
-def test_the_run_folder_can_be_moved(tmp_path, capsys):
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    args = [*FIVE, *TINY]
-    break_off(args, here, capsys, after=2)
-    shutil.move(here, there)
-    out = run_ok([*args, "--resume", "auto"], there, capsys)
-    assert "after 2 epochs" in out
-    assert not os.path.exists(here)
-
-
-def test_resume_auto_skips_what_a_kill_left_behind(tmp_path, capsys):
-    args = [*FIVE, *TINY]
-    break_off(args, tmp_path, capsys, after=2)
-    stale = model_folder(tmp_path) / "ckpt.pth.tar.abcd1234"
-    stale.write_bytes(b"half a checkpoint")
-    run_ok([*args, "--resume", "auto"], tmp_path, capsys)
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    assert_same_weights(model_folder(tmp_path) / "ckpt.pth.tar", model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
-
-
-def test_a_checkpoint_from_before_flip_mirrored_its_digits_and_says_so(tmp_path, capsys):
-    break_off([*FIVE, *TINY, "--flip", "on"], tmp_path, capsys, after=2)
-    path = model_folder(tmp_path) / "ckpt.pth.tar"
-    state = load_checkpoint(path)
-    del state["settings"]["flip"]  # as an older run recorded it
-    torch.save(state, path)
-    status, _, err = run_main([*FIVE, *TINY, "--resume", "auto"], tmp_path, capsys)
-    assert status == 2
-    assert "was trained with mirrored images: use --flip on" in messages(err)[0]
-    run_ok([*FIVE, *TINY, "--flip", "on", "--resume", "auto"], tmp_path, capsys)
-    run_ok([*FIVE, *TINY, "--flip", "on", "--exp_str", "whole"], tmp_path, capsys)
-    assert_same_weights(path, model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
-
-
 def test_the_same_command_on_a_trained_run_makes_its_logs_and_trains_nothing(tmp_path, capsys):
     run_ok([*FIVE, *TINY], tmp_path, capsys)
     before = read_logs(log_folder(tmp_path)), snapshot(model_folder(tmp_path))
     shutil.rmtree(tmp_path / "log")
-    with mock.patch.object(fit, "train_one_epoch", side_effect=AssertionError("an epoch is trained")):
+    with mock.patch.object(cifar_train, "train_one_epoch", side_effect=AssertionError("an epoch is trained")):
         run_ok([*FIVE, *TINY], tmp_path, capsys)
     assert (read_logs(log_folder(tmp_path)), snapshot(model_folder(tmp_path))) == before
 
 
-@pytest.mark.parametrize("flags", [[], ["--lr", "0.05"]], ids=["same settings", "another lr"])
-def test_a_run_that_goes_back_and_is_stopped_at_once_is_resumed_from_there(flags, ce_run, tmp_path, capsys):
-    def epochs():
-        return [load_checkpoint(ce_run / f"ckpt{name}.pth.tar")["epoch"] for name in ("", ".previous", ".best")]
-
-    kept = load_checkpoint(ce_run / "ckpt.epoch002.best.pth.tar")["epoch"]
-    assert epochs()[2] > kept, "the test needs a best epoch after the one that it goes back to"
-    args = [*FIVE, *TINY, *flags, "--force", "--resume"]
-    _, _, err = break_off([*args, ce_run / "ckpt.epoch002.pth.tar"], tmp_path, capsys, after=0)
-    assert messages(err)[-1].endswith(f"add --resume auto to continue from {ce_run.relative_to(tmp_path)}/ckpt.pth.tar")
-    assert epochs() == [2, 5, kept]
-    out = run_ok([*args, "auto"], tmp_path, capsys)
-    assert "after 2 epochs" in out
-    state = load_checkpoint(ce_run / "ckpt.pth.tar")
-    assert epochs() == [5, 4, best_epoch(state["history"])["epoch"] + 1]
-    assert state["settings"]["lr"] == (0.05 if flags else 0.1)
-
-
-def test_a_run_that_goes_back_leaves_no_best_checkpoint_of_the_epochs_that_it_gives_up(tmp_path, capsys):
-    run_ok([*FIVE, *TINY], tmp_path, capsys)
-    path, best = (model_folder(tmp_path) / name for name in ("ckpt.previous.pth.tar", "ckpt.best.pth.tar"))
-    assert load_checkpoint(best)["epoch"] == 5
-    then = best_epoch(load_checkpoint(path)["history"])["epoch"] + 1
-    break_off([*FIVE, *TINY, "--resume", path, "--force"], tmp_path, capsys, after=0)
-    assert load_checkpoint(best)["epoch"] == 4 if then == 4 else not best.exists()
-
-
-def test_a_run_stopped_between_its_best_checkpoint_and_its_newest_is_the_run_never_stopped(tmp_path, capsys):
-    break_off([*FIVE, *TINY], tmp_path, capsys, after=4)
-    run_ok([*FIVE, *TINY, "--exp_str", "whole"], tmp_path, capsys)
-    here, whole = model_folder(tmp_path), model_folder(tmp_path, exp="whole")
-    assert load_checkpoint(whole / "ckpt.best.pth.tar")["epoch"] == 5
-    shutil.copy(whole / "ckpt.best.pth.tar", here)
-    fork = [*FIVE, *TINY, "--loss_type", "IB", "--start_ib_epoch", "4", "--resume", here / "ckpt.pth.tar"]
-    run_ok(fork, tmp_path, capsys)
-    summary = json.loads((log_folder(tmp_path, "IB") / "summary.json").read_text())
-    best = model_folder(tmp_path, "IB") / "ckpt.best.pth.tar"
-    if summary["best"]["epoch"] < 4:  # its file is gone, and no other run's stands in for it
-        assert not best.exists()
-    else:
-        assert load_checkpoint(best)["epoch"] == summary["best"]["epoch"] + 1
-    run_ok([*FIVE, *TINY, "--resume", "auto"], tmp_path, capsys)
-    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
-        assert_same_weights(here / name, whole / name)
-
-
-def test_the_best_accuracy_of_a_published_checkpoint_outlives_a_stop(tmp_path, capsys):
-    run_ok([*FIVE, *TINY, "--keep_epochs", "2"], tmp_path, capsys)
+@pytest.fixture
+def published(tmp_path, capsys):
+    """A checkpoint of two epochs as the official code writes it, with a top-1 that no run of ours reaches."""
+    run_ok([*FIVE, *TINY, "--keep_epochs", "2", "--val_fraction", "0.2"], tmp_path, capsys)
     state = load_checkpoint(model_folder(tmp_path) / "ckpt.epoch002.pth.tar")
-    published = {name: state[name] for name in ("epoch", "arch", "state_dict", "optimizer")}
-    torch.save({**published, "best_acc1": torch.tensor(90.0)}, tmp_path / "published.pth.tar")
-    args = [*FIVE, *TINY, "--exp_str", "more"]
-    break_off([*args, "--resume", "published.pth.tar"], tmp_path, capsys, after=2)
-    run_ok([*args, "--resume", "auto"], tmp_path, capsys)
+    content = {name: state[name] for name in ("epoch", "arch", "state_dict", "optimizer")}
+    torch.save({**content, "best_acc1": torch.tensor(90.0)}, tmp_path / "published.pth.tar")
+    return [*FIVE, *TINY, "--exp_str", "more", "--resume", "published.pth.tar"]
+
+
+def test_the_best_accuracy_of_a_published_checkpoint_outlives_a_stop(published, tmp_path, capsys):
+    break_off(published, tmp_path, capsys, after=2)
+    run_ok(published, tmp_path, capsys)
     more = model_folder(tmp_path, exp="more")
     assert load_checkpoint(more / "ckpt.pth.tar")["best_acc1"] == 90.0
     assert not (more / "ckpt.best.pth.tar").exists()
+
+
+def test_with_a_validation_set_the_published_test_accuracy_decides_nothing(published, tmp_path, capsys):
+    out = run_ok([*published, "--val_fraction", "0.2"], tmp_path, capsys)
+    best = best_epoch(load_checkpoint(model_folder(tmp_path, exp="more") / "ckpt.pth.tar")["history"])
+    assert load_checkpoint(model_folder(tmp_path, exp="more") / "ckpt.best.pth.tar")["epoch"] == best["epoch"] + 1
+    assert f"best (epoch {best['epoch'] + 1})" in out
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints by time
+
+
+class Killed(BaseException):
+    """Ends a run without a chance to write, as SIGKILL does."""
+
+
+@pytest.mark.parametrize("seconds", ["0", "1000"])
+def test_a_kill_costs_the_epochs_since_the_last_checkpoint_and_no_bit(seconds, tmp_path, capsys):
+    args = [*FIVE, *TINY, "--loss_type", "IB"]
+    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
+    write, train, trained = Run.write, cifar_train.train_one_epoch, []
+
+    def killed_in_the_last(*args, **kwargs):
+        if len(trained) == 4:
+            raise Killed
+        trained.append(train(*args, **kwargs))
+        return trained[-1]
+
+    def never_after_the_kill(run):
+        if len(run.history) == len(trained) and run.epoch < 4:
+            write(run)
+
+    killed = mock.patch.object(cifar_train, "train_one_epoch", killed_in_the_last)
+    with killed, mock.patch.object(Run, "write", never_after_the_kill), pytest.raises(Killed):
+        run_main([*args, "--checkpoint_seconds", seconds], tmp_path, capsys)
+    folder, log = model_folder(tmp_path, "IB"), log_folder(tmp_path, "IB")
+    state, best = (load_checkpoint(folder / f"ckpt{name}.pth.tar") for name in ("", ".best"))
+    # the epoch to fork from, start_ib_epoch, is written whatever the time
+    assert state["epoch"] == (4 if seconds == "0" else 2)
+    assert best["epoch"] == best_epoch(state["history"])["epoch"] + 1
+    assert json.loads((log / "summary.json").read_text())["epochs_done"] == state["epoch"]
+    assert len(read_csv(log / "log_train.csv")) == 4
+    run_ok(args, tmp_path, capsys)
+    whole = model_folder(tmp_path, "IB", exp="whole")
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar", "ckpt.epoch002.pth.tar", "ckpt.epoch002.best.pth.tar"):
+        assert_same_weights(folder / name, whole / name)
+    assert read_logs(log) == read_logs(log_folder(tmp_path, "IB", exp="whole"))
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_completed(tmp_path, capsys):
+    args = [*FIVE, *TINY]
+    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
+    with mock.patch.object(Records, "write_summary", side_effect=KeyboardInterrupt):
+        assert run_main(args, tmp_path, capsys)[0] == 130
+    out = run_ok(args, tmp_path, capsys, figures=True)
+    assert "epoch 5/5 done" not in out
+    assert read_logs(log_folder(tmp_path)) == read_logs(log_folder(tmp_path, exp="whole"))
+    assert (log_folder(tmp_path) / "curves.png").exists()
+    assert "nothing to do" in run_ok(args, tmp_path, capsys, figures=True)
+
+
+# --------------------------------------------------------------------------------------------- back in the own folder
+
+
+def test_a_run_that_goes_back_with_force_is_the_run_from_there(ce_run, tmp_path, capsys):
+    kept = load_checkpoint(ce_run / "ckpt.epoch002.best.pth.tar")["epoch"]
+    args = [*FIVE, *TINY, "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    before = snapshot(tmp_path)
+    status, _, err = run_main(args, tmp_path, capsys)
+    assert status == 2
+    assert "is older than" in messages(err)[0]
+    assert "--force to train the epochs between them again" in messages(err)[0]
+    assert snapshot(tmp_path) == before
+    run_ok([*FIVE, *TINY, "--exp_str", "whole"], tmp_path, capsys)
+    break_off([*args, "--force"], tmp_path, capsys, after=0)
+    epochs = [load_checkpoint(ce_run / f"ckpt{name}.pth.tar")["epoch"] for name in ("", ".best")]
+    assert epochs == [2, kept]
+    assert "after 2 epochs" in run_ok([*FIVE, *TINY], tmp_path, capsys)
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
+        assert_same_weights(ce_run / name, model_folder(tmp_path, exp="whole") / name)

@@ -43,7 +43,6 @@ TESTS = {
         "experiment/checkpoint.py", "tests/faults/test_checkpoints.py", "tests/cli/test_bad_input.py",
         *RESUME, "tests/cli/test_records.py",
     ],
-    "experiment/validation.py": ["tests/cli/test_bad_input.py", "tests/cli/test_records.py"],
     "experiment/resume.py": [
         *RESUME, "tests/faults/test_checkpoints.py", "tests/cli/test_bad_input.py",
         "tests/cli/test_records.py", "tests/faults/test_data.py", "tests/cli/test_evaluation.py",

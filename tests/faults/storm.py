@@ -27,7 +27,7 @@ import models
 
 FLAGS = [
     *script_runner.DIGITS, *script_runner.TINY, "--epochs", "4", "--start_ib_epoch", "2", "--milestones", "3",
-    "--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto", "--resume", "auto",
+    "--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto", "--checkpoint_seconds", "0",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: damage is noticed wherever it is, the one before is taken, nothing good is given up for a bad one."""
+"""Checkpoints: damage is noticed, nothing good is given up for a bad one, whenever a run is stopped."""
 
 import collections
 import contextlib
@@ -22,26 +22,24 @@ from script_runner import (
     TINY,
     assert_same_weights,
     environment,
-    load_checkpoint,
     log_folder,
     messages,
     model_folder,
     read_logs,
     run_main,
     run_ok,
-    snapshot,
 )
 
-from experiment import checkpoint, fit, run
+import cifar_train
+import files
+import models
+from experiment import checkpoint, run
+from training.optimizer import make_optimizer
 from utils import DataError
 
 THREE = [*DIGITS, *TINY, "--epochs", "3", "--milestones", "2", "--loss_type", "IB", "--start_ib_epoch", "1"]
+THREE += ["--checkpoint_seconds", "0"]
 STATE = {"epoch": 1, "arch": "tiny", "state_dict": {"weight": torch.arange(512.0), "bias": torch.zeros(3)}}
-
-
-def sealed(folder, state=None):
-    checkpoint.save(str(folder), [checkpoint.NEWEST], STATE if state is None else state)
-    return folder / checkpoint.NEWEST
 
 
 def damaged_versions(content, generator, number):
@@ -62,110 +60,62 @@ def damaged_versions(content, generator, number):
             yield f"{kind} at {place}", bytes(copy)
 
 
-def unnoticed(path, versions):
-    """What was done to those damaged versions that load."""
-    found = []
-    for what, content in versions:
+def same(one, two):
+    """Whether two nested dicts have equal tensors and values."""
+    if isinstance(one, dict):
+        return isinstance(two, dict) and one.keys() == two.keys() and all(same(one[name], two[name]) for name in one)
+    return torch.equal(one, two) if torch.is_tensor(one) else one == two
+
+
+def test_a_damaged_checkpoint_is_refused_or_holds_what_was_written(tmp_path):
+    """torch.load alone does not notice a bit of a weight that has flipped."""
+    checkpoint.save(str(tmp_path), [checkpoint.NEWEST], STATE)
+    path, refused = tmp_path / checkpoint.NEWEST, 0
+    for what, content in damaged_versions(path.read_bytes(), random.Random(0), 200):
         path.write_bytes(content)
-        with contextlib.suppress(DataError):
-            checkpoint.load(str(path))
-            found.append(what)
-    return found
+        try:
+            assert same(checkpoint.load(str(path)), STATE), what
+        except DataError:
+            refused += 1
+    assert refused > 120
 
 
-def test_200_damaged_checkpoints_are_noticed(tmp_path):
-    path = sealed(tmp_path)
-    assert not unnoticed(path, damaged_versions(path.read_bytes(), random.Random(0), 200))
-
-
-def test_every_length_and_every_bit_of_the_end_is_noticed(tmp_path):
-    path = sealed(tmp_path)
-    content = path.read_bytes()
-    cuts = ((f"cut to {n}", content[:n]) for n in range(len(content) - 300, len(content)))
-    assert not unnoticed(path, cuts)
-
-    def flips():
-        for place in range(len(content) - 130, len(content)):
-            for bit in range(8):
-                flipped = bytes([content[place] ^ 1 << bit])
-                yield f"bit {bit} of byte {place}", content[:place] + flipped + content[place + 1 :]
-
-    assert not unnoticed(path, flips())
-
-
-def test_other_readers_read_it(tmp_path):
-    path = sealed(tmp_path)
-    state = torch.load(path, weights_only=True)
-    assert torch.equal(state["state_dict"]["weight"], STATE["state_dict"]["weight"])
-    mapped = torch.load(path, weights_only=True, mmap=True)
-    assert torch.equal(mapped["state_dict"]["weight"], STATE["state_dict"]["weight"])
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None
-        # the very last bytes, of the length that the archive's last record says
-        assert path.read_bytes().endswith(archive.comment)
-        assert re.fullmatch(rb"\nsha256 of all bytes before this line: [0-9a-f]{64}", archive.comment)
-
-
-@pytest.mark.parametrize("how", ["zip", "legacy", "edited"])
-def test_files_without_a_checksum_are_read(how, tmp_path):
+@pytest.mark.parametrize("how", ["zip", "legacy", "sealed"])
+def test_checkpoints_of_other_versions_are_read(how, tmp_path):
     path = tmp_path / "foreign.pth.tar"
-    state = torch.load(sealed(tmp_path), weights_only=True) if how == "edited" else STATE
-    torch.save(state, path, _use_new_zipfile_serialization=how != "legacy")
-    assert checkpoint.load(str(path))["epoch"] == 1
+    torch.save(STATE, path, _use_new_zipfile_serialization=how != "legacy")
+    if how == "sealed":  # older ones of this repository end with their checksum, as the archive's comment
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = b"\nsha256 of all bytes before this line: " + b"0" * 64
+    assert same(checkpoint.load(str(path)), STATE)
 
 
-def test_a_copy_has_the_same_bytes_and_a_damaged_file_is_not_read(tmp_path):
-    path, copy = sealed(tmp_path), tmp_path / "copy.pth.tar"
-    content, state = checkpoint.read(str(path))
-    checkpoint.write(str(copy), content)
-    assert copy.read_bytes() == path.read_bytes()
-    assert state["epoch"] == 1
-    damaged = bytearray(content)
-    damaged[len(content) // 2] ^= 1
-    path.write_bytes(damaged)
-    with pytest.raises(DataError, match="checksum"):
-        checkpoint.read(str(path))
+def test_a_copy_on_the_cpu_is_saved_as_the_same_bytes_and_training_does_not_reach_it():
+    torch.manual_seed(0)
+    model = models.resnet20(10).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer("sgd", model, 0.1, {"momentum": 0.9, "weight_decay": 2e-4})
+    model(torch.randn(4, 3, 32, 32))[0].sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    copied, before = checkpoint.on_cpu(state), copy.deepcopy(state)
+    with torch.no_grad():
+        for tensor in [*state["model"].values(), *(s["momentum_buffer"] for s in state["optimizer"]["state"].values())]:
+            tensor.add_(1)
+    for name, tensor in before["model"].items():
+        assert torch.equal(copied["model"][name], tensor)
+        assert copied["model"][name].stride() == tensor.stride()
+    for index, entry in before["optimizer"]["state"].items():
+        assert torch.equal(copied["optimizer"]["state"][index]["momentum_buffer"], entry["momentum_buffer"])
 
 
 def test_a_file_is_written_beside_its_place_where_it_can_be_renamed(tmp_path):
     """A rename between file systems is a copy, which may be cut short."""
     seen = []
-    checkpoint.write_atomically(tmp_path / "a.json", lambda file: seen.extend(os.listdir(tmp_path)))
+    files.write_atomically(tmp_path / "a.json", lambda file: seen.extend(os.listdir(tmp_path)))
     (name,) = seen
     assert re.fullmatch(r"\.a\.json\..+\.tmp", name)
     assert os.listdir(tmp_path) == ["a.json"]
     assert stat.S_IMODE(os.stat(tmp_path / "a.json").st_mode) == 0o644  # others may read it; mkstemp's may not
-
-
-def test_what_cannot_be_read_back_replaces_nothing(tmp_path):
-    sealed(tmp_path)
-    before = snapshot(tmp_path)
-    read = checkpoint._read
-    with (
-        mock.patch.object(checkpoint, "_read", lambda path: read(path)[:-1]),
-        pytest.raises(DataError, match="read back"),
-    ):
-        sealed(tmp_path, {**STATE, "epoch": 2})
-    assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    "names", [[checkpoint.NEWEST], [checkpoint.PREVIOUS], [checkpoint.NEWEST, checkpoint.PREVIOUS]]
-)
-def test_a_folder_with_the_newest_or_the_one_before_can_be_continued_from(names, tmp_path):
-    assert not checkpoint.exists(tmp_path)
-    (tmp_path / checkpoint.BEST).touch()
-    assert not checkpoint.exists(tmp_path)
-    for name in names:
-        (tmp_path / name).touch()
-    assert checkpoint.exists(tmp_path)
-
-
-def test_the_one_before_is_kept_and_no_more(tmp_path):
-    for epoch in range(1, 5):
-        sealed(tmp_path, {**STATE, "epoch": epoch})
-    assert sorted(os.listdir(tmp_path)) == ["ckpt.previous.pth.tar", "ckpt.pth.tar"]
-    assert [load_checkpoint(tmp_path / name)["epoch"] for name in sorted(os.listdir(tmp_path))] == [3, 4]
 
 
 # -------------------------------------------------------------------------------------- weights into a model
@@ -238,65 +188,10 @@ def whole(tmp_path_factory):
     return get
 
 
-def damage(path, how):
-    if how == "gone":  # as a kill between two renames leaves it
-        path.unlink()
-    elif how == "cut":
-        path.write_bytes(path.read_bytes()[:-1000])
-    else:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 3] ^= 4
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
-@pytest.mark.parametrize("after", [2, 3])
-def test_resume_auto_takes_the_one_before_and_ends_in_the_same_bits(after, how, whole, tmp_path, capsys):
-    real = fit.train_one_epoch
-
-    def stop_after(model, batches, *rest):
-        if len(calls) == after:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(model, batches, *rest)
-
-    calls = []
-    with mock.patch.object(fit, "train_one_epoch", stop_after):
-        run_main(THREE, tmp_path, capsys)
-    newest = model_folder(tmp_path, "IB") / "ckpt.pth.tar"
-    assert load_checkpoint(newest)["epoch"] == after
-    damage(newest, how)
-    status, out, err = run_main([*THREE, "--resume", "auto"], tmp_path, capsys)
-    assert status == 0
-    (warning,) = [line for line in err.splitlines() if "ckpt" in line]
-    assert ("ckpt.pth.tar is damaged" in warning) == (how != "gone")
-    previous = newest.with_name("ckpt.previous.pth.tar").relative_to(tmp_path)
-    assert f"continuing from the previous one, {previous}, after {after - 1} epochs" in warning
-    assert f"after {after - 1} epochs" in out
-    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar", "ckpt.previous.pth.tar"):
-        assert_same_weights(newest.with_name(name), model_folder(whole(capsys), "IB") / name)
-    assert read_logs(log_folder(tmp_path, "IB")) == read_logs(log_folder(whole(capsys), "IB"))
-
-
-def test_evaluating_the_newest_takes_the_one_before_and_says_so(tmp_path, capsys):
-    run_ok(THREE, tmp_path, capsys)
-    damage(model_folder(tmp_path, "IB") / "ckpt.pth.tar", "flipped")
-    status, _, err = run_main([*THREE, "-e", "--resume", "auto"], tmp_path, capsys)
-    assert status == 0
-    assert "continuing from the previous one" in err
-    written = (log_folder(tmp_path, "IB") / "evaluate" / "evaluation.json").read_text()
-    assert '"epoch": 2' in written
-    assert "ckpt.previous.pth.tar" in written
-    named = model_folder(tmp_path, "IB").relative_to(tmp_path) / "ckpt.pth.tar"
-    status, _, err = run_main([*THREE, "-e", "--resume", named], tmp_path, capsys)
-    assert status == 1, "a file that is named is that file"
-    assert "damaged" in err
-
-
 # --------------------------------------------------------------------------------- disks that are full or broken
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("function", ["os.fsync", "tempfile.mkstemp", "os.replace"])
 def test_a_write_that_fails_spares_the_last_good_checkpoint(function, number, whole, tmp_path, capsys):
     """The call fails while the checkpoint of the second epoch is written."""
@@ -313,7 +208,7 @@ def test_a_write_that_fails_spares_the_last_good_checkpoint(function, number, wh
     (line,) = messages(err)
     assert os.strerror(number) in line
     model = model_folder(tmp_path, "IB")
-    assert checkpoint.load_newest(str(model))[1]["epoch"] == 1
+    assert checkpoint.load_newest(str(model))["epoch"] == 1
     assert not [name for name in os.listdir(model) if name.endswith(".tmp") or name == ".lock"]
     run_ok([*THREE, "--resume", "auto"], tmp_path, capsys)
     assert_same_weights(model / "ckpt.pth.tar", model_folder(whole(capsys), "IB") / "ckpt.pth.tar")
@@ -356,10 +251,10 @@ def test_a_file_that_may_not_grow_is_one_line_and_spares_the_last_one(tmp_path):
 
 @pytest.mark.parametrize("at", ["write", "evaluate", "records"])
 def test_sigterm_at_a_bad_moment_leaves_a_good_checkpoint(at, whole, tmp_path, capsys):
-    """The signal comes in the second epoch, while that function runs; what is being written is written to its end."""
+    """The signal comes in the second epoch, or in a write, while that function runs."""
     place = {
         "write": (torch, "save"),
-        "evaluate": (fit, "evaluate"),
+        "evaluate": (cifar_train, "evaluate"),
         "records": (run.Records, "add"),
     }[at]
     real, calls = getattr(*place), []
@@ -374,9 +269,9 @@ def test_sigterm_at_a_bad_moment_leaves_a_good_checkpoint(at, whole, tmp_path, c
         status, _, err = run_main(THREE, tmp_path, capsys)
     assert status == 143
     (line,) = messages(err)
-    assert "--resume auto to continue" in line
+    assert "the same command continues" in line
     model = model_folder(tmp_path, "IB")
-    assert checkpoint.load(str(model / "ckpt.pth.tar"))["epoch"] == (1 if at == "evaluate" else 2)
+    assert checkpoint.load(str(model / "ckpt.pth.tar"))["epoch"] == 1
     assert not (model / ".lock").exists()
     run_ok([*THREE, "--resume", "auto"], tmp_path, capsys)
     assert_same_weights(model / "ckpt.pth.tar", model_folder(whole(capsys), "IB") / "ckpt.pth.tar")

@@ -181,7 +181,7 @@ def check_stopped_by_a_full_disk(status, err, cwd, reference, capsys):
     (line,) = messages(err)
     log, newest = log_folder(cwd, "IB"), model_folder(cwd, "IB") / "ckpt.pth.tar"
     assert f"log/{log.name}: No space left on device" in line
-    assert load_checkpoint(newest)["epoch"] == 2
+    assert load_checkpoint(newest)["epoch"] == 1
     run_ok([*FOUR, "--resume", "auto"], cwd, capsys)
     assert_same_weights(newest, model_folder(reference, "IB") / "ckpt.pth.tar")
     assert read_logs(log) == read_logs(log_folder(reference, "IB"))

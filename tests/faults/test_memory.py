@@ -6,7 +6,7 @@ import pytest
 import torch
 from script_runner import TINY, TWO_EPOCHS, load_checkpoint, messages, model_folder, run_main, run_ok
 
-from experiment import fit
+import cifar_train
 
 TOO_BIG = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
@@ -21,7 +21,7 @@ def test_out_of_memory_is_one_line(error, tmp_path, capsys):
     path = model_folder(tmp_path) / "ckpt.pth.tar"
     before = path.read_bytes()
     again = [*TINY, *TWO_EPOCHS, "--epochs", "3", "--milestones", "--resume", "auto", "--force"]
-    with mock.patch.object(fit, "train_one_epoch", side_effect=error):
+    with mock.patch.object(cifar_train, "train_one_epoch", side_effect=error):
         status, _, err = run_main(again, tmp_path, capsys)
     assert status == 1
     (line,) = messages(err)
@@ -31,16 +31,16 @@ def test_out_of_memory_is_one_line(error, tmp_path, capsys):
 
 
 def test_real_allocation_that_fails_is_one_line(tmp_path, capsys):
-    def allocate(*args):
+    def allocate(*args, **kwargs):
         torch.empty(2**50)
 
-    with mock.patch.object(fit, "train_one_epoch", side_effect=allocate):
+    with mock.patch.object(cifar_train, "train_one_epoch", side_effect=allocate):
         status, _, err = run_main([*TINY, *TWO_EPOCHS], tmp_path, capsys)
     assert status == 1
     assert "out of memory" in messages(err)[0]
 
 
 def test_other_runtime_errors_are_not_hidden(tmp_path, capsys):
-    fault = mock.patch.object(fit, "train_one_epoch", side_effect=RuntimeError("a fault of ours"))
+    fault = mock.patch.object(cifar_train, "train_one_epoch", side_effect=RuntimeError("a fault of ours"))
     with fault, pytest.raises(RuntimeError, match="a fault of ours"):
         run_main([*TINY, *TWO_EPOCHS], tmp_path, capsys)

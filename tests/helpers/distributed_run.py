@@ -18,7 +18,7 @@ from torch import nn
 
 import cifar_train
 import models
-from experiment import fit
+from experiment.run import Run
 from training import distributed
 
 
@@ -34,7 +34,7 @@ def tiny(num_classes=10, use_norm=False, feature_norm="l1"):
 
 
 def die_at(epoch):
-    train = fit.train_one_epoch
+    train = cifar_train.train_one_epoch
 
     def mortal(*args, **kwargs):
         mortal.epoch += 1
@@ -43,22 +43,21 @@ def die_at(epoch):
         return train(*args, **kwargs)
 
     mortal.epoch = -1
-    fit.train_one_epoch = mortal
+    cifar_train.train_one_epoch = mortal
 
 
 def report_to(folder):
-    train = cifar_train.fit
+    report = Run.report
 
-    def reporting(run, model, *args):
-        history = train(run, model, *args)
+    def reporting(run, *args):
+        report(run, *args)
         digest = hashlib.sha256()
-        for name, tensor in model.state_dict().items():
+        for name, tensor in run.parts["model"].state_dict().items():
             digest.update(name.encode() + tensor.numpy().tobytes())
         path = pathlib.Path(folder) / f"rank{distributed.rank()}of{distributed.world_size()}"
-        path.write_text(f"{digest.hexdigest()} {history[-1]['test']['seen']}")
-        return history
+        path.write_text(f"{digest.hexdigest()} {run.history[-1]['test']['seen']}")
 
-    cifar_train.fit = reporting
+    Run.report = reporting
 
 
 if __name__ == "__main__":

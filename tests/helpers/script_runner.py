@@ -18,7 +18,7 @@ from torch import nn
 import cifar_train
 import imbalance_cifar
 import models
-from experiment import fit, plots
+from experiment import plots
 from losses import row_norm
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -125,16 +125,16 @@ def run_ok(args, cwd, capsys, **how):
 
 def break_off(args, cwd, capsys, after, how=KeyboardInterrupt):
     """Run until the first batch of the epoch after `after` completed ones, and break off there."""
-    train_one_epoch = fit.train_one_epoch
+    train_one_epoch = cifar_train.train_one_epoch
 
-    def broken(model, batches, *rest):
+    def broken(model, batches, *rest, **more):
         if broken.calls == after:
             raise how
         broken.calls += 1
-        return train_one_epoch(model, batches, *rest)
+        return train_one_epoch(model, batches, *rest, **more)
 
     broken.calls = 0
-    with mock.patch.object(fit, "train_one_epoch", broken):
+    with mock.patch.object(cifar_train, "train_one_epoch", broken):
         return run_main(args, cwd, capsys)
 
 

@@ -165,7 +165,7 @@ def test_an_epoch_uploads_order_offsets_and_flips_once():
 
 def test_image_files_are_uploaded_once_a_batch_from_pinned_memory_and_nobody_waits():
     """The order of the epoch is one upload more."""
-    data = SimpleNamespace(paths=["a.jpg"] * 5, targets=[0] * 5, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
+    data = SimpleNamespace(samples=[("a.jpg", 0)] * 5, targets=[0] * 5, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
     order = torch.arange(5)
     with FakeTensorMode(allow_non_fake_inputs=True):
         batches = ImageFileBatches(data, 2, "cuda", image_size=8)

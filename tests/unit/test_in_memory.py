@@ -1,7 +1,9 @@
-"""Batches in memory: the augmentation against torchvision's, the draws, Resample; CIFAR and digits."""
+"""Batches in memory: crop and flip against torchvision's, the draws, Resample, --augment; CIFAR and digits."""
 
 import hashlib
+import itertools
 import os
+import random
 import shutil
 import tarfile
 import urllib.error
@@ -16,12 +18,14 @@ from conftest import golden
 from PIL import Image
 from scipy import stats
 from torchvision.transforms import functional as tv
+from torchvision.transforms import v2
 
 import imbalance_cifar
 import losses
 from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCECIFAR10, IMBALANCEDIGITS
 from loaders import batch_slices, sampled_order
-from loaders.in_memory import InMemoryBatches
+from loaders.augment import AUGMENTS, Augment
+from loaders.in_memory import InMemoryBatches, TrainEpoch
 from loaders.transforms import crop_and_flip, normalise
 from utils import DataError, UsageError
 
@@ -39,7 +43,7 @@ def batches_of(images, targets=None, batch_size=32, **how):
     return InMemoryBatches(dataset, batch_size, **how)
 
 
-# -------------------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------------------- crop and flip
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -57,23 +61,14 @@ def test_crop_and_flip_is_torchvisions_bit_for_bit_at_every_offset(flip):
         assert torch.equal(tensor, theirs), (top, left)
 
 
-def test_every_image_of_a_batch_gets_its_own_draw():
-    images = torch.as_tensor(noise(6))
+def test_every_image_has_its_own_draw_and_need_not_be_square():
+    images = noise(6, 20, 28)
     offsets = torch.tensor([[0, 0], [8, 8], [4, 4], [0, 8], [3, 5], [4, 4]])
     flips = torch.tensor([False, True, False, True, False, True])
-    together = crop_and_flip(images, offsets, flips, PADDING)
-    for i in range(len(images)):
-        alone = crop_and_flip(images[i : i + 1], offsets[i : i + 1], flips[i : i + 1], PADDING)
-        assert torch.equal(together[i], alone[0]), i
-    assert torch.equal(together[2], images[2])
-    assert torch.equal(together[5], images[5].flip(1))
-
-
-def test_images_need_not_be_square():
-    image = noise(1, 20, 28)[0]
-    ours = crop_and_flip(torch.as_tensor(image)[None], torch.tensor([[1, 7]]), torch.tensor([True]), PADDING)
-    theirs = tv.hflip(tv.crop(tv.pad(Image.fromarray(image), [PADDING] * 4), 1, 7, 20, 28))
-    assert np.array_equal(ours[0].numpy(), np.asarray(theirs))
+    together = crop_and_flip(torch.as_tensor(images), offsets, flips, PADDING)
+    for ours, image, (top, left), flip in zip(together, images, offsets.tolist(), flips, strict=True):
+        theirs = tv.crop(tv.pad(Image.fromarray(image), [PADDING] * 4), top, left, 20, 28)
+        assert np.array_equal(ours.numpy(), np.asarray(tv.hflip(theirs) if flip else theirs))
 
 
 def test_evaluation_sees_the_images_as_they_are():
@@ -85,25 +80,32 @@ def test_evaluation_sees_the_images_as_they_are():
     assert torch.cat([target for _, target in dealt]).tolist() == list(range(70))
 
 
-def test_without_flips_the_crops_stay_the_same():
-    """Flips are drawn and not used, so that order and offsets are those of a run with flips."""
+def test_without_flips_order_and_crops_stay_the_same():
     images = noise(40)
-    mirrored = np.concatenate([images, images[:, :, ::-1]])
-    dataset = SimpleNamespace(data=mirrored, targets=range(80), mean=CIFAR_MEAN, std=CIFAR_STD, flip=False)
-    batches = InMemoryBatches(dataset, 80, padding=0), InMemoryBatches(dataset, 80, padding=0, flip=True)
-    (plain, targets), (flipped, same) = (next(b.train_epoch(4)) for b in batches)
+    (plain, targets), (flipped, same) = (next(batches_of(images, flip=flip).train_epoch(4)) for flip in (False, True))
     assert torch.equal(targets, same)
-    assert torch.equal(plain, normalise(torch.as_tensor(mirrored)[targets], batches[0].mean, batches[0].std))
-    turned = torch.tensor([torch.equal(a, b.flip(2)) for a, b in zip(plain, flipped, strict=True)])
     kept = torch.tensor([torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)])
+    turned = torch.tensor([torch.equal(a, b.flip(2)) for a, b in zip(plain, flipped, strict=True)])
     assert torch.equal(turned, ~kept)
-    assert 20 < turned.sum() < 60
-    one, two = (next(batches_of(images, flip=flip).train_epoch(4)) for flip in (False, True))
-    assert torch.equal(one[1], two[1])
-    assert 0 < sum(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True)) < 32
+    assert 5 < turned.sum() < 27
 
 
 # ------------------------------------------------------------------------------------------------ the draws
+
+
+def epoch_of(batches, epoch, rates=None):
+    images, targets = zip(*batches.train_epoch(epoch, rates), strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+def test_an_epoch_has_the_bits_that_it_always_had():
+    """Of the release that the committed records were made with."""
+    digest = hashlib.sha256()
+    batches = InMemoryBatches(IMBALANCEDIGITS(imb_factor=0.1), 44, seed=3)
+    for rates in (None, torch.linspace(0, 1, len(batches.targets), dtype=torch.float64)):
+        for tensor in epoch_of(batches, 7, rates):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    assert digest.hexdigest() == "1860a25c9e86b55af86b9e04c2d44cc04332134bb82101bdd3457de198917f03"
 
 
 def marked(n):
@@ -135,15 +137,11 @@ def test_offsets_and_flips_are_uniform_and_independent():
         assert stats.chisquare(counts.sum(axis=others)).pvalue > 0.001, axis
 
 
-def epoch_of(batches, epoch, rates=None):
-    images, targets = zip(*batches.train_epoch(epoch, rates), strict=True)
-    return torch.cat(images), torch.cat(targets)
-
-
-def test_an_epoch_depends_on_seed_and_epoch_and_on_nothing_else():
+@pytest.mark.parametrize("augment", ["none", "randaugment"])
+def test_an_epoch_depends_on_seed_and_epoch_and_on_nothing_else(augment):
     images = noise(50)
-    fresh = epoch_of(batches_of(images, seed=3), 7)
-    used = batches_of(images, seed=3)
+    fresh = epoch_of(batches_of(images, seed=3, augment=augment), 7)
+    used = batches_of(images, seed=3, batch_size=13, augment=augment)
     for epoch in (0, 1, 6):
         epoch_of(used, epoch)
     torch.manual_seed(99)
@@ -152,7 +150,7 @@ def test_an_epoch_depends_on_seed_and_epoch_and_on_nothing_else():
     assert torch.equal(fresh[0], again[0])
     assert torch.equal(fresh[1], again[1])
     for other_seed, other_epoch in ((3, 8), (4, 7), (7, 3)):
-        other = epoch_of(batches_of(images, seed=other_seed), other_epoch)
+        other = epoch_of(batches_of(images, seed=other_seed, augment=augment), other_epoch)
         assert not torch.equal(fresh[1], other[1])
 
 
@@ -169,17 +167,18 @@ def test_a_batch_is_the_one_at_the_places_that_the_device_holds():
     assert torch.equal(epoch.take(2)[0], expected[6][0])
 
 
-def test_drawing_touches_no_global_generator():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_drawing_touches_no_global_generator(augment):
     torch.manual_seed(5)
     np.random.seed(5)
-    before = np.random.get_state()[1].copy()
-    batches = batches_of(noise(40))
+    random.seed(5)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    batches = batches_of(noise(20), augment=augment)
     epoch_of(batches, 0)
-    epoch_of(batches, 1, torch.ones(40, dtype=torch.float64))
-    assert torch.equal(torch.rand(3), expected)
-    assert np.array_equal(np.random.get_state()[1], before)
+    epoch_of(batches, 1, torch.ones(20, dtype=torch.float64))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
 
 
 @pytest.mark.parametrize(("n", "batch_size", "sizes"), [(70, 32, [32, 32, 6]), (64, 32, [32, 32]), (5, 32, [5])])
@@ -203,15 +202,62 @@ def test_images_keep_their_labels():
             assert torch.equal((middle * 255).round().long(), targets)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-@pytest.mark.parametrize("n", [0, 1, 4, 5, 44, 45])
-def test_slices_of_the_ranks_are_even_and_leave_nothing_out(ranks, n):
-    dealt = list(zip(*(batch_slices(n, 22, rank, ranks) for rank in range(ranks)), strict=True))
-    assert len(dealt) == -(-n // 22)
-    assert [i for slices in dealt for part in slices for i in range(n)[part]] == list(range(n))
-    for slices in dealt:
-        sizes = [part.stop - part.start for part in slices]
-        assert max(sizes) - min(sizes) <= 1
+def test_slices_of_the_ranks_are_even_and_leave_nothing_out():
+    for ranks, n in itertools.product([1, 2, 3, 5], [0, 1, 4, 5, 44, 45]):
+        dealt = list(zip(*(batch_slices(n, 22, rank, ranks) for rank in range(ranks)), strict=True))
+        assert len(dealt) == -(-n // 22)
+        assert [i for slices in dealt for part in slices for i in range(n)[part]] == list(range(n))
+        for slices in dealt:
+            sizes = [part.stop - part.start for part in slices]
+            assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("augment", ["none", "trivialaugment"])
+def test_ranks_batches_put_together_are_the_single_processes(ranks, augment):
+    """Of the last batch, one image, most ranks have nothing."""
+    how = {"batch_size": 10, "seed": 1, "augment": augment}
+    alone = batches_of(noise(21), **how)
+    parts = [batches_of(noise(21), rank=rank, world_size=ranks, **how) for rank in range(ranks)]
+    rates = torch.linspace(0, 1, 21, dtype=torch.float64)
+    for epoch in (lambda b: b.train_epoch(3), lambda b: b.train_epoch(3, rates), lambda b: b.eval_epoch()):
+        dealt = [list(epoch(part)) for part in parts]
+        for number, (images, targets) in enumerate(epoch(alone)):
+            assert torch.equal(torch.cat([rank[number][0] for rank in dealt]), images)
+            assert torch.equal(torch.cat([rank[number][1] for rank in dealt]), targets)
+
+
+# ------------------------------------------------------------------------------------------------ --augment
+
+
+def test_another_augmentation_is_one_entry_made_after_crop_and_flip():
+    """Order, crops and flips are those of the run without it; evaluation does not see it."""
+    paint = Augment(lambda size: lambda image: image // 2 + size, "darker")
+    with mock.patch.dict(AUGMENTS, paint=paint):
+        painted = batches_of(noise(40), seed=2, augment="paint")
+    plain = batches_of(noise(40), seed=2)
+    assert (painted.draws_on_host, plain.draws_on_host) == (True, False)
+    assert isinstance(plain.train_epoch(5), TrainEpoch)
+    assert not isinstance(painted.train_epoch(5), TrainEpoch), "what a CUDA graph replays"
+    for (ours, targets), (theirs, same) in zip(painted.train_epoch(5), plain.train_epoch(5), strict=True):
+        assert torch.equal(targets, same)
+        levels = [
+            (images * torch.tensor(CIFAR_STD)[:, None, None] + torch.tensor(CIFAR_MEAN)[:, None, None]) * 255
+            for images in (ours, theirs)
+        ]
+        assert torch.equal(levels[0].round(), (levels[1].round() / 2).floor() + 32)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(next(painted.eval_epoch())[0], next(plain.eval_epoch())[0])
+
+
+def test_every_image_is_augmented_with_a_seed_of_its_own():
+    """Cutout of one image repeated: the holes lie in different places."""
+    cutout = Augment(lambda size: v2.RandomErasing(1, (0.1, 0.1), (1, 1)), "a square hole")
+    with mock.patch.dict(AUGMENTS, cutout=cutout):
+        batches = batches_of(np.full((30, 32, 32, 3), 255, np.uint8), padding=0, augment="cutout")
+    images = next(batches.train_epoch(0))[0]
+    assert [(image < 0).sum().item() for image in images] == [3 * 10 * 10] * 30
+    assert len({image.numpy().tobytes() for image in images}) > 25
 
 
 # ------------------------------------------------------------------------------------------------- Resample

@@ -4,7 +4,7 @@ import pytest
 import torch
 from script_runner import tiny
 
-from experiment.fit import print_classes
+from experiment.screen import print_classes
 from training import metrics
 from training.loop import evaluate
 
@@ -93,6 +93,7 @@ def test_an_evaluation_depends_on_no_order_or_batch_and_leaves_every_buffer_to_t
             found.append(evaluate(model, batches, [200, 100, 50, 20, 10] * 2))
             assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
     losses = [figures.pop("loss") for figures in found]
+    assert all(figures.pop("seconds") >= 0 for figures in found)
     assert all(figures == found[0] for figures in found)
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""SGD's momentum: from the first step on, where fp16 skips it, and from checkpoints of other layouts."""
+"""The optimizers: SGD's momentum from the first step on and from other layouts; every one goes on where it was."""
 
 import copy
 
@@ -6,7 +6,11 @@ import pytest
 import torch
 
 import models
-from training.optimizer import load_state, sgd
+from training.optimizer import OPTIMIZERS, make_optimizer
+
+
+def make(name, model, lr=0.1, momentum=0.9, weight_decay=2e-4):
+    return make_optimizer(name, model, lr, {"momentum": momentum, "weight_decay": weight_decay})
 
 
 def step(model, optimizer, images, target):
@@ -33,7 +37,7 @@ def assert_equal(one, two):
 
 def test_zeroed_buffers_give_the_bits_of_buffers_made_by_the_first_step():
     ours, plain = fresh(), fresh()
-    optimizer = sgd(ours, 0.1, 0.9, 2e-4)
+    optimizer = make("sgd", ours)
     plain_optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, weight_decay=2e-4, fused=True)
     for seed in range(3):
         step(ours, optimizer, *batch(seed))
@@ -45,7 +49,7 @@ def test_a_first_step_that_overflows_is_skipped_and_leaves_zero_momentum():
     """The scaler of fp16 skips the fused step; torch's own buffers would be memory that nobody wrote."""
     model = torch.nn.Linear(4, 2)
     before = copy.deepcopy(model.state_dict())
-    optimizer, scaler = sgd(model, 0.1, 0.9, 0.0), torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer, scaler = make("sgd", model, weight_decay=0.0), torch.amp.GradScaler("cpu", init_scale=2.0)
     for value in (float("inf"), 1.0):
         optimizer.zero_grad()
         scaler.scale((model(torch.ones(1, 4)) * value).sum()).backward()
@@ -77,8 +81,8 @@ def test_a_loaded_state_stays_fused_and_takes_the_parameters_layout(source):
         ]
     ours = fresh()
     ours.load_state_dict(plain.state_dict())
-    optimizer = sgd(ours, 0.1, 0.9, 2e-4)
-    load_state(optimizer, state)
+    optimizer = make("sgd", ours)
+    optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         assert group["fused"]
         for parameter in group["params"]:
@@ -91,14 +95,49 @@ def test_a_loaded_state_stays_fused_and_takes_the_parameters_layout(source):
 
 def test_a_state_without_momentum_gets_zeros():
     model = torch.nn.Linear(2, 2)
-    optimizer = sgd(model, 0.1, 0.9, 0.0)
-    load_state(optimizer, {**optimizer.state_dict(), "state": {}})
+    optimizer = make("sgd", model, weight_decay=0.0)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
     assert all((optimizer.state[p]["momentum_buffer"] == 0).all() for p in model.parameters())
 
 
 def test_settings_of_the_optimizer_are_its_own_and_not_the_checkpoints():
     model = torch.nn.Linear(2, 2)
-    theirs, ours = sgd(model, 0.1, 0.9, 2e-4), sgd(model, 0.2, 0.5, 5e-4)
-    load_state(ours, theirs.state_dict())
+    theirs, ours = make("sgd", model), make("sgd", model, lr=0.2, momentum=0.5, weight_decay=5e-4)
+    ours.load_state_dict(theirs.state_dict())
     (group,) = ours.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"], group["fused"]) == (0.2, 0.5, 5e-4, True)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_with_a_loaded_state_goes_on_to_the_same_bits(name):
+    whole, stopped = fresh(), fresh()
+    optimizers = make(name, whole, 0.01), make(name, stopped, 0.01)
+    for seed in range(2):
+        step(whole, optimizers[0], *batch(seed))
+        step(stopped, optimizers[1], *batch(seed))
+    resumed = fresh()
+    resumed.load_state_dict(stopped.state_dict())
+    optimizer = make(name, resumed, 0.01)
+    optimizer.load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    for seed in (2, 3):
+        step(whole, optimizers[0], *batch(seed))
+        step(resumed, optimizer, *batch(seed))
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize(("saved", "here"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_the_state_of_another_optimizer_is_refused(saved, here):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="another optimizer"):
+        make(here, model).load_state_dict(make(saved, model).state_dict())
+
+
+def test_adamw_is_torchs():
+    ours, plain = fresh(), fresh()
+    theirs = torch.optim.AdamW(plain.parameters(), 0.01, weight_decay=0.05)
+    optimizer = make("adamw", ours, 0.01, weight_decay=0.05)
+    for seed in range(3):
+        step(ours, optimizer, *batch(seed))
+        step(plain, theirs, *batch(seed))
+    for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

@@ -8,8 +8,9 @@ import pytest
 from conftest import golden
 
 import losses
-from training.recipe import Recipe, Stage
-from training.registry import LOSSES, RULES, all_constants
+from experiment.settings import Settings
+from training.recipe import Recipe
+from training.registry import LOSSES, RULES, Stage, all_constants
 
 CONSTANTS = {
     "alpha": 7.0, "epsilon": 1e-2, "ib_norm": "l2", "detach_ib": True, "auto_target": "ce", "gamma": 2.0,
@@ -17,8 +18,20 @@ CONSTANTS = {
 }  # fmt: skip
 
 
+#: As published, CIFAR.
+PUBLISHED = {
+    "loss_type": "CE", "train_rule": "None", "epochs": 200, "lr": 0.1, "start_ib_epoch": 100, "warmup_epochs": 5,
+    "milestones": (160, 180), "lr_factors": (0.01, 0.01), "ib_lr_factor": 0.01, "keep_warmup": False, "drw_epoch": 160,
+    "schedule": "step", "constants": {},
+}  # fmt: skip
+
+
+def recipe(loss_type="CE", train_rule="None", **fields):
+    return Recipe(**{**PUBLISHED, "loss_type": loss_type, "train_rule": train_rule, **fields})
+
+
 def lrs(**fields):
-    return [stage.lr for stage in Recipe(**fields).stages()]
+    return [stage.lr for stage in recipe(**fields).stages()]
 
 
 def test_published_steps_of_ce():
@@ -72,36 +85,36 @@ def test_cosine_schedule_of_an_ib_run_keeps_the_factor_of_the_ib_phase():
 @pytest.mark.parametrize("loss", ["IB", "IBFocal"])
 @pytest.mark.parametrize(("rule", "weights"), [("None", "none"), ("CBReweight", "CB"), ("IBReweight", "IB")])
 def test_phase_one_is_plain_ce_without_weights(loss, rule, weights):
-    recipe = Recipe(loss_type=loss, train_rule=rule, epochs=4, start_ib_epoch=2)
-    assert [(s.loss, s.class_weights) for s in recipe.stages()] == [("CE", "none")] * 2 + [(loss, weights)] * 2
+    made = recipe(loss_type=loss, train_rule=rule, epochs=4, start_ib_epoch=2)
+    assert [(s.loss, s.class_weights) for s in made.stages()] == [("CE", "none")] * 2 + [(loss, weights)] * 2
 
 
 @pytest.mark.parametrize("rule", ["DRW", "DRW-IB"])
 def test_phase_one_has_no_deferred_weights_either(rule):
-    recipe = Recipe(loss_type="IB", train_rule=rule, epochs=4, start_ib_epoch=2, drw_epoch=1)
+    made = recipe(loss_type="IB", train_rule=rule, epochs=4, start_ib_epoch=2, drw_epoch=1)
     weights = {"DRW": "CB", "DRW-IB": "IB"}[rule]
-    assert [s.class_weights for s in recipe.stages()] == ["none"] * 2 + [weights] * 2
+    assert [s.class_weights for s in made.stages()] == ["none"] * 2 + [weights] * 2
 
 
 @pytest.mark.parametrize("loss", ["CE", "Focal", "LDAM", "BS", "LA", "VS"])
 def test_other_losses_have_one_phase_with_their_weights_throughout(loss):
-    stages = Recipe(loss_type=loss, train_rule="CBReweight", epochs=4, start_ib_epoch=2).stages()
+    stages = recipe(loss_type=loss, train_rule="CBReweight", epochs=4, start_ib_epoch=2).stages()
     assert {(s.loss, s.class_weights) for s in stages} == {(loss, "CB")}
 
 
 @pytest.mark.parametrize(("rule", "weights"), [("DRW", "CB"), ("DRW-IB", "IB")])
 def test_drw_weights_begin_at_drw_epoch_in_a_run_of_any_length(rule, weights):
-    stages = Recipe(loss_type="LDAM", train_rule=rule, epochs=400, drw_epoch=320).stages()
+    stages = recipe(loss_type="LDAM", train_rule=rule, epochs=400, drw_epoch=320).stages()
     assert [s.class_weights for s in stages] == ["none"] * 320 + [weights] * 80
     assert {s.sampler for s in stages} == {"none"}
 
 
 def test_resample_is_a_sampler_and_no_weight():
-    assert {(s.sampler, s.class_weights) for s in Recipe(train_rule="Resample").stages()} == {("Resample", "none")}
+    assert {(s.sampler, s.class_weights) for s in recipe(train_rule="Resample").stages()} == {("Resample", "none")}
 
 
 def test_deferred_resampling_begins_at_drw_epoch():
-    stages = Recipe(train_rule="DRS", epochs=10, drw_epoch=7).stages()
+    stages = recipe(train_rule="DRS", epochs=10, drw_epoch=7).stages()
     assert [s.sampler for s in stages] == ["none"] * 7 + ["Resample"] * 3
     assert {s.class_weights for s in stages} == {"none"}
 
@@ -124,17 +137,17 @@ CRT = {"epochs": 17, "drw_epoch": 12, "milestones": (8, 10), "lr_factors": (0.5,
 @pytest.mark.parametrize("schedule", ["step", "cosine"])
 @pytest.mark.parametrize("loss", ["CE", "IB"])
 def test_crt_keeps_the_lr_of_its_first_stage_and_starts_anew_in_the_second(loss, schedule):
-    recipe = Recipe(loss, "cRT", schedule=schedule, **CRT)
-    lr = [stage.lr for stage in recipe.stages()]
+    made = recipe(loss, "cRT", schedule=schedule, **CRT)
+    lr = [stage.lr for stage in made.stages()]
     assert lr == pytest.approx([slow_crt_lr(e, loss, schedule == "cosine") for e in range(17)], rel=1e-8)
     assert lr[12] == 0.1 * (0.01 if loss == "IB" else 1)
-    first = Recipe(loss, "None", schedule=schedule, **{**CRT, "epochs": 12}).stages()
-    assert recipe.stages()[:12] == first, "a finished run without the rule is no fork point"
+    first = recipe(loss, "None", schedule=schedule, **{**CRT, "epochs": 12}).stages()
+    assert made.stages()[:12] == first, "a finished run without the rule is no fork point"
 
 
 @pytest.mark.parametrize("loss", ["CE", "LDAM", "IB"])
 def test_crt_trains_the_head_alone_with_balanced_classes_from_drw_epoch_on(loss):
-    stages = Recipe(loss, "cRT", **CRT).stages()
+    stages = recipe(loss, "cRT", **CRT).stages()
     assert [(s.sampler, s.trains) for s in stages] == [("none", "all")] * 12 + [("Balanced", "head")] * 5
     assert {s.class_weights for s in stages} == {"none"}
     assert [s.loss for s in stages] == (["CE"] * 9 + ["IB"] * 8 if loss == "IB" else [loss] * 17)
@@ -142,17 +155,17 @@ def test_crt_trains_the_head_alone_with_balanced_classes_from_drw_epoch_on(loss)
 
 def test_crt_without_its_second_stage_is_the_plain_rule_and_without_the_first_all_head():
     late = {**CRT, "drw_epoch": 40}
-    assert Recipe(train_rule="cRT", schedule="cosine", **late).stages() == Recipe(schedule="cosine", **late).stages()
-    stages = Recipe(train_rule="cRT", **{**CRT, "epochs": 4, "drw_epoch": 0}).stages()
+    assert recipe(train_rule="cRT", schedule="cosine", **late).stages() == recipe(schedule="cosine", **late).stages()
+    stages = recipe(train_rule="cRT", **{**CRT, "epochs": 4, "drw_epoch": 0}).stages()
     assert [s.lr for s in stages] == pytest.approx([0.1, 0.0853553391, 0.05, 0.0146446609])
     assert {s.trains for s in stages} == {"head"}
 
 
 def test_the_table_says_what_is_trained_where_that_changes():
-    assert Recipe(epochs=1, train_rule="DRS", drw_epoch=0).table().splitlines() == [
+    assert recipe(epochs=1, train_rule="DRS", drw_epoch=0).table().splitlines() == [
         "epoch_from_0,lr,loss,class_weights,sampler", "0,0.02,CE,none,Resample",
     ]  # fmt: skip
-    assert Recipe(epochs=3, train_rule="cRT", drw_epoch=1).table().splitlines() == [
+    assert recipe(epochs=3, train_rule="cRT", drw_epoch=1).table().splitlines() == [
         "epoch_from_0,lr,loss,class_weights,sampler,trains",
         "0,0.02,CE,none,none,all",
         "1,0.1,CE,none,Balanced,head",
@@ -161,36 +174,32 @@ def test_the_table_says_what_is_trained_where_that_changes():
 
 
 def test_the_defaults_are_the_published_settings():
-    assert dataclasses.asdict(Recipe()) == {
-        "loss_type": "CE", "train_rule": "None", "epochs": 200, "lr": 0.1, "start_ib_epoch": 100, "warmup_epochs": 5,
-        "milestones": (160, 180), "lr_factors": (0.01, 0.01), "ib_lr_factor": 0.01, "keep_warmup": False,
-        "drw_epoch": 160, "schedule": "step", "constants": {},
-    }  # fmt: skip
+    assert dataclasses.asdict(Recipe.from_settings(Settings())) | {"constants": {}} == PUBLISHED
     assert tuple(LOSSES) == ("CE", "Focal", "LDAM", "BS", "LA", "VS", "IB", "IBFocal")
     assert tuple(RULES) == ("None", "Resample", "CBReweight", "IBReweight", "DRW", "DRW-IB", "DRS", "cRT")
 
 
 def test_an_epoch_of_plain_ce_has_neither_weights_nor_sampler():
-    assert Recipe().stage(7) == Stage(lr=0.1, loss="CE", class_weights="none", sampler="none")
+    assert recipe().stage(7) == Stage(lr=0.1, loss="CE", class_weights="none", sampler="none")
 
 
 def test_recipes_and_stages_are_values_that_do_not_change():
-    for value, name in ((Recipe(), "lr"), (Recipe().stage(0), "lr")):
+    for value, name in ((recipe(), "lr"), (recipe().stage(0), "lr")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, name, 1.0)
 
 
 def test_every_milestone_needs_its_factor():
     with pytest.raises(ValueError, match="zip"):
-        Recipe(milestones=(1, 2), lr_factors=(0.1,)).stage(0)
+        recipe(milestones=(1, 2), lr_factors=(0.1,)).stage(0)
 
 
 def test_a_recipe_from_settings_takes_what_has_the_same_name():
-    fields = {f.name: getattr(Recipe(), f.name) for f in dataclasses.fields(Recipe) if f.name != "constants"}
+    fields = {f.name: PUBLISHED[f.name] for f in dataclasses.fields(Recipe) if f.name != "constants"}
     fields |= {"loss_type": "IB", "epochs": 7, "schedule": "cosine", "milestones": (3,), "lr_factors": (0.1,)}
-    recipe = Recipe.from_settings(types.SimpleNamespace(**fields, **CONSTANTS, workers=4))
-    assert recipe == Recipe(**fields, constants=CONSTANTS)
-    assert set(recipe.constants) == set(all_constants())
+    made = Recipe.from_settings(types.SimpleNamespace(**fields, **CONSTANTS, workers=4))
+    assert made == recipe(**fields, constants=CONSTANTS)
+    assert set(made.constants) == set(all_constants())
 
 
 def test_the_constants_of_an_epoch_are_those_in_force():
@@ -198,7 +207,7 @@ def test_the_constants_of_an_epoch_are_those_in_force():
     ib = ("alpha", "epsilon", "ib_norm", "detach_ib", "auto_target")
 
     def names(epoch, loss, rule):
-        found = Recipe(loss_type=loss, train_rule=rule, **fields).constants_at(epoch)
+        found = recipe(loss_type=loss, train_rule=rule, **fields).constants_at(epoch)
         assert found == {name: CONSTANTS[name] for name in found}
         return tuple(found)
 
@@ -213,14 +222,14 @@ def test_the_constants_of_an_epoch_are_those_in_force():
 
 
 def test_criterion_and_rates_of_a_stage():
-    recipe = Recipe(loss_type="IB", train_rule="CBReweight", start_ib_epoch=1, constants=CONSTANTS)
-    first, second = recipe.criterion(recipe.stage(0), [5, 3, 1]), recipe.criterion(recipe.stage(1), [5, 3, 1])
+    made = recipe(loss_type="IB", train_rule="CBReweight", start_ib_epoch=1, constants=CONSTANTS)
+    first, second = made.criterion(made.stage(0), [5, 3, 1]), made.criterion(made.stage(1), [5, 3, 1])
     assert type(first) is losses.CrossEntropyLoss
     assert first.weight is None
     assert (second.alpha, second.epsilon, second.norm, second.detach) == (7.0, 1e-2, "l2", True)
     assert second.weight.tolist() == losses.effective_number_weights([5, 3, 1], 0.99).tolist()
-    assert recipe.sampling_rates(recipe.stage(0), [5, 3, 1]) is None
-    deferred = Recipe(train_rule="DRS", drw_epoch=3, constants=CONSTANTS)
+    assert made.sampling_rates(made.stage(0), [5, 3, 1]) is None
+    deferred = recipe(train_rule="DRS", drw_epoch=3, constants=CONSTANTS)
     rates = [deferred.sampling_rates(deferred.stage(e), [5, 3, 1]) for e in (2, 3)]
     assert rates[0] is None
     assert rates[1].tolist() == losses.effective_number_rates([5, 3, 1], 0.99).tolist()

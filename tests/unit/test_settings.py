@@ -7,7 +7,8 @@ import pathlib
 
 import pytest
 
-from experiment import settings
+from experiment import flags, settings
+from experiment.compare import differing
 from experiment.parser import SCRIPTS, build_parser, parse
 from experiment.settings import FIELDS, IDENTITY, SHARED, from_record, recorded
 from training.recipe import Recipe
@@ -44,12 +45,6 @@ def test_a_record_comes_back_as_the_settings_that_wrote_it(script):
     mine = parse(script, [*ARGV[script], "--alpha", "auto", "--milestones", "3", "7", "--seed", "4"])
     again = from_record(json.loads(json.dumps(recorded(mine))))
     assert again == mine
-
-
-def test_an_older_record_lacks_the_newer_settings():
-    record = {"dataset": "cifar10", "arch": "resnet32", "lr": 0.2, "milestones": [1], "use_norm": False, "processes": 2}
-    found = from_record(record)
-    assert (found.lr, found.milestones, found.schedule, found.processes) == (0.2, (1,), "step", 2)
 
 
 BAD = {
@@ -98,6 +93,7 @@ def test_combinations_that_cannot_work(argv, part):
         (["--train_rule", "IBReweight", "--beta", "0.9", "--la_tau", "2"], ["--beta", "--la_tau"]),
         (["-e", "--resume", "x", "--gamma", "2"], []),
         (["--loss_type", "LDAM"], []),
+        (["--optimizer", "adamw", "--momentum", "0.5"], ["--momentum"]),
     ],
 )
 def test_constants_that_no_epoch_uses_are_named(argv, unused, capsys):
@@ -167,18 +163,32 @@ def test_flags_and_defaults_are_the_official_ones_but_for_the_documented_ones():
     assert all(f"| {', '.join(f'`{flag}`' for flag in flags)} |" in table for flags in DIFFERS)
 
 
+def test_official_flags_take_what_they_took():
+    parser = build_parser("cifar_train.py")
+    for names, (name, default) in OFFICIAL.items():
+        for flag in names:
+            given = [] if default is False else [str(3 if default is None else default)]
+            found = getattr(parser.parse_args([flag, *given]), name)
+            assert bool(found) if default is False else found == (3 if default is None else default), flag
+
+
 @pytest.mark.parametrize(
-    ("flag", "name", "value"),
+    ("argv", "affected"),
     [
-        pytest.param(flag, name, 3 if default is None else default, id=flag)
-        for flags, (name, default) in OFFICIAL.items()
-        for flag in flags
+        (["--mixup", "0.2"], "mixup"),
+        (["--ema", "0.9"], "ema"),
+        (["--optimizer", "adamw"], "optimizer"),
+        (["--augment", "randaugment"], "augment"),
     ],
 )
-def test_an_official_flag_takes_what_it_took(flag, name, value):
-    parser = build_parser("cifar_train.py")
-    if value is False:  # a switch
-        assert getattr(parser.parse_args([flag]), name)
-        return
-    found = getattr(parser.parse_args([flag, str(value)]), name)
-    assert (type(found), found) == (type(value), value)
+def test_what_changes_a_run_is_part_of_its_identity_and_of_a_fork(argv, affected):
+    plain, changed = parse("cifar_train.py", []), parse("cifar_train.py", argv)
+    for names in (IDENTITY, SHARED):
+        assert differing(changed, plain, names).startswith(f"{affected} is ")
+    older = {name: value for name, value in recorded(plain).items() if name != affected}
+    assert differing(changed, from_record(older), SHARED), "a checkpoint from before the flag was trained without"
+
+
+def test_the_page_of_flags_is_made_of_the_settings():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "flags.md").read_text()
+    assert page == flags.page(page), "run: python -m experiment.flags"

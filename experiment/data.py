@@ -1,0 +1,120 @@
+"""The data of a run: what it is, the part that is held out, and whether it is what a checkpoint was trained on."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from experiment.resume import Start
+from experiment.settings import Settings
+from files import files_sha256, write_text
+from imbalance import count_classes, split_sha256
+from utils import DataError, NothingToDo, UsageError, named, warn
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run's data are: class names as the data set and as people call them, training images of each class, and
+    checksums of the chosen images and of the image files (None in memory, where torchvision checks md5)."""
+
+    classes: list[str]
+    class_names: list[str]
+    class_counts: list[int]
+    split_sha256: str
+    files_sha256: str | None
+    test_images: int
+
+
+def split_validation(train_set: Any, settings: Settings) -> tuple[Any, Any]:
+    """(training set, validation set or None): --val_fraction of the training images, or images that the tail left out.
+
+    Raises:
+        UsageError: there are no such images.
+    """
+    if not settings.val_fraction and not settings.val_left_out:
+        return train_set, None
+    try:
+        if settings.val_left_out:
+            val_set = train_set.left_out(settings.val_left_out)
+        else:
+            train_set, val_set = train_set.hold_out(settings.val_fraction)
+    except ValueError as error:
+        flag = "--val_left_out" if settings.val_left_out else "--val_fraction"
+        raise UsageError(f"{flag}: {error}") from None
+    images = count_classes(val_set.targets, len(val_set.classes))
+    without = [name for name, n in zip(val_set.class_names, images, strict=True) if n == 0]
+    if without:
+        warn(f"the validation set has no image of {named(without)}: its class mean is over the other classes")
+    return train_set, val_set
+
+
+def export_split(train_set: Any, path: str) -> None:
+    """Write the indices of the images that are trained on to a file, one a line. Raises NothingToDo."""
+    write_text(path, "".join(f"{index}\n" for index in train_set.chosen))
+    raise NothingToDo(f"{path}: indices of {len(train_set.chosen)} chosen training images, one a line")
+
+
+def describe(chosen: Any, train_set: Any, test_set: Any) -> Data:
+    """What the data are. `chosen`: the training images before a validation part is held out."""
+    samples = [sample for part in (chosen, test_set) for sample in getattr(part, "samples", [])]
+    return Data(
+        classes=list(train_set.classes),
+        class_names=list(train_set.class_names),
+        class_counts=count_classes(train_set.targets, len(train_set.classes)),
+        split_sha256=split_sha256(chosen.chosen),
+        files_sha256=files_sha256(samples) if samples else None,
+        test_images=len(test_set.targets),
+    )
+
+
+def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
+    """Compare the data with those that the checkpoint was trained on. Returns what --force has passed over.
+
+    An evaluation may test on other images; its classes must be the checkpoint's, or the last layer would be misread.
+
+    Raises:
+        UsageError: --num_classes contradicts the data. DataError: other classes, images or files than the checkpoint's.
+    """
+    known, state = len(data.classes), start.checkpoint
+    if settings.num_classes not in (None, known):
+        raise UsageError(f"--num_classes {settings.num_classes}: {settings.dataset} has {known} classes")
+    where = f"in {settings.data_dir}"
+    found: list[tuple[str, Any, Any, str]] = [
+        ("other classes", state.get("classes"), data.classes, f"has other classes than those {where}")
+    ]
+    chooses = len(settings.posthoc_la) > 1 or len(settings.tau_norm) > 1  # on a held-out part of these images
+    if not settings.evaluate or settings.test_fraction or chooses:  # else what is tested may have been trained on
+        counts = f"{sum(state.get('class_counts') or ())} there, {sum(data.class_counts)} here"
+        found += [
+            ("other images", state.get("split_sha256"), data.split_sha256, f"was trained on other images than {where}"),
+            (
+                "changed image files", state.get("files_sha256"), data.files_sha256,
+                f"was trained on other image files than those {where}: names, classes or sizes differ",
+            ),
+            (
+                "another part of the images", state.get("class_counts"), data.class_counts,
+                f"was trained on another part of the images ({counts})",
+            ),
+        ]  # fmt: skip
+    forced = []
+    for kind, there, here, what in found:
+        if there in (None, here):
+            continue
+        first = _first_difference(there, here) if kind == "other classes" else ""
+        if start.is_finished or not settings.force:
+            way = "--overwrite trains it again" if start.is_finished else "use --force to continue anyway"
+            raise DataError(f"{start.path} {what}{first} ({way})")
+        warn(f"{start.path} {what}{first}; continuing because of --force")
+        forced.append(kind)
+    if chooses and state.get("split_sha256") is None:
+        what = f"{start.path} does not record its training images: maybe it was trained on those held out here"
+        if not settings.force:
+            raise UsageError(f"{what} (use --force to continue anyway)")
+        forced.append("unknown images")
+    return forced
+
+
+def _first_difference(there: Sequence[str], here: Sequence[str]) -> str:
+    for one, two in zip(there, here, strict=False):
+        if one != two:
+            return f": {one!r} there and {two!r} here"
+    return f": {len(there)} there, {len(here)} here"

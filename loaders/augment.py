@@ -1,0 +1,94 @@
+"""What is done to one image, composed of torchvision.transforms.v2 on (3, H, W) uint8 tensors.
+
+Another augmentation or another crop is an entry of `AUGMENTS` or `CROPS`. What it draws from torch's random state comes
+from the image's own seed.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torchvision.transforms import v2
+
+Image = torch.Tensor
+Transform = Callable[[Image], Image]
+
+
+class Augment(NamedTuple):
+    """make: the transform, for images of a side in pixels; it keeps shape and type. help: for a flag."""
+
+    make: Callable[[int], Transform]
+    help: str
+
+
+class Crop(NamedTuple):
+    """train, evaluate: the transform of any image to a square of a side in pixels. help: for a flag."""
+
+    train: Callable[[int], Transform]
+    evaluate: Callable[[int], Transform]
+    help: str
+
+
+def _autoaugment(size):
+    return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10 if size < 96 else v2.AutoAugmentPolicy.IMAGENET)
+
+
+#: Applied to training images after crop and flip. In memory 'none' stays on the device, the others are made on the CPU.
+AUGMENTS = {
+    "none": Augment(lambda size: v2.Identity(), "crop and flip only, as published"),
+    "randaugment": Augment(lambda size: v2.RandAugment(), "2 random operations of magnitude 9"),
+    "autoaugment": Augment(
+        _autoaugment, "the policy learned on CIFAR-10, or on ImageNet for images of 96 pixels or more"
+    ),
+    "trivialaugment": Augment(lambda size: v2.TrivialAugmentWide(), "1 random operation of random magnitude"),
+}
+
+#: How images of any size become squares.
+CROPS = {
+    "resized": Crop(
+        v2.RandomResizedCrop,
+        lambda size: v2.Compose([middle_of_strip, v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]),
+        "RandomResizedCrop; tested on the centre of images resized to 256/224 of that side",
+    ),
+    "padded": Crop(
+        lambda size: v2.Compose([middle_of_strip, v2.Resize(size), v2.RandomCrop(size, padding=size // 8)]),
+        lambda size: v2.Compose([middle_of_strip, v2.Resize(size), v2.CenterCrop(size)]),
+        "RandomCrop of the image padded by an eighth; tested whole",
+    ),
+}
+
+
+def middle_of_strip(image: Image) -> Image:
+    """The middle of an image over 32 times as long as wide, the image otherwise: resized, the whole could take GBs."""
+    height, width = image.shape[-2:]
+    longest = 32 * min(height, width)
+    longest += (max(height, width) - longest) % 2  # the same middle
+    return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
+
+
+def train_transform(
+    image_size: int, crop: str = "resized", flip: bool = True, augment: str = "none", vertical_flip: bool = False
+) -> Transform:
+    """Crop, flip and augmentation of a training image: (3, H, W) uint8 to (3, image_size, image_size) uint8.
+
+    Args:
+        image_size: side of the square that the model sees.
+        crop, augment: names in `CROPS` and `AUGMENTS`.
+        flip, vertical_flip: mirror half of the images left to right, or upside down.
+    """
+    steps = [CROPS[crop].train(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0)]  # drawn in any case
+    if vertical_flip:
+        steps.append(v2.RandomVerticalFlip())
+    return v2.Compose([*steps, AUGMENTS[augment].make(image_size)])
+
+
+def eval_transform(image_size: int, crop: str = "resized") -> Transform:
+    """What evaluation sees of an image: (3, H, W) uint8 to (3, image_size, image_size) uint8, without draws."""
+    return CROPS[crop].evaluate(image_size)
+
+
+def seeded(transform: Transform, image: Image, seed: int) -> Image:
+    """The transformed image; what the transform draws comes from `seed`, and torch's random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would set CUDA's too
+        return transform(image)

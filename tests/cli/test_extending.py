@@ -1,0 +1,76 @@
+"""docs/extending.md does what it says: its snippets and its commands are run, and each run is stopped and resumed."""
+
+import contextlib
+import pathlib
+import re
+import shlex
+import sys
+import types
+from unittest import mock
+
+import pytest
+from script_runner import TINY, break_off, load_checkpoint, run_ok
+
+import models
+from training import metrics, optimizer, registry
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+SECTIONS = {text.splitlines()[0]: text for text in PAGE.split("\n## ")[1:]}
+REGISTRIES = (
+    registry.LOSSES, registry.RULES, registry.CLASS_WEIGHTS, registry.SAMPLERS, optimizer.OPTIMIZERS,
+    metrics.CLASS_FIGURES, models.CIFAR_MODELS,
+)  # fmt: skip
+
+
+@pytest.fixture
+def registries():
+    """What a snippet enters is gone after the test."""
+    with contextlib.ExitStack() as stack:
+        for entries in REGISTRIES:
+            stack.enter_context(mock.patch.dict(entries))
+        yield
+
+
+def snippet(section):
+    """The names that the section's Python code defines."""
+    names = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", SECTIONS[section], flags=re.S)), names)
+    return names
+
+
+def commands():
+    for section, text in SECTIONS.items():
+        for line in re.findall(r"^python cifar_train\.py (.*--dataset digits.*)$", text, flags=re.M):
+            yield pytest.param(section, shlex.split(line), id=f"{section}: {' '.join(line.split()[6:])}")
+
+
+@pytest.mark.parametrize(("section", "arguments"), list(commands()))
+def test_a_run_with_the_extension_is_stopped_and_resumed_to_the_same_bits(
+    section, arguments, registries, tmp_path, capsys
+):
+    snippet(section)
+    arch = [] if "-a" in arguments else TINY
+    args = [*arguments, *arch, "--seed", "0", "--threads", "1"]
+    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
+    assert break_off(args, tmp_path, capsys, after=1)[0] == 130
+    run_ok(args, tmp_path, capsys)
+    one, two = sorted((tmp_path / "checkpoint").iterdir())
+    states = [load_checkpoint(folder / "ckpt.pth.tar")["state_dict"] for folder in (one, two)]
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+
+
+def test_a_data_set():
+    train_set = snippet("A data set")["train_set"]
+    assert train_set.get_cls_num_list() == [200, 63, 20]
+    assert train_set.data.shape == (283, 32, 32, 3)
+
+
+def test_a_hook_gets_the_record_of_each_epoch(monkeypatch):
+    logged = []
+    fake = types.SimpleNamespace(log=lambda figures, step: logged.append((figures, step)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    test = {"acc1": 50.0, "class_mean": 40.0, "many": 60.0, "medium": 30.0, "few": None}
+    record = {"epoch": 3, "test": test, "train": {"loss": 1.5}, "stage": {"lr": 0.1}}
+    snippet("After each epoch: Weights & Biases, MLflow")["log_epoch"](record)
+    ((figures, step),) = logged
+    assert (step, figures["test/acc1"], figures["train/loss"], figures["lr"]) == (3, 50.0, 1.5, 0.1)

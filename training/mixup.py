@@ -1,0 +1,31 @@
+"""mixup (Zhang et al., ICLR 2018): each image is mixed with another one of its batch, and so is its target."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+class Mixup:
+    """Mixes batches. A batch's share and its pairs come from (seed, epoch, the batch's number) alone.
+
+    Args:
+        alpha: of Beta(alpha, alpha), from which the share of the first image of a pair is drawn; over 0.
+        num_classes: K.
+        seed: of the run.
+    """
+
+    def __init__(self, alpha: float, num_classes: int, seed: int) -> None:
+        self.alpha, self.num_classes, self.seed = alpha, num_classes, seed
+
+    def mix(
+        self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], epoch: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Images (N, 3, H, W) and soft targets (N, K) of batches of images and labels (N,)."""
+        for number, (images, target) in enumerate(batches):
+            generator = np.random.default_rng([self.seed, epoch, number])
+            share = generator.beta(self.alpha, self.alpha)
+            other = torch.from_numpy(generator.permutation(len(target))).to(target.device)
+            soft = F.one_hot(target, self.num_classes).to(images.dtype)
+            yield torch.lerp(images[other], images, share), torch.lerp(soft[other], soft, share)
