@@ -168,8 +168,8 @@ def _curves(pyplot, history, start_ib_epoch, folder, title):
     if any(record["stage"]["loss"].startswith("IB") for record in history):
         for axes in (test, train, accuracy):
             axes.axvline(start_ib_epoch + 0.5, color="black", linestyle="--", linewidth=0.8)
-        where = {"transform": test.get_xaxis_transform(), "ha": "center", "fontsize": 6}
-        test.text(start_ib_epoch + 0.5, 1.02, "IB starts", **where)
+        where = {"xycoords": test.get_xaxis_transform(), "textcoords": "offset points", "va": "top", "fontsize": 6}
+        test.annotate("IB starts", (start_ib_epoch + 0.5, 1), (3, -1), **where)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(label(title), fontsize=6)
     return _saved(pyplot, figure, folder, "curves.png")

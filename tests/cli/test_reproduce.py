@@ -29,7 +29,7 @@ from utils import duration
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 #: Flags after a run's own: three epochs, the IB phase in the last one.
 EXTRA = ["-a", "resnet20", "--batch-size", "128", "--epochs", "3", "--start_ib_epoch", "2"]
-EXTRA += ["--milestones", "2", "--lr_factors", "0.1"]
+EXTRA += ["--milestones", "2", "--lr_factors", "0.1", "--checkpoint_seconds", "0"]
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def test_a_killed_driver_takes_its_children_along_and_continues_afterwards(tmp_p
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=script_runner.environment())
     run = Run("digits", "exp", 20, "CE", protocol="short")
     log = tmp_path / "log" / run.name / "log_test.csv"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2)
+    wait_for(newest(tmp_path, run).exists)
     (child,) = children(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

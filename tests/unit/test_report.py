@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 import reproduce
-from experiment.resume import plan
+from experiment.compare import plan
 from experiment.settings import FIELDS, fields_affecting, from_record, recorded
 from imbalance import class_counts
 from paper import figures, records, report, runs, style
@@ -239,9 +239,14 @@ def changed(name, value):
         return 32
     if isinstance(value, bool):
         return not value
-    return {"num_classes": 7, "imb_factor": 0.03, "val_fraction": 0.5, "test_fraction": 0.5, "beta": 0.9}.get(
-        name, value + 1 if isinstance(value, (int, float)) else None
-    )
+    return {
+        "num_classes": 7,
+        "imb_factor": 0.03,
+        "val_fraction": 0.5,
+        "test_fraction": 0.5,
+        "beta": 0.9,
+        "ema": 0.9,
+    }.get(name, value + 1 if isinstance(value, (int, float)) else None)
 
 
 #: Runs of which every setting counts for one at least.
