@@ -24,14 +24,14 @@ from experiment.parser import parse
 from experiment.run import open_run
 from loaders.in_memory import InMemoryBatches
 from training import distributed
-from training.cuda_graph import StepGraph
+from training.cuda_graph import step_graph
 from training.ema import Ema
 from training.loop import evaluate, for_evaluation, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
-from training.precision import Precision
+from training.precision import Precision, use_native_batch_norm
 from training.recipe import Recipe
-from training.stages import Criteria, Trained, can_capture, redraw_head, set_lr
+from training.stages import Criteria, Trained, redraw_head, set_lr
 from utils import command, epoch_seed
 
 
@@ -67,6 +67,8 @@ def main(argv=None):
         build = models.CIFAR_MODELS[settings.arch]
         model = build(train_set.num_classes, use_norm=settings.use_norm, feature_norm=settings.feature_norm)
         model = model.to(run.device).to(memory_format=torch.channels_last)
+        if settings.batch_norm == "native":
+            use_native_batch_norm(model)
         ema = Ema(model, settings.ema) if settings.ema else None
         tested = ema.module if ema else model
         precision = Precision(settings.amp, run.device.type)
@@ -83,8 +85,8 @@ def main(argv=None):
         run.restore(model=model, optimizer=optimizer, criterion=criteria, scaler=precision, ema=ema)
 
         # training
-        trained = Trained(model, run.device, settings.sync_bn, settings.compile)
-        graph = StepGraph() if settings.cuda_graph and can_capture(run.device, precision, settings.compile) else None
+        trained = Trained(model, settings.sync_bn, settings.compile)
+        graph = step_graph(run.device, settings.amp, settings.cuda_graph)
         for epoch in run.epochs():
             stage = recipe.stage(epoch)
             set_lr(optimizer, stage.lr)

@@ -1,10 +1,9 @@
 """Files that are written whole or not at all, and the locks of folders. No torch."""
 
 import contextlib
-import fcntl
+import errno
 import glob
 import hashlib
-import json
 import os
 import pathlib
 import platform
@@ -13,14 +12,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 from utils import DataError, one_line, warn
 
 TEMPORARY = ".tmp"
-LOCK = ".lock"
+#: Of a folder that is held: the file that is locked, and who holds it.
+LOCK, OWNER = ".lock", ".owner"
+#: What a file system says that has no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 #: Permissions that this process does not give; reading them means setting them.
 UMASK = os.umask(0o077)
 os.umask(UMASK)
-#: Seconds that a process waits for one that is about to end, or for the last children of one that was killed.
+#: Seconds that a process waits for one that is about to end.
 PATIENCE = 5.0
 
 
@@ -93,26 +97,23 @@ def files_sha256(samples: Iterable[tuple[str, int]]) -> str:
 
 @contextlib.contextmanager
 def folder_lock(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold the lock of a folder that is there; another process waits. It ends with the process and leaves no file.
+    """Hold the lock of a folder that is there; another process waits. It ends with the process, however that ends.
 
-    On a file system without locks it does nothing.
+    In a folder that cannot be written, or on a file system without locks, it does nothing.
     """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):
+            stack.enter_context(FileLock(os.path.join(folder, LOCK)))
+            stack.callback(_remove, os.path.join(folder, LOCK))
         yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
 def run_lock(*folders: str | os.PathLike, patience: float = PATIENCE) -> Iterator[None]:
     """Make the folders of a run and hold them against other processes; folders that stay empty are removed at the end.
 
-    The lock is one of the operating system on the file LOCK in each folder. It ends with its process, however that
-    ends; the process id and the host in the file are for the message. Half-written files of a killed process
-    are removed.
+    The lock ends with its process, however that ends; the process id and the host in OWNER are for the message.
+    Temporary files of a killed process are removed.
 
     Raises:
         DataError: another process holds one of the folders, still after `patience` seconds. OSError: a folder that
@@ -123,63 +124,40 @@ def run_lock(*folders: str | os.PathLike, patience: float = PATIENCE) -> Iterato
             path = pathlib.Path(folder)
             for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
                 missing.mkdir(exist_ok=True)
-                stack.callback(_remove_if_empty, missing)
+                stack.callback(_remove, missing)
             path.mkdir(exist_ok=True)  # a file in the way
             stack.enter_context(_locked(folder, patience))
             remove_temporary(folder)
         yield
 
 
-def _remove_if_empty(folder):
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
-
-
 @contextlib.contextmanager
 def _locked(folder, patience):
-    path = os.path.join(folder, LOCK)
-    with _take(folder, path, patience) as file:
-        left = _owner(file)
-        if left:
-            print(f"took over the lock that {one_line(left)} left in {one_line(folder)}", flush=True)
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
-        file.flush()
+    lock, owner = (os.path.join(folder, name) for name in (LOCK, OWNER))
+    with contextlib.ExitStack() as stack:
         try:
-            yield
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-
-
-def _take(folder, path, patience):
-    """The lock file, open and held."""
-    give_up = time.monotonic() + patience
-    while True:
-        os.makedirs(folder, exist_ok=True)  # whoever made it may have removed it just now
-        file = open(path, "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _owner(file) or "another process"
-            file.close()
-            if time.monotonic() > give_up:
-                raise DataError(f"{folder} is in use by {owner}: a run has one writer") from None
-            time.sleep(0.05)
-            continue
+            stack.enter_context(FileLock(lock).acquire(timeout=patience))
+            stack.callback(_remove, lock)  # while it is held: whoever waits for this file sees that it is gone
+        except Timeout:
+            raise DataError(f"{folder} is in use by {_read_owner(owner)}: a run has one writer") from None
         except OSError as error:
-            warn(f"{path} cannot be locked ({error.strerror}): a second process on this run would not be noticed")
-            return file
-        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            return file
-        file.close()  # the one that held it has removed it
+            if error.errno not in NO_LOCKS:
+                raise
+            warn(f"{lock} cannot be locked ({error.strerror}): a second process on this run would not be noticed")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        pathlib.Path(owner).write_text(f"process {os.getpid()} on {platform.node()}, since {since}")
+        stack.callback(_remove, owner)
+        yield
 
 
-def _owner(file):
-    """Who wrote the lock file, as text; empty for nobody."""
-    file.seek(0)
+def _read_owner(path):
     try:
-        owner = json.loads(file.read(1000))
-        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-    except (ValueError, KeyError, TypeError):
-        return ""
+        return one_line(pathlib.Path(path).read_text(errors="replace")[:200]) or "another process"
+    except OSError:
+        return "another process"
+
+
+def _remove(path):
+    """Delete a file, or a folder that is empty."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path) if os.path.isdir(path) else os.unlink(path)

@@ -5,15 +5,14 @@
     python folder_train.py --data_dir ROOT --train_list train.txt --val_list val.txt
     python folder_train.py --data_dir DIR --resume checkpoint/NAME/ckpt.best.pth.tar -e
 
-DIR holds train/<class>/* and val/<class>/*, as torchvision's ImageFolder reads them; without val/, --val_fraction takes
-a part of every class of train/ for testing. Lists have lines 'path label'. The imbalance is the one that the data have,
-unless --imb_type makes another. Any of torchvision's classifiers (-a). Logs and figures go to log/<name>, checkpoints
-to checkpoint/<name>. `--dry_run` prints the recipe.
+DIR holds train/<class>/* and val/<class>/* (or test/), as torchvision's ImageFolder reads them; without val/,
+--val_fraction holds out two parts of train/, one to choose the best epoch and one to test on. Lists have lines
+'path label'. The imbalance is the one that the data have, unless --imb_type makes another. Any of torchvision's
+classifiers (-a). Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run` prints the recipe.
 """
 
 import dataclasses
 import functools
-import os
 
 import torch
 
@@ -26,30 +25,15 @@ from experiment.parser import parse
 from experiment.run import open_run
 from loaders.image_folder import ImageFileBatches
 from training import distributed
-from training.cuda_graph import StepGraph
+from training.cuda_graph import step_graph
 from training.ema import Ema
 from training.loop import evaluate, for_evaluation, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
-from training.precision import Precision
+from training.precision import Precision, use_native_batch_norm
 from training.recipe import Recipe
-from training.stages import Criteria, Trained, can_capture, redraw_head, set_lr
-from utils import UsageError, command, epoch_seed
-
-
-def choose_test_part(settings):
-    """Without val/ or --val_list, `val_fraction` becomes `test_fraction`: what is held out is the test set."""
-    if settings.val_list and not settings.train_list:
-        raise UsageError("--val_list needs --train_list")
-    if not os.path.isdir(settings.data_dir):
-        raise UsageError(f"no folder {settings.data_dir}: --data_dir names the folder that holds train/ (and val/)")
-    has_folder = not settings.train_list and os.path.isdir(os.path.join(settings.data_dir, "val"))
-    if settings.val_list or has_folder or settings.evaluate:
-        return settings
-    if not settings.val_fraction:
-        wanted = "--val_list" if settings.train_list else f"val folder in {settings.data_dir}"
-        raise UsageError(f"no {wanted}: --val_fraction F tests on a part of the training images")
-    return dataclasses.replace(settings, test_fraction=settings.val_fraction, val_fraction=0.0)
+from training.stages import Criteria, Trained, redraw_head, set_lr
+from utils import command, epoch_seed
 
 
 @command
@@ -60,13 +44,20 @@ def main(argv=None):
     if settings.dry_run:
         return print(recipe.table())
 
-    with open_run(choose_test_part(settings)) as run:  # device, ranks, folders, lock, seed, where the run starts
+    if not settings.evaluate:
+        share = imbalance_folder.share_to_test(
+            settings.data_dir, settings.val_fraction, settings.test_fraction, settings.train_list, settings.val_list
+        )
+        settings = dataclasses.replace(settings, test_fraction=share)
+    with open_run(settings) as run:  # device, ranks, folders, lock, seed, where the run starts
         settings = run.settings
 
         # data, read from files while training
         chosen, test_set = imbalance_folder.load(
             settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number, settings.test_fraction,
-            settings.train_list, settings.val_list, settings.check_images, settings.workers,
+            settings.train_list, settings.val_list, settings.check_images, settings.workers, settings.skip_damaged,
+            settings.exif, settings.mean, settings.std,
+            run.start.checkpoint.get("classes") if settings.evaluate else None,
         )  # fmt: skip
         train_set, val_set = split_validation(chosen, settings)
         if settings.export_split:
@@ -87,6 +78,8 @@ def main(argv=None):
             settings.arch, train_set.num_classes, use_norm=settings.use_norm, feature_norm=settings.feature_norm
         )
         model = model.to(run.device).to(memory_format=torch.channels_last)
+        if settings.batch_norm == "native":
+            use_native_batch_norm(model)
         ema = Ema(model, settings.ema) if settings.ema else None
         tested = ema.module if ema else model
         precision = Precision(settings.amp, run.device.type)
@@ -103,8 +96,8 @@ def main(argv=None):
         run.restore(model=model, optimizer=optimizer, criterion=criteria, scaler=precision, ema=ema)
 
         # training
-        trained = Trained(model, run.device, settings.sync_bn, settings.compile)
-        graph = StepGraph() if settings.cuda_graph and can_capture(run.device, precision, settings.compile) else None
+        trained = Trained(model, settings.sync_bn, settings.compile)
+        graph = step_graph(run.device, settings.amp, settings.cuda_graph)
         for epoch in run.epochs():
             stage = recipe.stage(epoch)
             set_lr(optimizer, stage.lr)

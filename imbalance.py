@@ -81,14 +81,27 @@ def choose(targets: npt.ArrayLike, counts: Sequence[int], rand_number: int = 0) 
     Returns:
         (sum(counts),) int64 array of indices into `targets`.
     """
+    shuffled = _shuffled(targets, len(counts), rand_number)
+    return np.concatenate([indices[:count] for indices, count in zip(shuffled, counts, strict=True)])
+
+
+def choose_left_out(targets: npt.ArrayLike, counts: Sequence[int], limit: int, rand_number: int = 0) -> np.ndarray:
+    """Indices of up to `limit` images of each class that `choose` leaves out: the next ones of its shuffle.
+
+    Args and order as `choose`. A class that has no further image gives none.
+    """
+    shuffled = _shuffled(targets, len(counts), rand_number)
+    return np.concatenate([indices[n : n + limit] for indices, n in zip(shuffled, counts, strict=True)])
+
+
+def _shuffled(targets, num_classes, rand_number):
+    """The indices of each class, shuffled."""
     targets = np.asarray(targets, dtype=np.int64)
     generator = np.random.RandomState(rand_number)
-    chosen = []
-    for label, count in enumerate(counts):
-        indices = np.where(targets == label)[0]
+    by_class = [np.where(targets == label)[0] for label in range(num_classes)]
+    for indices in by_class:
         generator.shuffle(indices)
-        chosen.append(indices[:count])
-    return np.concatenate(chosen)
+    return by_class
 
 
 def hold_out(targets: npt.ArrayLike, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -153,15 +166,17 @@ class LabelledImages:
         classes: K names. targets: N labels in [0, K). chosen: (N,) int64, indices into all images that there are.
         mean, std: of the three channels, in [0, 1] units. image_size: side of the square that a model sees.
         flip: whether a mirrored image still belongs to its class.
+        tail: (imb_type, imb_factor, rand_number) of `make_imbalanced`; None: the imbalance is the data's own.
     """
 
     classes: list[str]
     targets: list[int]
     chosen: np.ndarray
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     image_size: int
     flip: bool = True
+    tail: tuple[str, float, int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -170,7 +185,7 @@ class LabelledImages:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes for people."""
+        """The names of the classes, as they are printed."""
         return self.classes
 
     def get_cls_num_list(self) -> list[int]:
@@ -190,12 +205,42 @@ class LabelledImages:
 
     def classes_of_one_image(self) -> list[str]:
         """The names of the classes that have a single image, of which `hold_out` holds out nothing."""
-        return [name for name, n in zip(self.class_names, self.get_cls_num_list(), strict=True) if n == 1]
+        return self._classes_of(1)
+
+    def classes_without_images(self) -> list[str]:
+        """The names of the classes of which there is no image, whose accuracy is not known."""
+        return self._classes_of(0)
+
+    def _classes_of(self, size):
+        return [name for name, n in zip(self.class_names, self.get_cls_num_list(), strict=True) if n == size]
 
     def make_imbalanced(self, imb_type: str, imb_factor: float, rand_number: int) -> None:
         """Keep a long-tailed choice, in place; see `class_counts` and `choose`. Raises ValueError."""
         counts = class_counts(self.get_cls_num_list(), imb_type, imb_factor)
         self._keep(choose(self.targets, counts, rand_number))
+        self.tail = (imb_type, imb_factor, rand_number)
+
+    def left_out(self, limit: int) -> "Self":
+        """Up to `limit` images of each class that `make_imbalanced` left out, read again from `root`.
+
+        Nothing of them is kept in memory before. `classes_without_images` names the classes of which there is none.
+
+        Raises:
+            ValueError: an imbalance that is the data's own, or that leaves out no image.
+        """
+        imb_type, imb_factor, rand_number = self.tail or ("none", 1.0, 0)
+        if imb_type == "none":
+            raise ValueError(
+                "no image was left out: the imbalance is the data's own (--imb_type exp or step makes one)"
+            )
+        whole = type(self)(self.root, "none")  # type: ignore[attr-defined, call-arg]
+        place = np.argsort(whole.chosen)  # of each image in `whole`, which is ordered by class
+        targets = np.asarray(whole.targets)[place]
+        counts = class_counts(count_classes(targets, self.num_classes), imb_type, imb_factor)
+        part = whole.subset(place[choose_left_out(targets, counts, limit, rand_number)])
+        if not part.targets:
+            raise ValueError(f"no image was left out: --imb_factor {imb_factor} keeps all")
+        return part
 
     def _keep(self, positions):
         self.chosen = self.chosen[positions]

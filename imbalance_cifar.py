@@ -45,17 +45,10 @@ class IMBALANCECIFAR10(InMemoryImages, torchvision.datasets.CIFAR10):
         self.make_split(train, imb_type, imb_factor, rand_number)
 
 
-class IMBALANCECIFAR100(IMBALANCECIFAR10):
+class IMBALANCECIFAR100(IMBALANCECIFAR10, torchvision.datasets.CIFAR100):
     """CIFAR-100 with a long-tailed training part; see IMBALANCECIFAR10."""
 
     cls_num = 100
-    base_folder = torchvision.datasets.CIFAR100.base_folder
-    url = torchvision.datasets.CIFAR100.url
-    filename = torchvision.datasets.CIFAR100.filename
-    tgz_md5 = torchvision.datasets.CIFAR100.tgz_md5
-    train_list = torchvision.datasets.CIFAR100.train_list
-    test_list = torchvision.datasets.CIFAR100.test_list
-    meta = torchvision.datasets.CIFAR100.meta
 
 
 class IMBALANCEDIGITS(InMemoryImages, Dataset):
@@ -113,7 +106,7 @@ DATASETS: dict[str, Any] = {"cifar10": IMBALANCECIFAR10, "cifar100": IMBALANCECI
 def load(
     name: str, data_dir: str | os.PathLike, imb_type: str = "exp", imb_factor: float = 0.01, rand_number: int = 0
 ) -> tuple[Any, Any]:
-    """(training set, test set) of a name in DATASETS; downloads CIFAR where it is missing, one process at a time.
+    """(training set, test set) of a name in DATASETS; downloads what is missing, one process at a time.
 
     Raises:
         UsageError: an imbalance that cannot be, see `imbalance.class_counts`.
@@ -122,7 +115,7 @@ def load(
     dataset = DATASETS[name]
     was_there = os.path.exists(data_dir)
     try:
-        with _download_lock(name, data_dir):
+        with contextlib.nullcontext() if name == "digits" else _download_lock(data_dir):
             train = dataset(data_dir, imb_type, imb_factor, rand_number, download=True)
         return train, dataset(data_dir, train=False)
     except ValueError as error:
@@ -131,27 +124,27 @@ def load(
         with contextlib.suppress(OSError):
             if not was_there:
                 os.rmdir(data_dir)  # made for the download; stays if anything is in it
+        archive = getattr(dataset, "filename", "its files")
         damaged = _first_damaged(dataset, data_dir)
         if damaged:
             raise DataError(
-                f"{damaged} is damaged, and {name} cannot be downloaded again ({error}): put {dataset.filename} "
-                f"into {data_dir}"
+                f"{damaged} is damaged, and {name} cannot be downloaded again ({error}): put {archive} into {data_dir}"
             ) from None
         raise DataError(
-            f"no {name} in {data_dir}, and it cannot be downloaded ({error}): put "
-            f"{dataset.filename} there, name another --data_dir, or try --dataset digits, which needs no download"
+            f"no {name} in {data_dir}, and it cannot be downloaded ({error}): put {archive} there, name another "
+            "--data_dir, or try --dataset digits, which needs no download"
         ) from None
 
 
-def _download_lock(name, data_dir):
-    if name == "digits":
-        return contextlib.nullcontext()
+def _download_lock(data_dir):
     os.makedirs(data_dir, exist_ok=True)
     return folder_lock(data_dir)
 
 
 def _first_damaged(dataset, root):
-    """Path of the first file of the data set that is there and has another md5 than the official one; None: none."""
+    """The first file of CIFAR that is there and has another md5 than the official one; None of any other data set."""
+    if not issubclass(dataset, torchvision.datasets.CIFAR10):
+        return None
     sums = [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])]
     official = [(os.path.join(root, dataset.base_folder, name), md5) for name, md5 in sums]
     official.append((os.path.join(root, dataset.filename), dataset.tgz_md5))

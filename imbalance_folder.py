@@ -1,8 +1,15 @@
-"""Any images on disk: a folder for each class, or a list of files, with the imbalance that they have or a made one."""
+"""Any images on disk: a folder for each class, or a list of files, with the imbalance that they have or a made one.
 
+DIR/train/<class>/*    training images, or DIR/<class>/* where there is no train/
+DIR/val/<class>/*      test images, or DIR/test/<class>/*; without them a part of the training images is tested on
+"""
+
+import csv
 import filecmp
+import functools
 import os
 import struct
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +23,19 @@ from imbalance import LabelledImages
 from utils import DataError, UsageError, named, warn
 
 #: Of ImageNet's images, in [0, 1] units.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 
-#: How the names of images end, in small letters: torchvision's, and two more of JPEG.
-EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe")
+#: How the names of images end, in small letters: torchvision's, two more of JPEG, and AVIF.
+EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".avif")
+#: Folders of thumbnails and of deleted files, which are as hidden as those whose names begin with a dot.
+HIDDEN = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX")
+#: Folders that are parts of a data set, so that none of them is a class.
+PARTS = ("train", "training", "val", "valid", "validation", "test", "testing", "images")
+#: Header of a list whose name ends in .csv.
+CSV_HEADER = ("image", "label")
+#: Largest share of damaged images that is left out.
+MAX_DAMAGED = 0.05
 
 
 class ImageSet(LabelledImages):
@@ -27,9 +43,13 @@ class ImageSet(LabelledImages):
 
     Args:
         paths: N files. targets: N labels in [0, K). classes: K names.
+
+    Attributes:
+        exif: turn images as their EXIF orientation says, see `open_image`.
     """
 
     mean, std, image_size = IMAGENET_MEAN, IMAGENET_STD, 224
+    exif = False
 
     def __init__(self, paths: Iterable[str], targets: Iterable[int], classes: Iterable[str]) -> None:
         self.paths, self.targets, self.classes = list(paths), list(targets), list(classes)
@@ -54,23 +74,62 @@ class ImageSet(LabelledImages):
             raise UsageError(str(error)) from None
         return tailed
 
+    def left_out(self, limit: int) -> "ImageSet":
+        """Not here. Raises ValueError."""
+        raise ValueError("left-out images are for CIFAR, the digits and Tiny ImageNet: use --val_fraction")
+
     def _keep(self, positions):
         super()._keep(positions)
         self.paths = [self.paths[i] for i in positions]
 
 
+def share_to_test(
+    data_dir: str, val_fraction: float = 0.0, test_fraction: float = 0.0,
+    train_list: str | None = None, val_list: str | None = None,
+) -> float:  # fmt: skip
+    """The share of each class of the training images that is tested on, `load`'s `test_fraction`.
+
+    It is 0 where there are test images of their own: `val_list`, val/ or test/. Without them it is `test_fraction`, and
+    where that is not given `val_fraction`. The validation part, which picks the best epoch, is `val_fraction` of what
+    is left, so that --val_fraction alone makes three parts of one folder.
+
+    Raises:
+        UsageError: no folder, or no test images at all.
+    """
+    if val_list and not train_list:
+        raise UsageError("--val_list needs --train_list")
+    if not os.path.isdir(data_dir):
+        raise UsageError(f"no folder {data_dir}: --data_dir names the folder that holds train/ (and val/)")
+    own = val_list or (None if train_list else _test_folder(data_dir))
+    if own and test_fraction:
+        raise UsageError(f"--test_fraction {test_fraction:g}: the test images are those of {own}")
+    if own or test_fraction or val_fraction:
+        return 0.0 if own else test_fraction or val_fraction
+    wanted = "--val_list" if train_list else f"val/ or test/ in {data_dir}"
+    raise UsageError(
+        f"no {wanted}: --val_fraction F holds out two parts of the training images, one to choose the best epoch, one "
+        "to test on"
+    )
+
+
 def load(
-    data_dir: str, imb_type: str = "none", imb_factor: float = 0.01, rand_number: int = 0,
-    test_fraction: float = 0.0, train_list: str | None = None, val_list: str | None = None,
-    check_images: bool = False, workers: int = 0,
+    data_dir: str, imb_type: str = "none", imb_factor: float = 0.01, rand_number: int = 0, test_fraction: float = 0.0,
+    train_list: str | None = None, val_list: str | None = None, check_images: bool = False, workers: int = 0,
+    skip_damaged: bool = False, exif: bool = False, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None, classes: Sequence[str] | None = None,
 ) -> tuple[ImageSet, ImageSet]:  # fmt: skip
-    """(training set, test set) of data_dir/train and data_dir/val, or of two lists of files below data_dir.
+    """(training set, test set) of the folders below data_dir, or of two lists of files below it.
 
     Args:
         imb_type, imb_factor, rand_number: see `ImageSet.long_tailed`.
-        test_fraction: share of each class of the training images that is the test set; 0: val/ or val_list is.
+        test_fraction: share of each class of the training images that is the test set, see `share_to_test`.
         train_list, val_list: see `read_list`.
         check_images: decode every image now, with `workers` threads.
+        skip_damaged: the same, and leave out those that cannot be decoded, see `check_all`.
+        exif: see `open_image`.
+        mean, std: of the three channels, in [0, 1] units; None: ImageNet's.
+        classes: of the checkpoint that is evaluated. Without training images the training set is empty then, and all
+            images are tested: those of test/, val/ or `val_list`, or those of data_dir itself.
 
     Raises:
         UsageError: an imbalance or a test part that cannot be. DataError: missing or damaged data.
@@ -79,19 +138,47 @@ def load(
         raise DataError(
             f"no folder {data_dir}: --data_dir names the one with train/ and val/, or with the listed files"
         )
-    if bool(train_list) < bool(val_list):
-        raise UsageError("--val_list needs --train_list beside it")
-    train = read_list(train_list, data_dir) if train_list else read_folder(os.path.join(data_dir, "train"))
-    if test_fraction:
-        train, test = _split(train, test_fraction)
-    elif train_list:
-        test = _read_test_list(val_list, data_dir, train)
+    has_train = train_list or os.path.isdir(os.path.join(data_dir, "train"))
+    own = val_list or (None if train_list else _test_folder(data_dir))
+    if classes is not None and not has_train and (own or not test_fraction):
+        test = read_list(val_list, data_dir, classes) if val_list else read_folder(own or data_dir, classes)
+        train = test.subset([])
     else:
-        test = _read_test_folder(data_dir, train)
-    train = train.long_tailed(imb_type, imb_factor, rand_number)
-    if check_images:
-        check_all(train, test, workers)
+        train = read_list(train_list, data_dir) if train_list else read_folder(_training_folder(data_dir))
+        if train.num_classes < 2:
+            raise DataError(f"{train_list or data_dir} has one class, {named(train.classes)}: training needs two")
+        if test_fraction:
+            train, test = _split(train, test_fraction)
+        else:
+            test = _read_test_part(data_dir, train_list, own, train)
+    if train.targets:
+        train = train.long_tailed(imb_type, imb_factor, rand_number)
+    for part in (train, test):
+        part.exif, part.mean, part.std = exif, tuple(mean or part.mean), tuple(std or part.std)
+    if check_images or skip_damaged:
+        train, test = check_all(train, test, workers, skip_damaged)
+    warn_of_untested(train, test)
     return train, test
+
+
+def _test_folder(data_dir):
+    """The folder of the test images, val/ before test/; None: there is none."""
+    found = [path for path in (os.path.join(data_dir, name) for name in ("val", "test")) if os.path.isdir(path)]
+    return found[0] if found else None
+
+
+def _training_folder(data_dir):
+    """train/, or the folder itself where it holds the classes."""
+    folder = os.path.join(data_dir, "train")
+    if os.path.isdir(folder):
+        return folder
+    names = [entry.name for entry in _entries(data_dir) if entry.is_dir() and not _is_hidden(entry.name)]
+    parts = [name for name in names if name.lower() in PARTS]
+    if parts or not names:
+        beside = f" beside {named(parts)}/" if parts else ""
+        raise DataError(f"no folder {folder}{beside}: it holds a folder for each class")
+    warn(f"no train/ in {data_dir}: its folders are the classes")
+    return data_dir
 
 
 def _split(train, fraction):
@@ -99,175 +186,215 @@ def _split(train, fraction):
     try:
         train, test = train.hold_out(fraction)
     except ValueError as error:
-        raise UsageError(f"--val_fraction: {error}") from None
+        raise UsageError(f"--test_fraction {fraction:g}: {error}") from None
     if alone:
-        warn(f"--val_fraction: no test image of classes that have one image: {named(alone)}")
+        warn(f"no test image is held out of classes that have one image: {named(alone)}")
     return train, test
 
 
-def _read_test_list(val_list, data_dir, train):
-    if not val_list:
-        raise UsageError("--train_list needs --val_list beside it, or --val_fraction")
-    test = read_list(val_list, data_dir, train.classes)
-    absent = sorted(set(train.targets) - set(test.targets))
-    if absent:
-        raise DataError(f"{val_list} has no images of classes of the training list: {named([*map(str, absent)])}")
-    warn_of_shared(train, test, val_list)
+def _read_test_part(data_dir, train_list, own, train):
+    if own is None:
+        raise UsageError(f"no {'--val_list' if train_list else f'val/ or test/ in {data_dir}'}: see --val_fraction")
+    test = read_list(own, data_dir, train.classes) if train_list else read_folder(own, train.classes)
+    warn_of_shared(train, test, own)
+    if not train_list:
+        _warn_of_training_images(train, test, _training_folder(data_dir), own)
+        unused = os.path.join(data_dir, "test")
+        if own != unused and os.path.isdir(unused):
+            warn(f"{unused} is not used, {own} is the test set: evaluate on it with -e --data_dir {unused}")
     return test
 
 
 def warn_of_shared(train: ImageSet, test: ImageSet, source: str) -> None:
     """Warn of test images that are training images too; `source` says where the test images come from."""
-    shared = len(set(train.paths) & set(test.paths))
+    real = functools.cache(os.path.realpath)  # of folders: a look at each training image would take minutes
+    known = {os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in train.paths}
+    shared = sum(os.path.realpath(path) in known for path in test.paths)
     if shared:
         warn(f"{shared} of the {len(test.paths)} images of {source} are training images too")
 
 
-def _read_test_folder(data_dir, train):
-    folder = os.path.join(data_dir, "val")
-    if not os.path.isdir(folder):
-        raise UsageError(f"no val folder in {data_dir}: --val_fraction F tests on a part of train/")
-    test = read_folder(folder)
-    for part, one, other in (("train", train, test), ("val", test, train)):
-        alone = sorted(set(one.classes) - set(other.classes))
-        if alone:
-            raise DataError(f"{data_dir}: classes in {part}/ only: {named(alone)}")
-    _warn_of_training_images(train, test, os.path.join(data_dir, "train"), folder)
-    return test
-
-
 def _warn_of_training_images(train, test, train_folder, folder):
-    """Warn of test images that are links into the training folder, or all copies of training images."""
-    inside = os.path.join(os.path.realpath(train_folder), "")
-    linked = sum(os.path.realpath(path).startswith(inside) for path in test.paths)
-    if linked:
-        return warn(f"{linked} of the {len(test.paths)} images of {folder} are training images too")
+    """Warn where all test images look like copies of training images."""
     known = set(train.paths)
     pairs = [(path, os.path.join(train_folder, os.path.relpath(path, folder))) for path in test.paths]
     alike = all(twin in known and os.path.getsize(path) == os.path.getsize(twin) for path, twin in pairs)
-    if alike and filecmp.cmp(*pairs[0], shallow=False):
+    if pairs and alike and not os.path.samefile(*pairs[0]) and filecmp.cmp(*pairs[0], shallow=False):
         warn(f"the images of {folder} look like training images: all have the names and sizes of images of train/")
 
 
-def check_all(train: ImageSet, test: ImageSet, workers: int = 0) -> None:
-    """Decode every image of both parts, with several threads. Raises DataError that names those that are damaged."""
+def warn_of_untested(train: ImageSet, test: ImageSet) -> None:
+    """Warn of classes that have training images and no test images. Raises DataError where there are none at all."""
+    if not test.targets:
+        raise DataError("no test images")
+    absent = sorted(set(train.targets) - set(test.targets))
+    if absent:
+        names = [test.class_names[label] for label in absent]
+        warn(f"no test image of {len(absent)} classes, whose accuracy is n/a: {named(names)}")
+
+
+def check_all(
+    train: ImageSet, test: ImageSet, workers: int = 0, skip_damaged: bool = False
+) -> tuple[ImageSet, ImageSet]:  # fmt: skip
+    """Decode every image of both parts, with several threads. `skip_damaged`: the parts without those that are damaged.
+
+    Raises:
+        DataError: damaged images; with `skip_damaged`, more than a share of MAX_DAMAGED, or all of a class.
+    """
 
     def problem(path: str) -> str | None:
         try:
-            open_image(path)
+            open_image(path, train.exif)
         except DataError as error:
             return str(error)
         return None
 
     paths = train.paths + test.paths
-    problems = [found for found in map_in_threads(problem, paths, workers) if found]
-    if problems:
-        raise DataError(f"{len(problems)} of {len(paths)} images are damaged: {named(problems, '; ')}")
+    found = list(map_in_threads(problem, paths, workers))
+    problems = [text for text in found if text]
+    if not problems:
+        return train, test
+    damaged = f"{len(problems)} of {len(paths)} images are damaged"
+    if not skip_damaged:
+        raise DataError(f"{damaged} (--skip_damaged leaves them out): {named(problems, '; ')}")
+    if len(problems) > MAX_DAMAGED * len(paths):
+        raise DataError(f"{damaged}, --skip_damaged leaves out {MAX_DAMAGED:.0%} at most: {named(problems, '; ')}")
+    warn(f"{damaged} and left out: {named(problems, '; ')}")
+    whole = np.array([text is None for text in found])
+    n, classes = len(train.paths), set(train.targets)
+    train, test = train.subset(np.flatnonzero(whole[:n])), test.subset(np.flatnonzero(whole[n:]))
+    emptied = classes - set(train.targets)
+    if emptied:
+        raise DataError(f"all training images are damaged of the classes {named([train.classes[k] for k in emptied])}")
+    return train, test
 
 
 # ------------------------------------------------------------------------------------------------- folders
 
 
-def read_folder(folder: str) -> ImageSet:
+def read_folder(folder: str, classes: Sequence[str] | None = None) -> ImageSet:
     """The images of a folder with one folder for each class, in torchvision's order.
 
-    Links to folders inside a class are not followed, nor links to images of the same tree or to an image that another
-    link names, so that no image counts twice. These, links that lead nowhere, hidden folders and files (".name"), files
-    that are no regular ones and those that do not end as images do are skipped with a warning.
+    Links to folders inside a class are not followed, and no file counts twice, whatever links lead to it. These, hidden
+    files and folders (".name" and HIDDEN), what is no regular file and what does not end as images do are skipped with
+    a warning.
+
+    Args:
+        classes: the classes of the training images, which decide the labels; None: the names of the folders, each of
+            which has an image.
 
     Raises:
-        DataError: no folder, no class, or a class without images.
+        DataError: no folder, one that cannot be read, no class, a class without images or one that is not in `classes`.
     """
-    if not os.path.isdir(folder):
-        raise DataError(f"no folder {folder}")
-    tree = _Tree(folder)
-    classes = tree.classes()
-    if not classes:
+    skipped, entries = Counter(), _entries(folder)
+    folders = sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
+    skipped["hidden"] += sum(_is_hidden(entry.name) for entry in entries)
+    skipped["links that lead nowhere"] += sum(not os.path.exists(entry.path) for entry in entries)
+    if not folders:
         raise DataError(f"no class folders in {folder}")
-    found = {name: list(tree.images(os.path.join(folder, name))) for name in classes}
-    empty = [os.path.join(folder, name) for name in classes if not found[name]]
-    tree.warn_of_skipped()
-    if empty:
-        raise DataError(f"class folders without images: {named(empty)} (images end in {' '.join(EXTENSIONS)})")
-    paths = [path for name in classes for path in found[name]]
-    return ImageSet(paths, [label for label, name in enumerate(classes) for _ in found[name]], classes)
+    found = [(name, *file) for name in folders for file in _walk(os.path.join(folder, name), skipped)]
+    seen = {real for _, _, real, is_link in found if not is_link}
+    samples = []
+    for name, path, real, is_link in found:
+        if is_link and real in seen:
+            skipped["symbolic links"] += 1
+        else:
+            seen.add(real)
+            samples.append((name, path))
+    reasons = [f"{what}: {count}" for what, count in skipped.items() if count]
+    if reasons:
+        warn(f"skipped in {folder}: {', '.join(reasons)}")
+    _check_names(folder, [*folders, *(classes or ())])
+    empty = sorted(set(folders) - {name for name, _ in samples})
+    if classes is None:
+        classes = folders
+        if empty:
+            paths = [os.path.join(folder, name) for name in empty]
+            raise DataError(f"class folders without images: {named(paths)} (images end in {' '.join(EXTENSIONS)})")
+        _check_depth(folder, samples)
+    foreign = sorted(set(folders) - set(classes) - set(empty))
+    if foreign:
+        raise DataError(f"{folder} has classes that no training images have: {named(foreign)}")
+    label = {name: k for k, name in enumerate(classes)}
+    return ImageSet([path for _, path in samples], [label[name] for name, _ in samples], classes)
 
 
-class _Tree:
-    """A walk over class folders that notes what it skips."""
+def _entries(folder):
+    try:
+        return list(os.scandir(folder))
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be read: {error.strerror}") from None
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.roots, self.linked, self.skipped = [os.path.realpath(folder)], set(), Counter()
-        self.other = []  # names of files that do not end as images do
 
-    def classes(self) -> list[str]:
-        """The names of the class folders, sorted."""
-        entries = list(os.scandir(self.folder))
-        self.skipped["links that lead nowhere"] += sum(e.is_symlink() and not os.path.exists(e) for e in entries)
-        return sorted(self._shown([entry.name for entry in entries if entry.is_dir()]))
+def _is_hidden(name):
+    return name.startswith(".") or name in HIDDEN
 
-    def _shown(self, names):
-        """The names that are not hidden."""
-        shown = [name for name in names if not name.startswith(".")]
-        self.skipped["hidden"] += len(names) - len(shown)
-        return shown
 
-    def _walk(self, folder):
-        for parent, folders, names in os.walk(folder):
-            folders[:] = self._shown(folders)  # os.walk descends into these
-            yield parent, folders, self._shown(names)
+def _walk(class_folder, skipped):
+    """(path, real path, whether a link led there) of each image of a class, sorted by folder, then by name."""
 
-    def images(self, class_folder: str) -> Iterator[str]:
-        """The path of each image, sorted by folder, then by name."""
-        if os.path.islink(class_folder):
-            if self._is_known(class_folder):
-                self.skipped["symbolic links"] += 1
-                return
-            self.roots.append(os.path.realpath(class_folder))
-        for parent, folders, names in sorted(self._walk(class_folder)):
-            self.skipped["symbolic links"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
-            for name in sorted(names):
-                path = os.path.join(parent, name)
-                if not name.lower().endswith(EXTENSIONS):
-                    self.other.append(name)
-                elif os.path.islink(path) and self._is_known(path):
-                    self.skipped["symbolic links"] += 1
-                elif not os.path.isfile(path):
-                    self.skipped["no regular files"] += 1
-                else:
-                    yield path
+    def fail(error):
+        raise DataError(f"folder {error.filename} cannot be read: {error.strerror}") from None
 
-    def _is_known(self, link):
-        """Whether a link leads back into the tree, or to what another link has named."""
-        real = os.path.realpath(link)
-        known = real in self.linked or any(os.path.commonpath([real, root]) in (real, root) for root in self.roots)
-        self.linked.add(real)
-        return known
+    walk = []
+    for parent, folders, names in os.walk(class_folder, onerror=fail):
+        shown = [name for name in folders if not _is_hidden(name)]
+        skipped["hidden"] += len(folders) - len(shown) + sum(map(_is_hidden, names))
+        skipped["links to folders"] += sum(os.path.islink(os.path.join(parent, name)) for name in shown)
+        folders[:] = shown  # os.walk descends into these
+        walk.append((parent, sorted(name for name in names if not _is_hidden(name))))
+    for parent, names in sorted(walk):
+        real = os.path.realpath(parent)
+        for name in names:
+            path = os.path.join(parent, name)
+            if not name.lower().endswith(EXTENSIONS):
+                skipped[f"files that end in {os.path.splitext(name)[1] or 'nothing'}"] += 1
+            elif not os.path.isfile(path):
+                skipped["no regular files"] += 1
+            elif os.path.islink(path):
+                yield path, os.path.realpath(path), True
+            else:
+                yield path, os.path.join(real, name), os.path.islink(class_folder)
 
-    def warn_of_skipped(self):
-        texts = [f"{what}: {count}" for what, count in self.skipped.items() if count]
-        if self.other:
-            texts.append(f"files that do not end as images do: {len(self.other)}, as {self.other[0]}")
-        if texts:
-            warn(f"skipped in {self.roots[0]}: {', '.join(texts)}")
+
+def _check_names(folder, names):
+    """Refuse names that look the same: a class that is called by both would be two."""
+    by_look = {}
+    for name in sorted(set(names)):
+        by_look.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    alike = [" and ".join(map(ascii, group)) for group in by_look.values() if len(group) > 1]
+    if alike:
+        raise DataError(f"{folder}: classes whose names differ in Unicode normal form only: {named(alike)}; rename one")
+
+
+def _check_depth(folder, samples):
+    """Refuse a single class whose images lie in folders of their own: these are the classes."""
+    names = {name for name, _ in samples}
+    below = sorted({os.path.relpath(path, folder).split(os.sep)[1] for _, path in samples})
+    if len(names) == 1 and len(below) > 1 and not any(name.lower().endswith(EXTENSIONS) for name in below):
+        inner = os.path.join(folder, *names)
+        raise DataError(f"{folder} has one class folder; the folders in {inner} look like the classes: move them up")
 
 
 # --------------------------------------------------------------------------------------------------- lists
 
 
 def read_list(path: str | os.PathLike, root: str | os.PathLike, classes: Sequence[str] | None = None) -> ImageSet:
-    """The images of a list of files: lines `path label`, as the lists of ImageNet-LT and Places-LT.
+    """The images of a list of files below `root`.
+
+    Lines `path label`, as the lists of ImageNet-LT and Places-LT: paths may contain spaces, labels are numbers. A list
+    whose name ends in .csv has the columns `image` and `label`, and its labels may be names.
 
     Args:
-        path: the list. Paths in it are below `root` and may contain spaces; the label is the last field.
-        classes: names of the classes of the training list; None: this is it, and its labels are 0, 1, ... without gaps.
+        path: the list, in UTF-8.
+        classes: names of the classes of the training list; None: this is it. Its labels are 0, 1, ... without gaps, or
+            names, which are sorted.
 
     Raises:
         DataError: no list, a line of another form, a path outside `root`, a file that is missing or listed twice,
-            labels with gaps or beyond the training list's.
+            labels with gaps or that the training list does not have.
     """
-    rows = [_parse_row(path, number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
+    rows = _csv_rows(path) if os.fspath(path).lower().endswith(".csv") else _text_rows(path)
     if not rows:
         raise DataError(f"{path} lists no images")
     outside = [name for name, _ in rows if not _is_below(name, root)]
@@ -279,31 +406,52 @@ def read_list(path: str | os.PathLike, root: str | os.PathLike, classes: Sequenc
         raise DataError(f"{path} has duplicated files: {named(twice)}")
     missing = [name for name in paths if not os.path.isfile(name)]
     if missing:
-        raise DataError(
-            f"{path}: {len(missing)} of {len(paths)} files are missing (or no regular files): {named(missing)}"
-        )
-    targets = [label for _, label in rows]
-    if classes is None:
-        classes = _classes_of(path, targets)
-    elif max(targets) >= len(classes):
-        raise DataError(f"{path} has the label {max(targets)}, the training list has labels 0 to {len(classes) - 1}")
-    return ImageSet(paths, targets, classes)
+        raise DataError(f"{path}: {len(missing)} of {len(paths)} files are missing or not regular: {named(missing)}")
+    labels = [label for _, label in rows]
+    classes = _classes_of(path, labels) if classes is None else classes
+    number = {name: k for k, name in enumerate(classes)}
+    foreign = sorted(set(labels) - set(classes))
+    if foreign:
+        raise DataError(f"{path} has labels that the training list does not have: {named(foreign)}")
+    return ImageSet(paths, [number[label] for label in labels], classes)
 
 
 def _lines(path):
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            return file.read().splitlines()
+        with open(path, "rb") as file:
+            content = file.read()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path} is UTF-16: save it as UTF-8")
+    return content.decode("utf-8-sig", errors="surrogateescape").splitlines()
 
 
-def _parse_row(path, number, line):
-    """(file name, label) of a line."""
-    fields = line.rsplit(None, 1)
-    if len(fields) < 2 or not (fields[1].isascii() and fields[1].isdigit() and len(fields[1]) < 10):
-        raise DataError(f"{path}, line {number}: {line[:80]!r} is not 'path label' with a label from 0")
-    return fields[0], int(fields[1])
+def _text_rows(path):
+    rows = []
+    for number, line in enumerate(_lines(path), 1):
+        fields = line.rsplit(None, 1)
+        if fields and not (len(fields) == 2 and _is_number(fields[1])):
+            raise DataError(f"{path}, line {number}: {line[:80]!r} is not 'path label' with a label from 0")
+        rows += [(fields[0], str(int(fields[1])))] if fields else []
+    return rows
+
+
+def _csv_rows(path):
+    reader = csv.DictReader(_lines(path), skipinitialspace=True)
+    missing = [name for name in CSV_HEADER if name not in (reader.fieldnames or ())]
+    if missing:
+        raise DataError(f"{path}, line 1: no column {named(missing)}: a CSV list begins with the line image,label")
+    rows = []
+    for row in reader:
+        rows.append(tuple(row[column] for column in CSV_HEADER))
+        if not all(rows[-1]):
+            raise DataError(f"{path}, line {reader.line_num}: an image and its label are wanted")
+    return rows
+
+
+def _is_number(text):
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _is_below(name, root):
@@ -311,37 +459,51 @@ def _is_below(name, root):
     return "\0" not in name and os.path.abspath(os.path.join(root, name)).startswith(os.path.join(root, ""))
 
 
-def _classes_of(path, targets):
-    """The names 0 to K - 1 of labels without gaps."""
-    labels = set(targets)
-    gap = next((k for k in range(len(labels)) if k not in labels), None)
+def _classes_of(path, labels):
+    """The names of the classes: 0 to K - 1 of labels without gaps, or the names that are used, sorted."""
+    names = set(labels)
+    if not all(map(_is_number, names)):
+        _check_names(path, names)
+        return sorted(names)
+    gap = next((k for k in range(len(names)) if str(k) not in names), None)
     if gap is not None:
-        raise DataError(f"{path}: labels must be 0 to K - 1 without gaps, none of its {len(targets)} images has {gap}")
-    return [str(k) for k in range(len(labels))]
+        raise DataError(f"{path}: labels must be 0 to K - 1 without gaps, none of its {len(labels)} images has {gap}")
+    return [str(k) for k in range(len(names))]
 
 
 # -------------------------------------------------------------------------------------------------- images
 
 
-def open_image(path: str | os.PathLike) -> Any:
+def open_image(path: str | os.PathLike, exif: bool = False) -> Any:
     """An image file, decoded, as an RGB PIL image; 16-bit grey levels are scaled to 8 bits.
 
+    As torchvision's ImageFolder, it drops an alpha channel, and the orientation in EXIF data.
+
+    Args:
+        exif: turn the image as its EXIF orientation says.
+
     Raises:
-        DataError: it is no regular file, cannot be decoded, or has pixels whose range is unknown (32-bit, float).
+        DataError: it is not a regular file, cannot be decoded, or has pixels whose range is unknown (32-bit, float).
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if not os.path.isfile(path):  # opening a named pipe would wait forever
-        raise DataError(f"{path} is missing or no regular file")
+        raise DataError(f"{path} is missing or not a regular file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened) if exif else opened
             # a PNG or PGM of mode I is what older versions of Pillow make of 16 bits
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode not in ("I", "F"):
                 return image.convert("RGB")
             kind = "float" if image.mode == "F" else "32-bit"
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"{path} has over {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels, which Pillow does not decode: "
+            "make it smaller, or leave it out with --skip_damaged"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = str(error).replace(f" {os.fspath(path)!r}", "").rstrip(":")  # the line begins with the name
         raise DataError(f"{path} cannot be decoded ({reason})") from None
     raise DataError(f"{path} has {kind} pixels, whose range is unknown: convert it to 8 or 16 bits")

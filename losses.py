@@ -1,32 +1,26 @@
 """Losses for long-tailed classification: cross entropy, Focal, LDAM, Balanced Softmax, logit adjustment, VS, and the
 influence-balanced loss (IB).
 
-Needs torch and nothing else of this repository, so it can be copied alone. Each loss is a function and a Module, and
-takes what `torch.nn.CrossEntropyLoss` takes:
+Needs torch and nothing else of this repository, so it can be copied alone. Every loss is a Module:
 
-    logits        (N, K), or dense (N, K, d1, ...)
-    target        class indices (N, d1, ...); or probabilities y of the shape of the logits, which sum to 1 over the
-                  classes (mixup, label smoothing, one-hot)
-    features      for the IB losses: |h| of each sample, the norm of the last layer's input, (N, d1, ...) or
-                  (N, 1, d1, ...); with `raw_features=True` h itself, (N, D, d1, ...)
-    weight        (K,) class weights, or None
-    ignore_index  a class index that does not count (default: -100)
-    reduction     'mean' (default), 'sum', or 'none': the loss of each sample, (N, d1, ...)
+    criterion = IBLoss(inverse_frequency_weights(class_counts))
+    loss = criterion(logits, target, features)
 
-A mean divides by the sum of the class weights for CE, LDAM, Balanced Softmax, logit adjustment and VS, and by the
-number of samples for Focal and the IB losses, as in the official code.
+    logits    (N, K), or dense (N, K, d1, ...)
+    target    class indices (N, d1, ...); or soft targets: probabilities y of the shape of the logits, which sum to 1
+              over the classes (mixup, label smoothing)
+    features  for the IB losses: |h| of each sample, the norm of the last layer's input, (N, d1, ...) or
+              (N, 1, d1, ...); with `raw_features=True` h itself, (N, D, d1, ...). Other losses ignore them.
 
-With probabilities y, w_y * CE is -sum_k w_k y_k log p_k and every mean divides by the number of samples, as in torch.
-|p - y| is the norm of p - y, which is still the gradient of CE in the logits; Focal's p is exp(-w_y * CE); LDAM
-subtracts y_k times the margin of class k. So the loss of a sample with one-hot y is that with its index.
+A mean divides by the sum of the samples' class weights for CE, LDAM, Balanced Softmax, logit adjustment and VS, and by
+the number of samples for Focal and the IB losses, as in the official code.
 
 Every loss computes in float32 at least (float64 stays float64), also under autocast, and is finite, with finite
 gradients, for |logits| up to 1e4.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +34,14 @@ NORMS = ("l1", "l2", "linf", "none")
 ALPHA = 1000.0
 EPSILON = 1e-3
 
-ClassCounts = Sequence[float] | Tensor
+#: K training-set counts: numbers in the order of the classes, or {class: count} with the classes 0 to K-1 (a Counter)
+ClassCounts = Sequence[float] | Mapping[int, float] | Tensor
 Weight = Sequence[float] | Tensor | None
 PerSample = tuple[Tensor, Tensor]
 AllReduce = Callable[[Tensor], Tensor]
 
 
-# ---------------------------------------------------------------------------------------- class weights
+# ------------------------------------------------------------------------- class counts and class weights
 
 
 def inverse_frequency_weights(class_counts: ClassCounts, empty: str = "error") -> Tensor:
@@ -61,61 +56,70 @@ def inverse_frequency_weights(class_counts: ClassCounts, empty: str = "error") -
 
     >>> inverse_frequency_weights([3, 1])
     tensor([0.5000, 1.5000])
-    >>> inverse_frequency_weights([3, 0, 1], empty="zero")
+    >>> inverse_frequency_weights({0: 3, 1: 0, 2: 1}, empty="zero")
     tensor([0.5000, 0.0000, 1.5000])
     """
-    _one_of(("error", "zero"), empty=empty)
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    chosen = counts != 0 if empty == "zero" else slice(None)
-    weights = torch.zeros(len(counts), device=counts.device)
-    weights[chosen] = _sum_to_k(1.0 / _positive(counts[chosen]))
-    return weights
+    counts = _counts(class_counts, empty)
+    return _sum_to_k(1.0 / counts.where(counts > 0, float("inf")))
 
 
-def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
+def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999, empty: str = "error") -> Tensor:
     """CB reweighting: (1 - beta) / (1 - beta ** n_k), scaled to sum to K (Cui et al., CVPR 2019); (K,) float32.
 
-    beta in [0, 1); beta 0 gives equal weights.
+    Args: beta in [0, 1), 0 gives equal weights; empty: see `inverse_frequency_weights`. Warns where all weights come
+    out equal because the classes are large beside 1 / (1 - beta).
     """
-    return _sum_to_k(effective_number_rates(class_counts, beta))
+    rates, counts = effective_number_rates(class_counts, beta, empty), _counts(class_counts, empty)
+    seen, images = rates[rates > 0], counts[counts > 0]
+    if beta > 0 and seen.max() < 1.001 * seen.min() and images.max() > 1.001 * images.min():
+        message = f"beta {beta} weights all classes alike, as each has many more images than 1 / (1 - beta)"
+        warnings.warn(f"{message}: choose a beta closer to 1, or inverse_frequency_weights", stacklevel=2)
+    return _sum_to_k(rates)
 
 
-def effective_number_rates(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
+def effective_number_rates(class_counts: ClassCounts, beta: float = 0.9999, empty: str = "error") -> Tensor:
     """(1 - beta) / (1 - beta ** n_k), unscaled, (K,) float64: also the sampling rates of Resample."""
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), got {beta}")
-    counts = _positive(class_counts)
-    return (1.0 - beta) / (1.0 - torch.pow(torch.as_tensor(beta, dtype=torch.float64), counts))
+    counts = _counts(class_counts, empty)
+    rates = (1.0 - beta) / (1.0 - torch.pow(torch.as_tensor(beta, dtype=torch.float64), counts))
+    return rates.where(counts > 0, 0.0)
 
 
-def ldam_margins(class_counts: ClassCounts, max_m: float = 0.5) -> Tensor:
-    """LDAM's margins, proportional to n_k ** (-1/4), the largest being `max_m`; (K,) float32."""
-    margins = _positive(class_counts) ** -0.25
-    return (margins * (max_m / margins.max())).float()
+def log_prior(class_counts: ClassCounts, empty: str = "error") -> Tensor:
+    """Logarithm of each class's share of the training images, (K,) float64; -1e6 for a class without images."""
+    counts = _counts(class_counts, empty)
+    return (counts / counts.sum()).log().where(counts > 0, -1e6)
 
 
-def log_prior(class_counts: ClassCounts) -> Tensor:
-    """Logarithm of each class's share of the training images, (K,) float64."""
-    counts = _positive(class_counts)
-    return (counts / counts.sum()).log()
-
-
-def vs_scales(class_counts: ClassCounts, gamma: float) -> Tensor:
-    """VS's factor of the logits, (n_k / n_max) ** gamma, (K,) float64."""
-    counts = _positive(class_counts)
-    return (counts / counts.max()) ** gamma
-
-
-def _positive(class_counts):
-    """The counts as (K,) float64. Raises ValueError for a class without images and for a count that is not finite."""
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if not ((counts >= 1) & counts.isfinite()).all():
-        raise ValueError(f"every class needs a training image and a finite count, got the counts {counts.tolist()}")
+def _counts(class_counts, empty):
+    """The counts as (K,) float64. Raises TypeError or ValueError for what is not K counts; see `empty` above."""
+    _one_of(("error", "zero"), empty=empty)
+    if hasattr(class_counts, "items"):  # a dict, a Counter, a pandas Series: in the order of the keys, not as they came
+        by_class = dict(class_counts.items())
+        if set(by_class) != set(range(len(by_class))):
+            raise ValueError(f"class counts by class need the classes 0 to K-1, got {list(by_class)[:8]}: pass a list")
+        class_counts = [by_class[k] for k in range(len(by_class))]
+    try:
+        counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(class_counts).__name__
+        raise TypeError(f"class counts must be K numbers in the order of the classes, got a {kind}") from None
+    if counts.ndim != 1:
+        raise ValueError(f"class counts must be K numbers, got the shape {tuple(counts.shape)}")
+    fits = (counts >= 1) & counts.isfinite()
+    if empty == "zero":
+        fits = (fits | (counts == 0)) & counts.any()
+    if not fits.all():
+        way = "" if empty == "zero" else "; empty='zero' leaves out classes without images"
+        raise ValueError(
+            f"every class needs a training image and a finite count, got the class counts {counts.tolist()}{way}"
+        )
     return counts
 
 
 def _sum_to_k(weights):
-    return (weights / weights.sum() * len(weights)).float()
+    return (weights / weights.sum() * int((weights > 0).sum())).float()
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -142,91 +146,38 @@ def _over_0(**values):
 
 def _widen(x):
     """A half-precision tensor as float32, anything else as it is."""
-    is_half = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
-    return x.float() if is_half else x
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _checked(logits, target, ignore_index):
-    """(logits in float32 at least; target: int64 with ignored ones as class 0, or probabilities; mask of those kept).
-
-    Raises:
-        ValueError: a target of another shape.
-    """
-    logits, samples = _widen(logits), logits.shape[:1] + logits.shape[2:]
-    if logits.ndim >= 2 and target.is_floating_point() and target.shape == logits.shape:
-        return logits, target.to(logits.dtype), torch.ones((), dtype=torch.bool, device=logits.device)
-    if logits.ndim >= 2 and not target.is_floating_point() and target.shape == samples:
-        kept = target != ignore_index
-        return logits, target.long().where(kept, 0), kept
-    raise ValueError(
-        "target must be class indices (N, ...) or probabilities (N, K, ...) beside logits (N, K, ...), got "
-        f"{str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)} beside {tuple(logits.shape)}"
-    )
-
-
-def _reduce(loss, counts, reduction):
-    _one_of(("mean", "sum", "none"), reduction=reduction)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / counts.sum()
-
-
-def _loss(function: Callable[..., PerSample]) -> Any:
-    """Make a loss of a function that returns each sample's loss and what the sample counts in a mean.
-
-    The loss takes `ignore_index` and `reduction` too; its attribute `per_sample` is the loss without the reduction.
-    Within `function` autocast is off, half-precision inputs are float32, and the target is as `_checked` returns it.
-    """
-
-    def per_sample(logits, target, *args, ignore_index=-100, **kwargs):
-        with torch.autocast(logits.device.type, enabled=False):
-            logits, target, kept = _checked(logits, target, ignore_index)
-            kwargs = {name: _widen(value) for name, value in kwargs.items()}
-            loss, counts = function(logits, target, *map(_widen, args), **kwargs)
-            return loss.where(kept, 0.0), counts.where(kept, 0.0)
-
-    @functools.wraps(function)
-    def reduced(*args, reduction="mean", **kwargs):
-        loss, counts = per_sample(*args, **kwargs)
-        return _reduce(loss, counts, reduction)
-
-    signature = inspect.signature(function)
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(default))
-        for name, default in (("ignore_index", -100), ("reduction", "mean"))
-    ]
-    parameters = [*signature.parameters.values(), *added]
-    loss: Any = reduced
-    loss.__signature__ = signature.replace(parameters=parameters, return_annotation=Tensor)
-    loss.per_sample = per_sample
-    return loss
-
-
-def _weighted_ce(logits, target, weight):
-    """(w_y * CE, w_y) of each sample; w_y is 1 without class weights, and for probabilities (as in torch).
-
-    Ignored targets are class 0 by now: with its -100 torch would hide a wrong one.
-    """
-    weight = None if weight is None else weight.to(logits.dtype)
-    loss = F.cross_entropy(logits, target, weight=weight, reduction="none", ignore_index=-(2**31))
-    return loss, torch.ones_like(loss) if weight is None or target.is_floating_point() else weight[target]
-
-
-def _by_class(values, logits):
+def _by_class(values, logits, name):
     """(K,) as (K, 1, ...), for products and sums with logits (N, K, ...). Raises ValueError for another length."""
     if values.numel() != logits.shape[1]:
-        raise ValueError(f"{values.numel()} class counts beside logits of {logits.shape[1]} classes")
+        raise ValueError(f"{values.numel()} {name} beside logits of {logits.shape[1]} classes")
     return values.to(logits).reshape(-1, *[1] * (logits.ndim - 2))
 
 
-def _focal_factor(ce, gamma):
-    """(1 - p) ** gamma with p = exp(-ce), of each sample.
+def _probabilities(target, logits):
+    """The target as probabilities of the shape of the logits: one-hot where it is class indices."""
+    return target if target.is_floating_point() else torch.zeros_like(logits).scatter(1, target.unsqueeze(1), 1.0)
 
-    1 - p is taken as -expm1(-ce) and kept above the smallest normal number, so that the slope of the power at 0 stays
-    finite for gamma below 1.
+
+def _cross_entropy(logits, target, weight=None):
+    """CE of each sample times its weight, (N, ...).
+
+    Ignored targets are class 0 by now: with its -100 torch would hide a wrong one.
     """
-    miss = -torch.expm1(-ce)
-    return miss.clamp_min(torch.finfo(ce.dtype).tiny) ** gamma
+    ce = F.cross_entropy(logits, target, reduction="none", ignore_index=-(2**31))
+    return ce if weight is None else weight * ce
+
+
+def _focal_factor(loss, gamma):
+    """(1 - p) ** gamma with p = exp(-loss), of each sample.
+
+    1 - p is taken as -expm1(-loss) and kept above the smallest normal number, so that the slope of the power at 0
+    stays finite for gamma below 1.
+    """
+    miss = -torch.expm1(-loss)
+    return miss.clamp_min(torch.finfo(loss.dtype).tiny) ** gamma
 
 
 def row_norm(rows: Tensor, norm: str = "l1") -> Tensor:
@@ -240,103 +191,265 @@ def row_norm(rows: Tensor, norm: str = "l1") -> Tensor:
     return torch.linalg.vector_norm(rows, 2 if norm == "l2" else float("inf"), dim=1)
 
 
+# --------------------------------------------------------------------------------------- what losses share
+
+
+class Loss(nn.Module):
+    """What all losses share: checks, precision, class weights, label smoothing, ignored targets, the reduction.
+
+    A loss implements `_loss`, which gets the logits in float32 at least, the target as int64 or as probabilities, and
+    the weight of each sample, and returns the loss of each sample.
+
+    Args:
+        weight: (K,) class weights, or None. A soft target y weights its sample by sum_k y_k w_k, so the loss is still
+            smallest at p = y. (torch weights each class's term instead: beside 1 / n weights a smoothed head class
+            is then taught as the tail.) A buffer, so that `.to(device)` moves it.
+        reduction: 'mean', 'sum', or 'none': the loss of each sample, (N, d1, ...).
+        ignore_index: a class index that does not count.
+        label_smoothing: as torch's, the target becomes (1 - s) * y + s / K; the sample keeps the weight of its label.
+
+    Raises:
+        ValueError: a target of another shape, several labels a sample, one logit; on a GPU whether soft targets are
+            probabilities is looked at in the first batch only, since it waits for the device.
+    """
+
+    weight: Tensor | None
+    needs_features = False
+    #: a loss that cannot take probabilities says so, and they are refused in one line
+    accepts_soft_targets = True
+    #: whether a mean divides by the sum of the samples' weights, or by their number
+    divides_by_weights = True
+
+    def __init__(
+        self, weight: Weight = None, reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        _one_of(("mean", "sum", "none"), reduction=reduction)
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        if weight is not None:
+            if hasattr(weight, "items"):
+                raise TypeError(f"weight must be K numbers in the order of the classes, got a {type(weight).__name__}")
+            weight = torch.as_tensor(weight).float()
+            if weight.ndim != 1 or not ((weight >= 0) & weight.isfinite()).all():
+                raise ValueError(f"weight must be K finite numbers of 0 or more, got {weight.tolist()}")
+        self.register_buffer("weight", weight, persistent=False)
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
+        self._saw_probabilities = False
+
+    def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
+        """The reduced loss: 0-d, or (N, ...) with reduction 'none'."""
+        loss, count = self.per_sample(logits, target, features)
+        if self.reduction == "none":
+            return loss
+        return loss.sum() if self.reduction == "sum" else loss.sum() / count.sum()
+
+    def per_sample(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> PerSample:
+        """The loss of each sample and what the sample counts in a mean, both (N, ...).
+
+        The mean over a batch, or over several that share one, is loss.sum() / count.sum().
+        """
+        loss, count, _ = self.per_sample_and_factor(logits, target, features)
+        return loss, count
+
+    def per_sample_and_factor(
+        self, logits: Tensor, target: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`per_sample`, and the IB factor of each sample, (N, ...), without gradient; None for losses without one."""
+        with torch.autocast(logits.device.type, enabled=False):
+            logits, target, weight, kept = self._checked(logits, target)
+            loss, factor = self._loss(logits, target, weight), self._factor(logits, target, features)
+            loss = loss if factor is None else loss * factor
+            count = weight if weight is not None and self.divides_by_weights else torch.ones_like(loss)
+            return loss.where(kept, 0.0), count.where(kept, 0.0), None if factor is None else factor.detach()
+
+    def calibrate(
+        self, logits: Tensor, target: Tensor, features: Tensor | None, all_reduce_sum: AllReduce | None = None
+    ) -> None:
+        """Of IB losses with alpha 'auto': add a batch to the calibration. Other losses have none.
+
+        Args:
+            all_reduce_sum: a tensor's sum over the ranks that share the batch; a rank's share may be empty.
+        """
+
+    def _loss(self, logits, target, weight):
+        """The loss of each sample, (N, ...); weight: (N, ...) or None."""
+        raise NotImplementedError
+
+    def _factor(self, logits, target, features):
+        """What multiplies the loss of each sample, (N, ...), or None."""
+        return None
+
+    def _checked(self, logits, target):
+        """(logits in float32 at least, target, weight of each sample or None, mask of the samples that count).
+
+        The target is int64, with ignored ones as class 0, or probabilities.
+        """
+        logits, soft = _widen(logits), target.is_floating_point()
+        shape = logits.shape if soft else logits.shape[:1] + logits.shape[2:]
+        if logits.ndim < 2 or target.shape != shape:
+            raise ValueError(
+                "target must be class indices (N, ...) or probabilities (N, K, ...) beside logits (N, K, ...), got "
+                f"{str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)} beside "
+                f"{tuple(logits.shape)}; several labels a sample (multi-label) need torch.nn.BCEWithLogitsLoss"
+            )
+        if logits.shape[1] < 2:
+            raise ValueError(
+                "logits of one class: give each of the two classes its logit, or use torch.nn.BCEWithLogitsLoss"
+            )
+        if soft:
+            self._check_probabilities(target)
+            target, kept = target.to(logits.dtype), torch.ones((), dtype=torch.bool, device=logits.device)
+        else:
+            kept = target != self.ignore_index
+            target = target.long().where(kept, 0)
+        weight = None if self.weight is None else _by_class(self.weight, logits, "class weights")
+        if weight is not None:
+            weight = (target * weight).sum(1) if soft else weight.flatten()[target]
+        if self.label_smoothing:
+            share = self.label_smoothing / logits.shape[1]
+            target = (1 - self.label_smoothing) * _probabilities(target, logits) + share
+        return logits, target, weight, kept
+
+    def _check_probabilities(self, target):
+        if not self.accepts_soft_targets:
+            raise ValueError(f"{type(self).__name__} takes class indices only, not probabilities")
+        if torch.compiler.is_compiling() or (self._saw_probabilities and target.device.type != "cpu"):
+            return
+        self._saw_probabilities = True
+        # half-precision rows do not sum to 1 exactly
+        if not (((target.float().sum(1) - 1).abs() < 0.01).all() and (target >= 0).all()):
+            raise ValueError(
+                "soft targets must be probabilities that sum to 1 over the classes; several labels a sample, or none "
+                "(multi-label), need torch.nn.BCEWithLogitsLoss"
+            )
+
+
 # --------------------------------------------------------------------------------------- CE, Focal, LDAM
 
 
-@_loss
-def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> PerSample:
-    """Cross entropy, weighted by class (torch's own)."""
-    return _weighted_ce(logits, target, weight)
+class CrossEntropyLoss(Loss):
+    """Cross entropy, weighted by class: w_y * -log p_y."""
+
+    def _loss(self, logits, target, weight):
+        return _cross_entropy(logits, target, weight)
 
 
-@_loss
-def focal_loss(
-    logits: Tensor, target: Tensor, weight: Tensor | None = None, gamma: float = 0.0, scale: float = 10.0
-) -> PerSample:
+class FocalLoss(Loss):
     """Focal loss: scale * (1 - p) ** gamma * w_y * CE, with p = exp(-w_y * CE) (Lin et al., ICCV 2017).
 
     The official IB code multiplies by 10 and takes p after the class weight; both are kept. Gamma 0 is `scale` times
-    the plain mean of w_y * CE.
+    the plain mean of w_y * CE. For soft targets CE is theirs, so the loss is smallest where CE is.
+
+    Raises ValueError for a negative gamma and for a scale that is not over 0.
     """
-    ce, _ = _weighted_ce(logits, target, weight)
-    return scale * (_focal_factor(ce, gamma) * ce), torch.ones_like(ce)
+
+    divides_by_weights = False
+
+    def __init__(self, weight: Weight = None, gamma: float = 0.0, scale: float = 10.0, **options: Any) -> None:
+        super().__init__(weight, **options)
+        _nonnegative(gamma=gamma)
+        _over_0(scale=scale)
+        self.gamma, self.scale = gamma, scale
+
+    def _loss(self, logits, target, weight):
+        ce = _cross_entropy(logits, target, weight)
+        return self.scale * (_focal_factor(ce, self.gamma) * ce)
 
 
-@_loss
-def ldam_loss(
-    logits: Tensor, target: Tensor, margins: Tensor, weight: Tensor | None = None, s: float = 30.0
-) -> PerSample:
+class LDAMLoss(Loss):
     """LDAM: weighted CE of s * (logits - margin of the true class) (Cao et al., NeurIPS 2019, eq. 12-13).
 
+    The margins are proportional to n_k ** (-1/4), the largest being `max_m`; for soft targets class k is moved by
+    y_k times its margin.
+
     Args:
-        margins: (K,), see `ldam_margins`.
-        s: scale of the logits, which are cosines of a normalised head.
+        cls_num_list: K training-set counts.
+        s: scale of the logits, which are cosines: the model's last layer is `models.NormedLinear`.
+        empty: 'error', or 'zero': classes without images have no margin.
+
+    Raises ValueError for a negative max_m and for an s that is not over 0.
     """
-    one_hot = target if target.is_floating_point() else torch.zeros_like(logits).scatter(1, target.unsqueeze(1), 1.0)
-    return _weighted_ce(s * (logits - one_hot * _by_class(margins, logits)), target, weight)
+
+    def __init__(
+        self, cls_num_list: ClassCounts, max_m: float = 0.5, weight: Weight = None, s: float = 30,
+        empty: str = "error", **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(weight, **options)
+        _nonnegative(max_m=max_m)
+        _over_0(s=s)
+        counts = _counts(cls_num_list, empty)
+        margins = counts.where(counts > 0, float("inf")) ** -0.25
+        self.register_buffer("margins", (margins * (max_m / margins.max())).float(), persistent=False)
+        self.s = s
+
+    def _loss(self, logits, target, weight):
+        margins = _by_class(self.margins, logits, "class counts")
+        return _cross_entropy(self.s * (logits - _probabilities(target, logits) * margins), target, weight)
 
 
 # ---------------------------------------------------------------------------- logits with the class prior
 
 
-def vs_loss(
-    logits: Tensor, target: Tensor, class_counts: ClassCounts, gamma: float = 0.2, tau: float = 1.2,
-    weight: Tensor | None = None, **options: Any,
-) -> Tensor:  # fmt: skip
+class VSLoss(Loss):
     """Vector scaling: weighted CE of (n_k / n_max) ** gamma * logits + tau * log prior (Kini et al., NeurIPS 2021).
 
     Args:
-        class_counts: K training-set counts; the prior is their share.
-        gamma: 0 is logit adjustment. The defaults are those of the official command for CIFAR-10-LT.
-
-    Raises:
-        ValueError: a class without images, a count that is not finite, another number of counts than classes.
+        cls_num_list: K training-set counts; the prior is their share.
+        gamma, tau: 0 or more. The defaults are those of the official command for CIFAR-10-LT.
+        empty: 'error', or 'zero': classes without images take no part in training.
     """
-    scale, shift = vs_scales(class_counts, gamma), tau * log_prior(class_counts)
-    return _scaled_ce(logits, target, scale, shift, weight, **options)
+
+    def __init__(
+        self, cls_num_list: ClassCounts, gamma: float = 0.2, tau: float = 1.2, weight: Weight = None,
+        empty: str = "error", **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(weight, **options)
+        _nonnegative(gamma=gamma, tau=tau)
+        counts = _counts(cls_num_list, empty)
+        self.register_buffer("scale", ((counts / counts.max()) ** gamma).float(), persistent=False)
+        self.register_buffer("shift", tau * log_prior(cls_num_list, empty).float(), persistent=False)
+        self.tau = tau
+
+    def _loss(self, logits, target, weight):
+        scale, shift = (_by_class(x, logits, "class counts") for x in (self.scale, self.shift))
+        return _cross_entropy(logits * scale + shift, target, weight)
 
 
-def logit_adjusted_cross_entropy(
-    logits: Tensor, target: Tensor, class_counts: ClassCounts, tau: float = 1.0, weight: Tensor | None = None,
-    **options: Any,
-) -> Tensor:  # fmt: skip
+class LogitAdjustedLoss(VSLoss):
     """Logit adjustment: weighted CE of logits + tau * log prior (Menon et al., ICLR 2021, eq. 10). Tau 0 is CE.
 
-    >>> logits, target = torch.zeros(1, 2), torch.tensor([1])
-    >>> round(logit_adjusted_cross_entropy(logits, target, [3, 1]).item(), 4)   # log 4
+    >>> round(LogitAdjustedLoss([3, 1])(torch.zeros(1, 2), torch.tensor([1])).item(), 4)   # log 4
     1.3863
     """
-    return vs_loss(logits, target, class_counts, 0.0, tau, weight, **options)
+
+    def __init__(self, cls_num_list: ClassCounts, tau: float = 1.0, weight: Weight = None, **options: Any) -> None:
+        super().__init__(cls_num_list, 0.0, tau, weight, **options)
 
 
-def balanced_softmax(
-    logits: Tensor, target: Tensor, class_counts: ClassCounts, weight: Tensor | None = None, **options: Any
-) -> Tensor:
+class BalancedSoftmaxLoss(LogitAdjustedLoss):
     """Balanced Softmax: weighted CE of logits + log n_k (Ren et al., NeurIPS 2020, eq. 3).
 
     The same as logit adjustment at tau 1: the two differ by a number common to all logits.
     """
-    return vs_loss(logits, target, class_counts, 0.0, 1.0, weight, **options)
 
-
-@_loss
-def _scaled_ce(logits, target, scale, shift, weight):
-    return _weighted_ce(logits * _by_class(scale, logits) + _by_class(shift, logits), target, weight)
+    def __init__(self, cls_num_list: ClassCounts, weight: Weight = None, **options: Any) -> None:
+        super().__init__(cls_num_list, 1.0, weight, **options)
 
 
 # ----------------------------------------------------------------------------------- influence-balanced
 
 
 def influence(
-    logits: Tensor, target: Tensor, features: Tensor, norm: str = "l1", raw_features: bool = False,
-    ignore_index: int = -100,
-) -> Tensor:  # fmt: skip
+    logits: Tensor, target: Tensor, features: Tensor | None, norm: str = "l1", raw_features: bool = False
+) -> Tensor:
     """|p - y| * |h| of each sample, (N, ...): the norm of the gradient of CE in the last layer's weights.
 
     The entry of the true (or likeliest) class is taken as minus the sum of the others, which does not cancel for
     confident hits.
 
     Args:
+        target: class indices or probabilities; see the top of the module for all shapes.
         features: |h| of each sample, in the same norm (the models of `models` return it). That none is negative is
             not checked, which would wait for the device.
         norm: 'l1' (the method), 'l2' or 'linf' (Table 1), or 'none': the influence counts as 0 (Table 2 d).
@@ -345,7 +458,7 @@ def influence(
     Raises:
         ValueError: features of another shape. Which of the two they are is never guessed.
     """
-    logits, target, _ = _checked(logits, target, ignore_index)
+    logits = _widen(logits)
     error = F.softmax(logits, dim=1)
     if target.is_floating_point():
         error, true = error - target, target.argmax(1, keepdim=True)
@@ -369,217 +482,87 @@ def _feature_norm(logits, features, norm, raw_features):
     raise ValueError(f"features must have the shape {expected}, got {shape}{hint}")
 
 
-def ib_factor(
-    logits: Tensor, target: Tensor, features: Tensor, alpha: float | Tensor = ALPHA, epsilon: float = EPSILON,
-    norm: str = "l1", detach: bool = False, raw_features: bool = False, ignore_index: int = -100,
-) -> Tensor:  # fmt: skip
-    """The factor alpha / (|p - y| * |h| + epsilon) of each sample, (N, ...) (paper, eq. 5 and Section 4.1).
-
-    Args:
-        features, norm, raw_features: as `influence`.
-        alpha: scale of the loss, a number or a 0-d tensor. It should give the IB loss the size of the loss that it
-            replaces, or the lr has to change (the authors, in issue 1 of pseulki/IB-Loss). On CIFAR CE is 3 to 5 and
-            the IB loss at alpha 1 is .002 to .003, hence 1000. Other tasks need another: `IBLoss` has 'auto'.
-        epsilon: added to the influence, so that a fitted sample does not get an infinite weight.
-        detach: no gradient through the factor (the official code lets it through).
-    """
-    factor = alpha / (influence(logits, target, features, norm, raw_features, ignore_index) + epsilon)
-    return factor.detach() if detach else factor
-
-
-@_loss
-def ib_loss(
-    logits: Tensor, target: Tensor, features: Tensor, weight: Tensor | None = None, alpha: float | Tensor = ALPHA,
-    epsilon: float = EPSILON, norm: str = "l1", detach: bool = False, raw_features: bool = False,
-) -> PerSample:  # fmt: skip
-    """Influence-balanced loss: w_y * CE * alpha / (|p - y| * |h| + epsilon) (paper, eq. 6 and 7).
-
-    Arguments as `ib_factor`.
-
-    >>> logits, target, features = torch.zeros(1, 2), torch.tensor([0]), torch.tensor([2.0])
-    >>> round(ib_loss(logits, target, features, alpha=1.0, epsilon=0.0).item(), 4)   # log 2 / (1 * 2)
-    0.3466
-    """
-    factor = ib_factor(logits, target, features, alpha, epsilon, norm, detach, raw_features)
-    ce, _ = _weighted_ce(logits, target, weight)
-    return ce * factor, torch.ones_like(factor)
-
-
-@_loss
-def ib_focal_loss(
-    logits: Tensor, target: Tensor, features: Tensor, weight: Tensor | None = None, alpha: float | Tensor = ALPHA,
-    gamma: float = 0.0, epsilon: float = EPSILON, norm: str = "l1", detach: bool = False, raw_features: bool = False,
-) -> PerSample:  # fmt: skip
-    """IB with the focal loss inside: (1 - p) ** gamma * w_y * CE * factor, p = exp(-w_y * CE).
-
-    Arguments as `ib_factor`; `detach` is of the IB factor only. Gamma 0 is `ib_loss`.
-    """
-    factor = ib_factor(logits, target, features, alpha, epsilon, norm, detach, raw_features)
-    ce, _ = _weighted_ce(logits, target, weight)
-    return _focal_factor(ce, gamma) * ce * factor, torch.ones_like(factor)
-
-
-# ---------------------------------------------------------------------------------------------- modules
-
-
-class Loss(nn.Module):
-    """A loss as a Module: criterion(logits, target, features). Losses other than IB ignore the features.
-
-    Class weights are a buffer, so that `.to(device)` moves them.
-    """
-
-    weight: Tensor | None
-    needs_features = False
-
-    def __init__(self, weight: Weight = None, reduction: str = "mean", ignore_index: int = -100) -> None:
-        super().__init__()
-        _one_of(("mean", "sum", "none"), reduction=reduction)
-        self.register_buffer("weight", None if weight is None else torch.as_tensor(weight), persistent=False)
-        self.reduction, self.ignore_index = reduction, ignore_index
-
-    def per_sample(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> PerSample:
-        """The loss of each sample and what the sample counts in a mean, both (N, ...).
-
-        The mean over a batch, or over several that share one, is loss.sum() / count.sum().
-        """
-        function, arguments = self._call(features)
-        return function.per_sample(logits, target, *arguments, ignore_index=self.ignore_index)
-
-    def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
-        """The reduced loss of logits (N, K) and target (N,) or (N, K); features: see IBLoss, else not looked at."""
-        loss, counts = self.per_sample(logits, target, features)
-        return _reduce(loss, counts, self.reduction)
-
-    def calibrate(
-        self, logits: Tensor, target: Tensor, features: Tensor | None, all_reduce_sum: AllReduce | None = None
-    ) -> None:
-        """Of IB losses with alpha 'auto': add a batch to the calibration. Other losses have none.
-
-        Args:
-            all_reduce_sum: a tensor's sum over the ranks that share the batch; a rank's share may be empty.
-        """
-
-    def _call(self, features):
-        """The function, and its arguments after (logits, target)."""
-        raise NotImplementedError
-
-
-class CrossEntropyLoss(Loss):
-    """`cross_entropy` as a Module."""
-
-    def _call(self, features):
-        return cross_entropy, (self.weight,)
-
-
-class FocalLoss(Loss):
-    """`focal_loss` as a Module. Raises ValueError for a negative gamma and for a scale that is not over 0."""
-
-    def __init__(self, weight: Weight = None, gamma: float = 0.0, scale: float = 10.0, **options: Any) -> None:
-        super().__init__(weight, **options)
-        _nonnegative(gamma=gamma)
-        _over_0(scale=scale)
-        self.gamma, self.scale = gamma, scale
-
-    def _call(self, features):
-        return focal_loss, (self.weight, self.gamma, self.scale)
-
-
-class LDAMLoss(Loss):
-    """`ldam_loss` as a Module, with the `ldam_margins` of K training-set counts, for logits of a normalised head.
-
-    Raises ValueError for a negative max_m and for an s that is not over 0.
-    """
-
-    def __init__(
-        self, cls_num_list: ClassCounts, max_m: float = 0.5, weight: Weight = None, s: float = 30, **options: Any
-    ) -> None:
-        super().__init__(weight, **options)
-        _nonnegative(max_m=max_m)
-        _over_0(s=s)
-        self.register_buffer("margins", ldam_margins(cls_num_list, max_m), persistent=False)
-        self.s = s
-
-    def _call(self, features):
-        return ldam_loss, (self.margins, self.weight, self.s)
-
-
-class VSLoss(Loss):
-    """`vs_loss` as a Module, from K training-set counts. Raises ValueError for a negative gamma or tau."""
-
-    def __init__(
-        self, cls_num_list: ClassCounts, gamma: float = 0.2, tau: float = 1.2, weight: Weight = None, **options: Any
-    ) -> None:
-        super().__init__(weight, **options)
-        _nonnegative(gamma=gamma, tau=tau)
-        self.register_buffer("scale", vs_scales(cls_num_list, gamma).float(), persistent=False)
-        self.register_buffer("shift", tau * log_prior(cls_num_list).float(), persistent=False)
-        self.tau = tau
-
-    def _call(self, features):
-        return _scaled_ce, (self.scale, self.shift, self.weight)
-
-
-class LogitAdjustedLoss(VSLoss):
-    """`logit_adjusted_cross_entropy` as a Module: VS with gamma 0."""
-
-    def __init__(self, cls_num_list: ClassCounts, tau: float = 1.0, weight: Weight = None, **options: Any) -> None:
-        super().__init__(cls_num_list, 0.0, tau, weight, **options)
-
-
-class BalancedSoftmaxLoss(LogitAdjustedLoss):
-    """`balanced_softmax` as a Module: VS with gamma 0 and tau 1."""
-
-    def __init__(self, cls_num_list: ClassCounts, weight: Weight = None, **options: Any) -> None:
-        super().__init__(cls_num_list, 1.0, weight, **options)
-
-
 class AutoAlpha(nn.Module):
     """The alpha that gives a loss the size of another: the ratio of their means over the first training batches.
 
     `value` is that ratio over the batches so far, at most `AUTO_BATCHES`; 1 before the first. The buffers are in the
-    state dict, so that a resumed run continues with the same alpha. Nothing here waits for the device. `.half()` rounds
-    what is there once; later batches are added in full precision.
+    state dict, so that a resumed run continues with the same alpha. Nothing here waits for the device. The sums are
+    float64, kept as float32 and what that rounds off, since an Apple GPU has no float64. `.half()` rounds what is
+    there once; later batches are added in full precision.
     """
 
     AUTO_BATCHES = 20
     value: Tensor
     sums: Tensor
+    rest: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("value", torch.ones(()))
         # of the reference's means and of the means at alpha 1; the number of batches
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(3))
+        self.register_buffer("rest", torch.zeros(3))
 
     @torch.no_grad()
     def observe(self, reference_sum: Tensor, loss_sum: Tensor, samples: Tensor) -> None:
-        """Add a batch: sums of the reference and of the loss at alpha 1 over `samples` samples, 0-d float64 tensors.
+        """Add a batch: sums of the reference and of the loss at alpha 1 over `samples` samples, 0-d tensors.
 
         A batch that is not finite, and one after the last, is left out.
         """
-        self.value, self.sums = self.value.float(), self.sums.double()  # the same tensors, except after .half()
+        # the same tensors, except after .half()
+        self.value, self.sums, self.rest = self.value.float(), self.sums.float(), self.rest.float()
         batch = torch.stack([reference_sum / samples, loss_sum / samples, torch.ones_like(samples)])
         takes_part = (self.sums[2] < self.AUTO_BATCHES) & batch.isfinite().all()
-        self.sums += batch.where(takes_part, 0.0)
-        ratio = self.sums[0] / self.sums[1].clamp_min(torch.finfo(torch.float64).tiny)
-        self.value.copy_(ratio.where(self.sums[2] > 0, 1.0))
+        total = self.sums.to(batch.dtype) + self.rest + batch.where(takes_part, 0.0)
+        self.sums.copy_(total)
+        self.rest.copy_(total - self.sums)
+        ratio = total[0] / total[1].clamp_min(torch.finfo(total.dtype).tiny)
+        self.value.copy_(ratio.where(total[2] > 0, 1.0))
+
+    @torch.no_grad()
+    def set(self, value: float) -> None:
+        """Take this value, and count it as found."""
+        self.value.fill_(value)
+        self.sums[2] = 1
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        sums = state_dict.get(prefix + "sums")
+        if sums is not None and prefix + "rest" not in state_dict:  # an older checkpoint: one float64 tensor
+            state_dict[prefix + "sums"] = sums.float()
+            state_dict[prefix + "rest"] = (sums - sums.float()).float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class IBLoss(Loss):
-    """`ib_loss` as a Module: criterion(logits, target, features).
+    """Influence-balanced loss: w_y * CE * alpha / (|p - y| * |h| + epsilon) (paper, eq. 5 to 7 and Section 4.1).
+
+    With soft targets y KL(y || p) = CE - entropy(y) takes the place of CE. It vanishes where |p - y| does, so p = y is
+    the only stationary point: along a line from y KL is convex and 0 at y, so it grows at least as fast as |p - y|.
+    (CE / |p - y| would grow without bound at the target, and drive a fitted model off it.) One-hot y has KL = CE.
 
     Args:
-        weight, alpha, epsilon, norm, detach, raw_features: see `ib_factor`. alpha may be 'auto': the first 20 batches
-            with gradients in training mode set it so that the loss has the size of the one that it replaces.
-        auto_target: whose size that is. 'ce': plain CE without class weights. 'ib': this loss as published, with the
-            same class weights, L1 norm, alpha 1000, epsilon 1e-3; so norm 'none' (with L1 norms as features) is class
-            weights alone at the size of IB.
+        weight: (K,) class weights, or None.
+        alpha: scale of the loss. It should give the IB loss the size of the loss that it replaces, or the lr has to
+            change (the authors, in issue 1 of pseulki/IB-Loss). On CIFAR CE is 3 to 5 and the IB loss at alpha 1 is
+            .002 to .003, hence 1000. 'auto': see auto_target.
+        epsilon: added to the influence, so that a fitted sample does not get an infinite weight.
+        norm, raw_features: see `influence`.
+        detach: no gradient through the factor. The official code lets it through.
+        auto_target: what alpha 'auto' matches. 'ce': the size of plain CE without class weights, and 'ib': that of
+            this loss as published (the same class weights, L1 norm, alpha 1000, epsilon 1e-3), over the first 20
+            batches with gradients in training mode; norm 'none' (with L1 norms as features) is then class weights
+            alone at the size of IB. 'gradient': alpha is 1 until `set_alpha` sets it.
 
     Raises:
         ValueError: unknown norm, alpha not over 0, negative epsilon; auto_target 'ib' beside features in another norm.
+
+    >>> criterion = IBLoss(alpha=1.0, epsilon=0.0)
+    >>> round(criterion(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([2.0])).item(), 4)   # log 2 / (1 * 2)
+    0.3466
     """
 
     needs_features = True
+    divides_by_weights = False
 
     def __init__(
         self, weight: Weight = None, alpha: float | str = ALPHA, epsilon: float = EPSILON, norm: str = "l1",
@@ -587,7 +570,7 @@ class IBLoss(Loss):
     ) -> None:  # fmt: skip
         super().__init__(weight, **options)
         _one_of(NORMS, norm=norm)
-        _one_of(("ce", "ib"), auto_target=auto_target)
+        _one_of(("ce", "ib", "gradient"), auto_target=auto_target)
         _nonnegative(epsilon=epsilon)
         if alpha != "auto":
             _over_0(alpha=alpha)
@@ -597,10 +580,47 @@ class IBLoss(Loss):
         self.auto_target, self.raw_features = auto_target, raw_features
         self.auto = AutoAlpha() if alpha == "auto" else None
 
+    def _loss(self, logits, target, weight):
+        if target.is_floating_point():
+            loss = F.kl_div(F.log_softmax(logits, 1), target, reduction="none").sum(1)
+        else:
+            loss = _cross_entropy(logits, target)
+        return loss if weight is None else weight * loss
+
+    def _factor(self, logits, target, features):
+        return self._factor_at(self.current_alpha, self.epsilon, self.norm, logits, target, features)
+
+    def _factor_at(self, alpha, epsilon, norm, logits, target, features):
+        factor = alpha / (influence(logits, target, features, norm, self.raw_features) + epsilon)
+        return factor.detach() if self.detach else factor
+
+    @torch.no_grad()
+    def factor(self, logits: Tensor, target: Tensor, features: Tensor) -> Tensor:
+        """The IB factor of each sample, (N, ...), without gradient; `per_sample_and_factor` gives it with the loss."""
+        logits, target, _, _ = self._checked(logits, target)
+        return self._factor(logits, target, features)
+
+    # ------------------------------------------------------------------------------------- alpha 'auto'
+
     @property
     def current_alpha(self) -> Any:
         """The alpha in force: a float, or with 'auto' a 0-d tensor."""
         return self.alpha if self.auto is None else self.auto.value
+
+    @property
+    def is_set(self) -> bool:
+        """Whether alpha is more than the 1 that 'auto' begins with. Waits for the device."""
+        return self.auto is None or bool(self.auto.sums[2] > 0)
+
+    def set_alpha(self, value: float) -> None:
+        """Set the alpha that a measurement found (auto_target 'gradient'); it is in the state dict from then on.
+
+        Raises ValueError: alpha is no 'auto' with auto_target 'gradient', or a value that is not over 0 and finite.
+        """
+        if self.auto is None or self.auto_target != "gradient":
+            raise ValueError("set_alpha needs alpha='auto' and auto_target='gradient'")
+        _over_0(value=value)
+        self.auto.set(value)
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
         """The reduced loss; with alpha 'auto' a call in training mode with gradients adds its batch first."""
@@ -612,41 +632,29 @@ class IBLoss(Loss):
     def calibrate(
         self, logits: Tensor, target: Tensor, features: Tensor | None, all_reduce_sum: AllReduce | None = None
     ) -> None:
-        if self.auto is None:
+        """Add a batch to the calibration of alpha 'auto' (targets 'ce' and 'ib'); see `Loss.calibrate`."""
+        if self.auto is None or self.auto_target == "gradient":
             return
-        published = self._call_at(features, ALPHA, EPSILON, "l1")
-        calls = [
-            (cross_entropy, ()) if self.auto_target == "ce" else published,
-            self._call_at(features, 1.0, self.epsilon, self.norm),
-        ]
-        (reference, _), (loss, counts) = (
-            function.per_sample(logits, target, *arguments, ignore_index=self.ignore_index)
-            for function, arguments in calls
-        )
-        sums = torch.stack([values.double().sum() for values in (reference, loss, counts)])
+        with torch.autocast(logits.device.type, enabled=False):
+            logits, target, weight, kept = self._checked(logits, target)
+            loss = self._loss(logits, target, weight)
+            if self.auto_target == "ce":
+                reference = _cross_entropy(logits, target)
+            else:
+                reference = loss * self._factor_at(ALPHA, EPSILON, "l1", logits, target, features)
+            unit = loss * self._factor_at(1.0, self.epsilon, self.norm, logits, target, features)
+            wide = torch.float32 if logits.device.type == "mps" else torch.float64  # which has no float64
+            parts = (reference, unit, torch.ones_like(loss))
+            sums = torch.stack([part.where(kept, 0.0).to(wide).sum() for part in parts])
         self.auto.observe(*(sums if all_reduce_sum is None else all_reduce_sum(sums)))
-
-    @torch.no_grad()
-    def factor(self, logits: Tensor, target: Tensor, features: Tensor) -> Tensor:
-        """The IB factor of each sample, (N, ...), without gradient."""
-        settings = (self.current_alpha, self.epsilon, self.norm, self.detach, self.raw_features, self.ignore_index)
-        return ib_factor(logits, target, features, *settings)
-
-    def _call(self, features):
-        return self._call_at(features, self.current_alpha, self.epsilon, self.norm)
-
-    def _call_at(self, features, alpha, epsilon, norm):
-        return ib_loss, (features, self.weight, alpha, epsilon, norm, self.detach, self.raw_features)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        for old, new in (("alpha", "auto.value"), ("calibration", "auto.sums")):  # names in older checkpoints
-            if prefix + old in state_dict:
-                state_dict[prefix + new] = state_dict.pop(prefix + old)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class IB_FocalLoss(IBLoss):  # noqa: N801 (the published name)
-    """`ib_focal_loss` as a Module: criterion(logits, target, features). Arguments as IBLoss, and gamma."""
+    """IB with the focal loss inside: (1 - p) ** gamma * w_y * CE * factor, p = exp(-w_y * CE).
+
+    Arguments as IBLoss, and gamma; `detach` is of the IB factor only. Gamma 0 is `IBLoss`. With soft targets KL takes
+    the place of CE in both, so that p = y is again the only stationary point.
+    """
 
     def __init__(
         self, weight: Weight = None, alpha: float | str = ALPHA, gamma: float = 0.0, epsilon: float = EPSILON,
@@ -656,6 +664,6 @@ class IB_FocalLoss(IBLoss):  # noqa: N801 (the published name)
         _nonnegative(gamma=gamma)
         self.gamma = gamma
 
-    def _call_at(self, *args):
-        _, (features, weight, alpha, *rest) = super()._call_at(*args)
-        return ib_focal_loss, (features, weight, alpha, self.gamma, *rest)
+    def _loss(self, logits, target, weight):
+        loss = super()._loss(logits, target, weight)
+        return _focal_factor(loss, self.gamma) * loss

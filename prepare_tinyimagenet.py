@@ -8,33 +8,26 @@ data/tiny-imagenet-200 as it is. It can be stopped and run again, and changes no
 tinyimage_train.py does the same by itself before it trains.
 """
 
-import contextlib
-import filecmp
-import hashlib
 import http.client
 import os
 import shutil
-import stat
-import struct
 import tempfile
-import urllib.request
 import zipfile
 import zlib
-from collections.abc import Collection
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity, download_url
 
 from files import folder_lock
 from imbalance_folder import open_image
-from utils import DataError, HelpFormatter, Parser, command
+from utils import DataError, HelpFormatter, Parser, command, named
 
 FOLDER, ARCHIVE = "tiny-imagenet-200", "tiny-imagenet-200.zip"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 #: Of the official archive, in bytes.
 OFFICIAL_SIZE, OFFICIAL_MD5 = 248100043, "90528d7ca1a48142e341f4ef8d21d0de"
-
-#: What an archive may unpack to. The official one: 120,609 members, 0.25 GB, the largest 2.7 MB.
-MAX_MEMBERS, MAX_MEMBER_BYTES, MAX_TOTAL_BYTES = 200_000, 2**25, 2**30
+#: What an archive may unpack to; the official one has 0.25 GB.
+MAX_BYTES = 2**30
 PARTIAL = f".{FOLDER}.partial-"  # beginning of the names of folders that are being unpacked
 
 
@@ -44,8 +37,7 @@ def arrange(
     """Leave data_dir/tiny-imagenet-200 with train/<wnid>/ and val/<wnid>/, whatever it was before.
 
     A folder that is there is taken as it is, raw or arranged or half-arranged, and the archive is not read.
-    Everything is checked before the first file is moved; an archive is unpacked and arranged beside its place,
-    and moved there when it is whole.
+    An archive is unpacked and arranged beside its place, and moved there when it is whole.
 
     Args:
         data_dir: holds the folder, or receives it.
@@ -71,7 +63,7 @@ def arrange(
         if archive is None:
             archive = os.path.join(data_dir, ARCHIVE)
             if not os.path.isfile(archive):
-                download(archive)
+                _download(archive)
         _unpack(archive, data_dir, folder)
     return folder, True
 
@@ -79,54 +71,27 @@ def arrange(
 def arrange_folder(folder: str, check_images: bool = True) -> bool:
     """Arrange an unpacked folder in place. Returns whether an image was moved.
 
-    The moves are renames, one for each image, so that a stop in between loses nothing and the next call continues.
+    Everything is checked first. A move is a rename, so that a stop in between loses nothing and the next call
+    continues.
 
     Raises:
         DataError: see `arrange`; nothing was changed then.
     """
-    classes = read_classes(folder)
-    train = _check_train(folder, classes)
-    placed, moves = _plan_validation(folder, classes)
-    if moves or check_images:
-        for path in [*train, *placed, *(source for source, _ in moves)]:
-            open_image(path)
-    for source, target in moves:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        if os.path.exists(target):
-            os.unlink(source)  # the same image, see _plan_validation
-        else:
-            os.rename(source, target)
+    paths = _training_images(os.path.join(folder, "train"))
     raw = os.path.join(folder, "val", "images")
-    emptied = os.path.isdir(raw)
-    if emptied:
-        try:
-            os.rmdir(raw)
-        except OSError:
+    is_raw = os.path.isdir(raw)
+    placed, moves = _plan_validation(os.path.join(folder, "val"), _folders(os.path.join(folder, "train")))
+    for path in [*paths, *placed, *moves] if moves or check_images else ():
+        open_image(path)
+    for source, target in moves.items():
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.replace(source, target)
+    if is_raw:
+        if os.listdir(raw):
             name = sorted(os.listdir(raw))[0]
-            raise DataError(f"{os.path.join(raw, name)} is no image of the data set: move it elsewhere") from None
-    return bool(moves) or emptied
-
-
-def read_classes(folder: str) -> list[str]:
-    """The class names (wnids) of a folder, sorted: from wnids.txt, or, without it, train/'s folders."""
-    try:
-        with open(os.path.join(folder, "wnids.txt"), encoding="utf-8") as file:
-            classes = file.read().split()
-    except UnicodeDecodeError:
-        raise DataError(f"{folder}/wnids.txt is no text") from None
-    except FileNotFoundError:
-        classes = _folders(os.path.join(folder, "train"))
-    for name in classes:
-        if not _is_plain(name):
-            raise DataError(f"{folder}/wnids.txt names the class {name!r}, which cannot be a folder")
-    if not classes:
-        raise DataError(f"{folder} names no classes: no wnids.txt and no folders in train")
-    return sorted(set(classes))
-
-
-def _is_plain(name):
-    """Whether a name from an annotation file is that of something in the folder itself."""
-    return name.isprintable() and name not in ("", ".", "..", "images") and not set(name) & set("/\\:")
+            raise DataError(f"{os.path.join(raw, name)} is no image of the data set: move it elsewhere")
+        os.rmdir(raw)
+    return is_raw
 
 
 def _folders(path):
@@ -136,129 +101,94 @@ def _folders(path):
 
 
 def _images(path):
-    """All images below `path` as {name: path}, sorted."""
-    found = {}
-    for parent, _, names in sorted(os.walk(path)):
-        for name in sorted(names):
-            if name.lower().endswith(IMG_EXTENSIONS):
-                if name in found:
-                    raise DataError(f"{found[name]} and {os.path.join(parent, name)} have the same name")
-                found[name] = os.path.join(parent, name)
-    return found
-
-
-def _check_classes(part, found, classes):
-    missing, foreign = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
-    if missing:
-        raise DataError(f"{part} lacks the class {missing[0]}{_and_more(missing)}")
-    if foreign:
-        raise DataError(f"{part} has a folder {foreign[0]}{_and_more(foreign)} that is no class of wnids.txt")
-
-
-def _and_more(names):
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _check_train(folder, classes):
-    """The images of the training part; every class has some, and all that its list of boxes names."""
-    train = os.path.join(folder, "train")
-    _check_classes(train, _folders(train), classes)
-    paths = []
-    for name in classes:
-        found = _images(os.path.join(train, name))
-        if not found:
-            raise DataError(f"{train} has no images of the class {name}")
-        boxes = os.path.join(train, name, f"{name}_boxes.txt")
-        if os.path.isfile(boxes):
-            for image, *_ in _rows(boxes):
-                if image not in found:
-                    raise DataError(f"{os.path.join(train, name)} lacks the image {image} of {boxes}")
-        paths += found.values()
-    return paths
+    """All images below `path` as {name: path}."""
+    files = [(name, os.path.join(parent, name)) for parent, _, names in sorted(os.walk(path)) for name in sorted(names)]
+    images = [(name, file) for name, file in files if name.lower().endswith(IMG_EXTENSIONS)]
+    if len(dict(images)) < len(images):
+        raise DataError(f"{path} has images of the same name in two folders")
+    return dict(images)
 
 
 def _rows(path):
-    """The rows of a tab-separated text file, as lists."""
+    """The rows of a tab-separated list, as lists; none where there is no list."""
     try:
         with open(path, encoding="utf-8") as file:
             return [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    except FileNotFoundError:
+        return []
     except UnicodeDecodeError:
         raise DataError(f"{path} is no text") from None
 
 
-def read_annotations(path: str, classes: Collection[str]) -> dict[str, str]:
-    """val_annotations.txt as {image: class}.
-
-    Raises:
-        DataError: no file, a row that is cut, an unknown class, an image named twice or with a path.
-    """
-    if not os.path.isfile(path):
-        raise DataError(f"{path} is missing: without it no validation image has a class")
-    known, annotations = set(classes), {}
-    for number, row in enumerate(_rows(path), 1):
-        if len(row) < 2 or not _is_plain(row[0]):
-            raise DataError(f"{path}, line {number}: {row[0]!r} is no image with its class")
-        if row[1] not in known:
-            raise DataError(f"{path}, line {number}: {row[0]} has the class {row[1]!r}, which wnids.txt lacks")
-        if annotations.setdefault(row[0], row[1]) != row[1]:
-            raise DataError(f"{path}, line {number}: {row[0]} has two classes, {annotations[row[0]]} and {row[1]}")
-    return annotations
+def _training_images(train):
+    """The images of the training part; every class has some, and all that its list of boxes names."""
+    paths = []
+    for name in _folders(train):
+        found = _images(os.path.join(train, name))
+        boxes = _rows(os.path.join(train, name, f"{name}_boxes.txt"))
+        lacking = [image for image, *_ in boxes if image not in found]
+        if lacking or not found:
+            raise DataError(f"{os.path.join(train, name)} lacks images: {named(lacking) or 'it has none'}")
+        paths += found.values()
+    return paths
 
 
-def _plan_validation(folder, classes):
+def _plan_validation(part, classes):
     """Check the validation part against its annotations.
 
     Returns:
-        (paths of images that are in their place, list of (source, target) of those to be moved).
+        (paths of images that are in their place, {source: target} of those to be moved).
     """
-    part = os.path.join(folder, "val")
-    folders = [name for name in _folders(part) if name != "images"]
-    by_class = {name: _images(os.path.join(part, name)) for name in folders}
-    raw = _images(os.path.join(part, "images"))
+    by_class = {name: _images(os.path.join(part, name)) for name in _folders(part)}
+    raw = by_class.pop("images", {})
+    placed = {(label, name): path for label, found in by_class.items() for name, path in found.items()}
     listed = os.path.join(part, "val_annotations.txt")
-    if not raw and not os.path.isfile(listed):  # arranged by somebody who deleted the file
-        _check_classes(part, [name for name in folders if by_class[name]], classes)
-        return [path for found in by_class.values() for path in found.values()], []
-    annotations = read_annotations(listed, classes)
-    for name in raw:
-        if name not in annotations:
-            raise DataError(f"{listed} lacks {name}, which is in {part}/images")
-    placed, moves = [], []
-    for label, found in by_class.items():
-        for name in found:
-            if annotations.get(name) != label:
-                right = f"has the class {annotations[name]}" if name in annotations else "is not there"
-                raise DataError(f"{found[name]} contradicts {listed}, where it {right}")
-    for name, label in annotations.items():
-        there = by_class.get(label, {}).get(name)
-        if there is None and name not in raw:
-            raise DataError(f"{part} lacks the image {name} of {listed}")
-        if there is not None and name in raw and not filecmp.cmp(there, raw[name], shallow=False):
-            raise DataError(f"{raw[name]} and {there} are different images of one name")
-        if there is not None:
-            placed.append(there)
-        if name in raw:
-            moves.append((raw[name], there or os.path.join(part, label, name)))
-    _check_classes(part, set(annotations.values()) | set(folders), classes)
-    return placed, moves
+    rows = _rows(listed)
+    if raw and not rows:
+        raise DataError(f"{listed} is missing: without it no validation image has a class")
+    cut = [row[0] for row in rows if len(row) < 2]
+    if cut:
+        raise DataError(f"{listed} has rows without a class: {named(cut)}")
+    # without a list somebody else has put the images in order
+    labels = {row[0]: row[1] for row in rows} or {name: label for label, name in placed}
+    different = sorted(set(labels.values()) ^ set(classes))
+    if different:
+        raise DataError(f"train and val of {os.path.dirname(part)} have different classes: {named(different)}")
+    stray = [path for (label, name), path in placed.items() if labels.get(name) != label]
+    stray += [path for name, path in raw.items() if name not in labels]
+    if stray:
+        raise DataError(f"images are not where {listed} has them: {named(stray)}")
+    lacking = [name for name, label in labels.items() if name not in raw and (label, name) not in placed]
+    if lacking:
+        raise DataError(f"{part} lacks images of {listed}: {named(lacking)}")
+    places = {name: placed.get((labels[name], name)) or os.path.join(part, labels[name], name) for name in raw}
+    moves = {raw[name]: place for name, place in places.items()}
+    return [path for path in placed.values() if path not in moves.values()], moves
 
 
 # ---------------------------------------------------------------------------------------------- the archive
 
 
 def _unpack(archive, data_dir, folder):
-    """Unpack, arrange and check beside `folder`, then rename; whatever goes wrong leaves nothing."""
-    check_official(archive)
+    """Unpack, arrange and check beside `folder`, then rename; whatever goes wrong leaves nothing.
+
+    zipfile writes nothing outside its folder, makes no links, and checks each file's size and CRC.
+    """
+    if os.path.getsize(archive) == OFFICIAL_SIZE and not check_integrity(archive, OFFICIAL_MD5):
+        raise DataError(f"{archive} is damaged: it has the official archive's size and another md5 than {OFFICIAL_MD5}")
     print(f"unpacking {archive}", flush=True)
-    with contextlib.ExitStack() as stack:
-        with _reading(archive):
-            opened = stack.enter_context(zipfile.ZipFile(archive))
-        members = safe_members(opened, archive)
-        partial = tempfile.mkdtemp(prefix=PARTIAL, dir=data_dir)
-        stack.callback(shutil.rmtree, partial, ignore_errors=True)
-        for member in members:
-            _extract(opened, member, partial, archive)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=data_dir) as partial:
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                size = sum(member.file_size for member in opened.infolist())
+                if size > MAX_BYTES:
+                    raise DataError(f"{archive} unpacks to {size:,} bytes: too many for Tiny ImageNet")
+                opened.extractall(partial)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise DataError(f"{archive} is damaged, or no zip archive ({error})") from None
         whole = os.path.join(partial, FOLDER)
+        if not os.path.isdir(whole):
+            raise DataError(f"{archive} holds no {FOLDER}/: it is not Tiny ImageNet")
         try:
             arrange_folder(whole)
         except DataError as error:
@@ -266,137 +196,32 @@ def _unpack(archive, data_dir, folder):
         os.rename(whole, folder)  # an empty folder gives way
 
 
-#: What zipfile raises on damaged input.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error, ValueError)
-
-
-@contextlib.contextmanager
-def _reading(archive, member=None):
-    try:
-        yield
-    except _DAMAGE as error:
-        where = f"{archive}, member {member}," if member else archive
-        raise DataError(f"{where} is truncated or damaged, or no zip archive ({error})") from None
-
-
-def check_official(archive: str | os.PathLike, always: bool = False) -> None:
-    """md5 of an archive that has the official one's size; `always`: whatever its size.
-
-    Raises:
-        DataError: it is another one.
-    """
-    size = os.path.getsize(archive)
-    if size != OFFICIAL_SIZE and not always:
-        return
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(archive, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    if digest.hexdigest() != OFFICIAL_MD5:
-        raise DataError(
-            f"{archive} is damaged: {size} bytes with md5 {digest.hexdigest()}, "
-            f"the official one has {OFFICIAL_SIZE} with {OFFICIAL_MD5}"
-        )
-
-
-def safe_members(opened: zipfile.ZipFile, archive: str | os.PathLike) -> list[zipfile.ZipInfo]:
-    """The members below tiny-imagenet-200/, after every member of the archive has been looked at.
-
-    Raises:
-        DataError: a path that leaves the folder or is absolute, a link or another special file, a duplicated name,
-            an encrypted or oddly packed member, more than a Tiny ImageNet can be.
-    """
-    found, seen, total = opened.infolist(), set(), 0
-    if len(found) > MAX_MEMBERS:
-        raise DataError(f"{archive} is refused: {len(found)} members, over {MAX_MEMBERS}")
-    for member in found:
-        name = member.orig_filename
-        total += member.file_size
-        wrong = _objection(member, name in seen, total)
-        if wrong:
-            raise DataError(f"{archive} is refused, nothing was unpacked: member {name} {wrong}")
-        seen.add(name)
-    members = [member for member in found if member.filename.startswith(f"{FOLDER}/") and not member.is_dir()]
-    if not members:
-        raise DataError(f"{archive} holds no {FOLDER}/: it is not Tiny ImageNet")
-    return members
-
-
-def _objection(member, is_duplicate, total):
-    """What is wrong with a member, or None; `total` are the bytes of all members up to it."""
-    name, kind = member.orig_filename, stat.S_IFMT(member.external_attr >> 16)
-    is_readable = not member.flag_bits & 1 and member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    is_too_large = member.file_size > MAX_MEMBER_BYTES or total > MAX_TOTAL_BYTES
-    objections = (
-        (name.startswith("/") or name[1:2] == ":", "is an absolute path"),
-        (".." in name.replace("\\", "/").split("/"), "leaves the folder"),
-        (kind == stat.S_IFLNK, "is a link"),
-        (kind not in (0, stat.S_IFREG, stat.S_IFDIR), "is no regular file"),
-        (not name.isprintable() or "\\" in name or member.filename != name, "has a name that cannot be a file's"),
-        (is_duplicate, "is duplicated"),
-        (not is_readable, "is encrypted or packed in a way that is not read here"),
-        (is_too_large, f"unpacks to {member.file_size} bytes, {total} with those before: too many for this data set"),
-    )
-    return next((text for is_wrong, text in objections if is_wrong), None)
-
-
-def _extract(opened, member, folder, archive):
-    """Write one member below `folder`; its size and CRC are checked."""
-    with _reading(archive, member.filename), opened.open(member) as source:
-        content = source.read()
-        if len(content) != member.file_size:
-            raise EOFError(f"{len(content)} of {member.file_size} bytes")
-    path = os.path.join(folder, member.filename)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "xb") as file:
-            file.write(content)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise DataError(f"{archive} is refused: member {member.filename} is a file and a folder at once") from None
-
-
-def download(path: str, timeout: float = 30) -> None:
-    """Fetch the official archive to `path`, checked by size and md5; nothing is left of a part.
-
-    Raises:
-        DataError: no network, or another file than the official one.
-    """
+def _download(path):
+    """Fetch the official archive to `path`; a part that is left by an error is removed."""
     print(f"downloading {URL} to {path} ({OFFICIAL_SIZE / 1e6:.0f} MB)", flush=True)
     temporary = f"{path}.partial"
     try:
-        with urllib.request.urlopen(URL, timeout=timeout) as source, open(temporary, "wb") as file:
-            written = 0
-            while block := source.read(2**20):
-                written += file.write(block)
-                if written > OFFICIAL_SIZE:
-                    break
-        check_official(temporary, always=True)
+        download_url(URL, os.path.dirname(path), os.path.basename(temporary), OFFICIAL_MD5)
         os.replace(temporary, path)
-    except (OSError, ValueError, http.client.HTTPException, DataError) as error:
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise DataError(
-            f"no Tiny ImageNet in {os.path.dirname(path) or '.'}, and it cannot be downloaded ({error}): "
-            f"fetch {URL} elsewhere and put it at {path}, or name it with "
-            "python imbalance_tinyimagenet.py --zip PATH"
+            f"no Tiny ImageNet in {os.path.dirname(path) or '.'}, and it cannot be downloaded ({error}): fetch {URL} "
+            f"elsewhere and put it at {path}, or name it with python imbalance_tinyimagenet.py --zip PATH"
         ) from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        if os.path.exists(temporary):
             os.unlink(temporary)
 
 
 # ---------------------------------------------------------------------------------------------- the command
 
 
-def build_parser():
-    """The two flags of the command."""
+@command
+def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=HelpFormatter, prog="imbalance_tinyimagenet.py")
     parser.add_argument("--data_dir", default="./data", help=f"holds {FOLDER}, or receives it (default: %(default)s)")
     parser.add_argument("--zip", default=None, metavar="PATH", help=f"the archive (default: DATA_DIR/{ARCHIVE})")
-    return parser
-
-
-@command
-def main(argv=None):
-    options = build_parser().parse_args(argv)
+    options = parser.parse_args(argv)
     folder, changed = arrange(options.data_dir, options.zip, check_images=True)
     for part in ("train", "val"):
         counts = [len(_images(os.path.join(folder, part, name))) for name in _folders(os.path.join(folder, part))]

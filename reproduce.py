@@ -96,11 +96,27 @@ def _add_execution(parser):
     group = parser.add_argument_group("execution")
     add = group.add_argument
     add("--results", metavar="DIR", help="a small record of each finished run (default: OUT/results)")
-    add("--jobs", type=number(int, low=1), metavar="N", help="runs at a time (default: 1; with Ray, as many as fit)")
+    add(
+        "--jobs", type=number(int, low=1), metavar="N",
+        help="runs at a time, spread over the GPUs (default: one a GPU, 1 without; with Ray, as many as fit)",
+    )  # fmt: skip
+    add("--gpus", type=number(int, low=0), metavar="N", help="GPUs to use (default: all that are there)")
+    add(
+        "--part", type=_part, metavar="I/N",
+        help="of the runs' families, which share epochs, the I-th of N parts: for machines without a common driver",
+    )  # fmt: skip
     add("--threads", type=number(int, low=1), default=1, metavar="T", help="CPU threads each (default: %(default)s)")
     add("--executor", choices=("local", "ray"), default="local", help="default: %(default)s")
     add("--address", metavar="HOST:PORT", help="of the Ray cluster (default: a new one on this machine)")
     add("--gpus_per_run", type=number(float, low=0), default=0, metavar="F", help="Ray: share of a GPU (default: 0)")
+
+
+def _part(text):
+    """'2/5' as (2, 5)."""
+    index, parts = map(int, text.split("/"))
+    if not 1 <= index <= parts:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: the first part of five is 1/5")
+    return index, parts
 
 
 def select(options: argparse.Namespace) -> list[runs.Run]:
@@ -228,14 +244,19 @@ def run_runs(options: argparse.Namespace) -> None:
     from files import run_lock
     from paper import driver
 
-    chosen = select(options)
+    chosen, lock = select(options), options.out
+    if options.part:
+        chosen = runs.part_of(chosen, *options.part)
+        lock = os.path.join(options.out, "part{}of{}".format(*options.part))
+    if options.executor == "ray" and options.gpus is not None:
+        raise UsageError("--gpus is for this machine: with --executor ray say --gpus_per_run")
     if options.executor != "ray" and (options.address is not None or options.gpus_per_run):
         raise UsageError("--address and --gpus_per_run need --executor ray")
     driver.check_extra(chosen, options.extra)
     print(_what_is_about_to_start(chosen, options), flush=True)
-    with run_lock(options.out, patience=0):  # one driver at a time
+    with run_lock(lock, patience=0):  # one driver at a time
         work = driver.Driver(
-            chosen, options.out, options.results or os.path.join(options.out, "results"), _executor(options),
+            chosen, options.out, options.results or os.path.join(options.out, "results"), _executor(options, lock),
             options.extra, options.threads,
         )  # fmt: skip
         failed = work.run()
@@ -273,12 +294,16 @@ def _ratios(chosen):
     return f" (ratios {' '.join(map(str, ratios))}: --ratio restricts them)" if len(ratios) > 1 else ""
 
 
-def _executor(options):
+def _executor(options, folder):
     from paper import executors
 
     if options.executor == "ray":
         return executors.Ray(options.address, options.threads, options.gpus_per_run, options.jobs)
-    return executors.Local(options.jobs or 1, options.threads)
+    cards = executors.visible_cards()
+    if options.gpus is not None and options.gpus > len(cards):
+        raise UsageError(f"--gpus {options.gpus}: this machine has {len(cards)}")
+    cards = cards[: options.gpus]
+    return executors.Local(options.jobs or len(cards) or 1, options.threads, cards, folder)
 
 
 def _last_line(path):

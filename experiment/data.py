@@ -30,7 +30,8 @@ def split_validation(train_set: Any, settings: Settings) -> tuple[Any, Any]:
     Raises:
         UsageError: there are no such images.
     """
-    if not settings.val_fraction and not settings.val_left_out:
+    # -e may have test images only: nothing is held out of them
+    if not (settings.val_fraction or settings.val_left_out) or not len(train_set.targets):
         return train_set, None
     try:
         if settings.val_left_out:
@@ -81,8 +82,10 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
     found: list[tuple[str, Any, Any, str]] = [
         ("other classes", state.get("classes"), data.classes, f"has other classes than those {where}")
     ]
-    chooses = len(settings.posthoc_la) > 1 or len(settings.tau_norm) > 1  # on a held-out part of these images
-    if not settings.evaluate or settings.test_fraction or chooses:  # else what is tested may have been trained on
+    # several values are compared on a held-out part of these images
+    chooses = any(len(taus) > 1 for taus in (settings.posthoc_la, settings.tau_norm, settings.tau_norm_bias))
+    # else the images that are tested may be the ones that were trained on
+    if not settings.evaluate or ((settings.test_fraction or chooses) and any(data.class_counts)):
         counts = f"{sum(state.get('class_counts') or ())} there, {sum(data.class_counts)} here"
         found += [
             ("other images", state.get("split_sha256"), data.split_sha256, f"was trained on other images than {where}"),

@@ -35,7 +35,7 @@ def evaluate_checkpoint(
 
     Those of a correction go to a folder of their own in there, `posthoc_la_1` for example.
 
-    --posthoc_la and --tau_norm take one value; of several the one with the best class mean on the held-out part.
+    The flags of CORRECTIONS take one value; of several the one with the best class mean on the held-out part.
 
     Raises:
         UsageError: several values without a held-out part. DataError: weights that do not fit, logits that are not
@@ -141,14 +141,13 @@ def expected_calibration_error(rows: Sequence[dict]) -> float:
 
 
 def _correction(run, model, val_batches, precision):
-    """Apply --posthoc_la or --tau_norm to the head of `model`. Returns what was applied, for the record."""
+    """Apply one of CORRECTIONS to the head of `model`. Returns what was applied, for the record."""
     settings = run.settings
-    name = "posthoc_la" if settings.posthoc_la else "tau_norm" if settings.tau_norm else None
+    name = next((name for name in CORRECTIONS if getattr(settings, name)), None)
     if name is None:
         return {}
-    values = getattr(settings, name)
+    values, apply = getattr(settings, name), CORRECTIONS[name]
     head = model.get_submodule(models.last_linear(model))
-    apply = adjust_logits if name == "posthoc_la" else normalise_classes
     if getattr(head, "bias", None) is None:
         raise UsageError(f"--{name} needs a linear layer with a bias: this model has LDAM's normalised head")
     weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
@@ -187,7 +186,16 @@ def adjust_logits(head: torch.nn.Linear, tau: float, class_counts: Sequence[int]
     head.bias.sub_(tau * log_prior(class_counts).to(head.bias))
 
 
+def normalise_weights(head: torch.nn.Linear, tau: float, class_counts: Sequence[int]) -> None:
+    """w_k / |w_k| ** tau, the bias as it is (what BagofTricks-LT calls tau-normalisation), in place."""
+    head.weight.div_(head.weight.norm(dim=1, keepdim=True) ** tau)
+
+
 def normalise_classes(head: torch.nn.Linear, tau: float, class_counts: Sequence[int]) -> None:
     """tau-normalisation: w_k / |w_k| ** tau, without bias (Kang et al., ICLR 2020, eq. 5 and Section 4.2), in place."""
-    head.weight.div_(head.weight.norm(dim=1, keepdim=True) ** tau)
+    normalise_weights(head, tau, class_counts)
     head.bias.zero_()
+
+
+#: The post-hoc corrections by their flag.
+CORRECTIONS = {"posthoc_la": adjust_logits, "tau_norm": normalise_classes, "tau_norm_bias": normalise_weights}

@@ -15,7 +15,8 @@ import models
 from experiment.settings import FIELDS, Settings, check, plain_name
 from utils import HelpFormatter, Parser, UsageError
 
-OPTIONAL = frozenset(("train_list", "val_list", "check_images", "image_size", "crop", "recipe"))
+OF_FOLDERS = ("train_list", "val_list", "test_fraction", "exif", "mean", "std")
+OPTIONAL = frozenset((*OF_FOLDERS, "check_images", "skip_damaged", "image_size", "crop", "recipe"))
 
 #: What `--recipe` changes in the defaults. official: what the official code does. paper: what the paper prints. ldam:
 #: what the LDAM paper prints, whose numbers are in the paper's table.
@@ -58,7 +59,7 @@ SCRIPTS = {
     "inat_train.py": Script(
         datasets={"inaturalist": None},
         archs=models.torchvision_archs,
-        offers=frozenset(("image_size", "check_images")),
+        offers=frozenset(("image_size", "check_images", "skip_damaged")),
         defaults={
             "arch": "resnet50", "pretrained": "none", "image_size": 224, "imb_type": "none", "epochs": 200,
             "start_ib_epoch": 50, "lr": 0.01, "milestones": (30, 180), "lr_factors": (0.1, 0.1), "ib_lr_factor": 1.0,
@@ -68,7 +69,7 @@ SCRIPTS = {
     "folder_train.py": Script(
         datasets={},
         archs=models.torchvision_archs,
-        offers=frozenset(("image_size", "check_images", "train_list", "val_list")),
+        offers=frozenset((*OF_FOLDERS, "image_size", "check_images", "skip_damaged")),
         defaults={"arch": "resnet50", "pretrained": "none", "image_size": 224, "imb_type": "none"},
     ),
 }  # fmt: skip

@@ -175,7 +175,9 @@ def find_evaluated(settings: Settings) -> tuple[Settings, Start]:
         merged = dataclasses.replace(settings, loss_type=loss)
     else:
         there = {name: getattr(theirs, name) for name in OF_CHECKPOINT if name in state["settings"]}
-        wrong = {name: value for name, value in there.items() if name in settings.given}
+        # older runs of folder_train.py without val/ tested on the part that --val_fraction held out
+        compared = {**there, "val_fraction": theirs.val_fraction or theirs.test_fraction}
+        wrong = {name: value for name, value in compared.items() if name in settings.given and name in there}
         wrong = {name: value for name, value in wrong.items() if value != getattr(settings, name)}
         merged = dataclasses.replace(settings, **there, exp_str=theirs.exp_str)
     for name, value in wrong.items():

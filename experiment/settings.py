@@ -107,6 +107,12 @@ class Settings:
     val_list: str | None = _data(None, "--val_list FILE", None, "test images, in the same form")
     check_images: bool = _data(False, "--check_images", None,
         "decode every image before training starts", affects="nothing")
+    skip_damaged: bool = _data(False, "--skip_damaged", None,
+        "decode every image before training starts, and leave out those that are damaged, 5 % at most")
+    exif: bool = _data(False, "--exif", None, "turn images as their EXIF orientation says")
+    mean: tuple[float, ...] | None = _data(None, "--mean M", number(float),
+        "of the images' channels, from 0 to 1 (default: ImageNet's)", nargs=3)
+    std: tuple[float, ...] | None = _data(None, "--std S", POSITIVE, "as --mean", nargs=3)
     imb_type: str = _data("exp", "--imb_type", IMB_TYPES, "shape of the tail; none: as the data are")
     imb_factor: float = _data(0.01, "--imb_factor F", number(float, above=0, high=1),
         "smallest class over largest, in (0, 1]")
@@ -118,7 +124,8 @@ class Settings:
         "class mean; 0: by top-1 on the test set, as published")
     val_left_out: int = _data(0, "--val_left_out N", EPOCH,
         "pick the best epoch on images that the imbalance has left out, up to N of a class; they are never trained on")
-    test_fraction: float = _data(0.0, "", SHARE, "")
+    test_fraction: float = _data(0.0, "--test_fraction G", SHARE,
+        "share of the training images to test on, without val/ or test/ (default: as --val_fraction)")
     flip: str = _data("auto", "--flip", ("auto", "on", "off"),
         "random mirroring of training images; auto: as the data set says, no for digits")
     augment: str = _data("none", "--augment", AUGMENTS,
@@ -202,10 +209,13 @@ class Settings:
         "products)", affects="numerics")
     sync_bn: bool = _run(False, "--sync_bn", None,
         "batch norm over all GPUs, as on a single one (with torchrun)", affects="numerics")
-    compile: bool = _run(False, "--compile", None, "torch.compile; CUDA graphs on a GPU", affects="rounding")
+    compile: bool = _run(False, "--compile", None, "torch.compile", affects="rounding")
     cuda_graph: bool = _run(True, "--no_cuda_graph", None,
         "on a GPU start every kernel of a step by itself; without the flag steps on images in memory are replayed as a "
-        "CUDA graph, except with --compile, --mixup, --amp fp16 or torchrun", affects="rounding")
+        "CUDA graph, except with --mixup, --amp fp16 or torchrun", affects="rounding")
+    batch_norm: str = _run("cudnn", "--batch_norm", ("cudnn", "native"),
+        "on a GPU: batch norm by cuDNN in float32, as torch does, or always by PyTorch's own kernels",
+        affects="rounding")
     deterministic: bool = _run(False, "--deterministic", None,
         "bitwise repeatable on CUDA too; slower there", affects="rounding")
     workers: int = _run(min(4, _cores()), "-j --workers N", number(int, low=0, high=1024),
@@ -224,6 +234,8 @@ class Settings:
     tau_norm: tuple[float, ...] = _run((), "--tau_norm TAU", NOT_NEGATIVE,
         "with -e: divide each class's weight vector by its length to the power of TAU; several as "
         "--posthoc_la", nargs="+")
+    tau_norm_bias: tuple[float, ...] = _run((), "--tau_norm_bias TAU", NOT_NEGATIVE,
+        "with -e: as --tau_norm, but keep the bias", nargs="+")
     save_logits: bool = _run(False, "--save_logits", None, "with -e: write logits and targets to logits.npz")
     export_split: str | None = _run(None, "--export_split FILE", None,
         "write the indices of the images that are trained on, one a line, and stop")
@@ -319,7 +331,7 @@ def _as_declared(field, value):
     how = field.metadata["argparse"]
     if value is None or value == field.default:
         return value
-    if how.get("nargs") in ("*", "+"):
+    if how.get("nargs") in ("*", "+", 3):
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{field.name} is {value!r}")
         return tuple(_one_as_declared(field.name, how, item) for item in value)
@@ -362,11 +374,12 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--resume auto and --overwrite exclude each other")
     if settings.evaluate and settings.export_split:
         raise UsageError("--export_split and -e exclude each other")
-    for name in ("posthoc_la", "tau_norm", "save_logits"):
+    for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
-    if settings.posthoc_la and settings.tau_norm:
-        raise UsageError("--posthoc_la and --tau_norm exclude each other")
+    corrections = [f"--{name}" for name in ("posthoc_la", "tau_norm", "tau_norm_bias") if getattr(settings, name)]
+    if len(corrections) > 1:
+        raise UsageError(f"{' and '.join(corrections)} exclude each other")
     return settings
 
 

@@ -18,14 +18,15 @@ from utils import DataError, epoch_generator
 class _Crops(Dataset):
     """Item (index, seed): the image as `train` makes it with that seed; seed None: as `evaluate` does."""
 
-    def __init__(self, sources, train, evaluate, image_size):
-        self.sources, self.train, self.evaluate, self.image_size = sources, train, evaluate, image_size
+    def __init__(self, sources, exif, train, evaluate, image_size):
+        self.sources, self.exif, self.train, self.evaluate = sources, exif, train, evaluate
+        self.image_size = image_size
 
     def __getitem__(self, item):
         index, seed = item
         source = self.sources[index]  # an image in memory, or a path
         try:
-            image = source if torch.is_tensor(source) else functional.pil_to_tensor(open_image(source))
+            image = source if torch.is_tensor(source) else functional.pil_to_tensor(open_image(source, self.exif))
         except DataError as error:  # an exception would come out of a worker with its whole traceback
             return error
         crop = self.evaluate(image) if seed is None else seeded(self.train, image, seed)
@@ -70,7 +71,7 @@ class ImageFileBatches(Batches):
             sources = [path for path, _ in dataset.samples]
         else:
             sources = torch.as_tensor(sources).permute(0, 3, 1, 2)
-        crops = _Crops(sources, train, eval_transform(image_size, crop), image_size)
+        crops = _Crops(sources, getattr(dataset, "exif", False), train, eval_transform(image_size, crop), image_size)
         self._loader = DataLoader(
             crops, batch_sampler=self._plan, num_workers=workers, collate_fn=crops.stack,
             pin_memory=self.targets.is_cuda, persistent_workers=workers > 0,

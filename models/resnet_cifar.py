@@ -61,6 +61,8 @@ class ResNet_s(nn.Module):  # noqa: N801 (the published name)
         feature_norm: 'l1', 'l2' or 'linf', the norm that `features` carries.
     """
 
+    head_name = "linear"
+
     def __init__(
         self, blocks: Sequence[int], num_classes: int = 10, use_norm: bool = False, feature_norm: str = "l1"
     ) -> None:

@@ -3,7 +3,7 @@
 import torchvision
 from torch import nn
 
-from models.feature_norm import last_linear, replace_layer, with_feature_norm
+from models.feature_norm import head_name, replace_layer, with_feature_norm
 from models.resnet_cifar import NormedLinear
 from utils import UsageError
 
@@ -35,7 +35,7 @@ def torchvision_model(arch: str, num_classes: int, use_norm: bool = False, featu
     extra = {"aux_logits": False, "init_weights": False, "transform_input": True} if arch in _AUXILIARY else {}
     model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
     if use_norm:
-        head = last_linear(model)
+        head = head_name(model)
         replace_layer(model, head, NormedLinear(model.get_submodule(head).in_features, num_classes))
     return with_feature_norm(model, norm=feature_norm)
 

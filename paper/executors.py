@@ -3,18 +3,21 @@
 No child outlives what started it.
 """
 
+import collections
 import contextlib
 import ctypes
 import logging
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
-from utils import UsageError
+from utils import UsageError, warn
 
 LOST = None
 #: Option of Linux's prctl: the signal that a process gets when its parent dies.
@@ -37,10 +40,16 @@ class Executor(Protocol):
         """End what runs."""
 
 
-def start_child(command: Sequence[str], folder: str, threads: int, log: str) -> subprocess.Popen:
+def start_child(
+    command: Sequence[str], folder: str, threads: int, log: str, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen:
     """Popen of `python command` in `folder`, its output appended to the file `log`; it dies with its parent.
 
     It must be called from a thread that lives as long as the child may: Linux takes the thread for the parent.
+
+    Args:
+        threads: CPU threads of the child.
+        variables: of its environment, beside this process's.
     """
     parent = os.getpid()
 
@@ -51,7 +60,7 @@ def start_child(command: Sequence[str], folder: str, threads: int, log: str) -> 
             os._exit(1)
 
     # a spinning thread of OpenMP waits for the one that lost its core to another run, see docs/speed.md
-    environment = {"GOMP_SPINCOUNT": "0", **os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {"GOMP_SPINCOUNT": "0", **os.environ, "OMP_NUM_THREADS": str(threads), **(variables or {})}
     with open(log, "ab") as output:
         return subprocess.Popen(
             [sys.executable, *command], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
@@ -59,18 +68,44 @@ def start_child(command: Sequence[str], folder: str, threads: int, log: str) -> 
         )  # fmt: skip
 
 
-class Local:
-    """Up to `jobs` child processes at a time, each with `threads` CPU threads."""
+def visible_cards() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without CUDA."""
+    import torch
 
-    def __init__(self, jobs: int, threads: int) -> None:
-        self.jobs, self.threads = jobs, threads
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return [name.strip() for name in names.split(",")][:count]
+
+
+class Local:
+    """Up to `jobs` child processes at a time, each with `threads` CPU threads, spread evenly over GPUs.
+
+    Args:
+        cards: GPUs as CUDA_VISIBLE_DEVICES names them; each child sees one. Empty: children see what this process sees.
+        out: folder for the files of NVIDIA's MPS, which is started where runs share a GPU; None: it is not. Where
+            CUDA_MPS_PIPE_DIRECTORY is set, it is there already.
+    """
+
+    def __init__(
+        self, jobs: int, threads: int, cards: Sequence[str] = (), out: str | os.PathLike | None = None
+    ) -> None:
+        self.jobs, self.threads, self.cards = jobs, threads, list(cards)
         self.running: dict[Hashable, subprocess.Popen] = {}
+        self.card_of: dict[Hashable, str] = {}
+        self.mps = None
+        if out is not None and 0 < len(self.cards) < jobs and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ:
+            self.mps = Mps.start(os.path.join(out, "mps"), self.cards)
 
     def room(self) -> bool:
         return len(self.running) < self.jobs
 
     def start(self, key: Any, command: Sequence[str], log: str) -> None:
-        self.running[key] = start_child(command, os.getcwd(), self.threads, log)
+        variables = dict(self.mps.variables) if self.mps else {}
+        if self.cards:
+            taken = collections.Counter(self.card_of[other] for other in self.running)
+            card = self.card_of[key] = min(self.cards, key=lambda card: taken[card])
+            variables["CUDA_VISIBLE_DEVICES"] = self.mps.name_of(card) if self.mps else card
+        self.running[key] = start_child(command, os.getcwd(), self.threads, log, variables)
 
     def wait(self, seconds: float) -> list[tuple[Any, int | None]]:
         deadline = time.monotonic() + seconds
@@ -91,6 +126,60 @@ class Local:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self.mps:
+            self.mps.stop()
+
+
+class Mps:
+    """NVIDIA's MPS daemon, which lets processes work on one GPU at the same time instead of in turn.
+
+    A shell starts it, waits for the end of its standard input, and stops it. That input ends with this process,
+    whatever ends it, so the daemon does not outlive the driver. See docs/speed.md.
+    """
+
+    CONTROL = "nvidia-cuda-mps-control"
+    # one that a machine's crash left behind is stopped first
+    SCRIPT = """
+        echo quit | {control} >"$CUDA_MPS_LOG_DIRECTORY/start.txt" 2>&1
+        {control} -d >>"$CUDA_MPS_LOG_DIRECTORY/start.txt" 2>&1 || exit 1
+        echo started
+        cat >/dev/null
+        echo quit | {control} >/dev/null 2>&1
+    """
+
+    def __init__(self, keeper: subprocess.Popen, variables: Mapping[str, str], cards: Sequence[str]) -> None:
+        self.keeper, self.variables, self.cards = keeper, variables, list(cards)
+
+    @classmethod
+    def start(cls, folder: str, cards: Sequence[str]) -> "Mps | None":
+        """Start the daemon for `cards`, its pipes and logs in `folder`; None, with a warning, where it cannot be."""
+        if not shutil.which(cls.CONTROL):
+            warn(f"{cls.CONTROL} is not installed: runs that share a GPU take turns on it, which is slow")
+            return None
+        folder = os.path.abspath(folder)
+        variables = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
+        for path in variables.values():
+            pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+        keeper = subprocess.Popen(
+            ["sh", "-c", cls.SCRIPT.format(control=cls.CONTROL)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ",".join(cards)},
+            start_new_session=True,  # Ctrl-C is the driver's
+        )  # fmt: skip
+        assert keeper.stdout is not None
+        if keeper.stdout.readline() != b"started\n":
+            warn(f"MPS did not start ({folder}/log/start.txt): runs that share a GPU take turns on it, which is slow")
+            keeper.communicate()
+            return None
+        return cls(keeper, variables, cards)
+
+    def name_of(self, card: str) -> str:
+        """What a run calls `card`: the daemon counts the GPUs that it was started with from 0."""
+        return str(self.cards.index(card))
+
+    def stop(self) -> None:
+        """Stop the daemon. Runs must have ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.keeper.communicate(timeout=10)
 
 
 def _ray_task(command, folder, threads, log):

@@ -362,6 +362,12 @@ def spread_over(cells: Iterable[Run], seeds: Iterable[int], subsets: Iterable[in
     ]
 
 
+def part_of(chosen: Sequence[Run], index: int, parts: int) -> list[Run]:
+    """The `index`-th (from 1) of `parts` parts of the runs; a family, which shares epochs, stays together."""
+    families = list(dict.fromkeys(run.family for run in chosen))
+    return [run for run in chosen if families.index(run.family) % parts == index - 1]
+
+
 def variants_of(dataset: str, method: str) -> list[str]:
     """The variants that the method can have on a data set."""
     loss, is_tiny = pair_of(method)[0], dataset == "tinyimagenet"

@@ -1,38 +1,51 @@
 """A training step as one CUDA graph: a launch a step instead of hundreds, the same kernels in the same order."""
 
+import collections
 import functools
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from loaders.in_memory import TrainEpoch
+from training import distributed
 from training.metrics import MetricAccumulator
 from utils import warn
 
-#: Full batches trained one kernel at a time before the capture, in which libraries choose algorithms and take memory.
+#: Batches of a size trained one kernel at a time before the capture, in which libraries choose algorithms and take
+#: memory. In the first one the step may also set up things of its own; from the second on it is watched.
 WARM_UP = 3
 
 Step = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class StepGraph:
-    """Trains batches of `loaders.in_memory.TrainEpoch` on CUDA by replaying a step that was captured once.
+    """Trains batches of `loaders.in_memory.TrainEpoch` on CUDA by replaying a step that was captured once a batch size.
 
     A graph reads and writes fixed addresses, so this keeps the draws and the metrics of the epoch of the capture, and
-    the later epochs' are copied there. The step is captured anew where one of the values that a graph freezes changes:
-    those that `hold` is told of. Numbers that the model or the criterion keep in Python must not change. The last
-    batch of an epoch, if it is smaller, is trained one kernel at a time. A step that cannot be captured is a warning,
-    once, and all of them are trained so.
+    the later epochs' are copied there. A graph also freezes all that Python computes. Therefore
+
+    - the step is captured again where one of the values that `hold` is told of, or a value of the optimizer's groups,
+      has changed, and where a number in Python of the model or the criterion has changed between two epochs;
+    - a step that draws from the host's random states (torch, numpy, random), or that changes a number in Python of the
+      model or the criterion, trains without a graph, and so does one that cannot be captured. A warning says why, once.
+
+    Not detected: numbers that are neither attributes of a module nor of the optimizer's groups (globals, closures,
+    lists), what a step does for the first time after the warm-up, and another module in the place of a part of the
+    model.
     """
 
     def __init__(self) -> None:
         self.frozen: tuple[Any, ...] = ()
-        self.batches: Any = None  # a TrainEpoch: of the epoch whose memory the graph reads, and its metrics
+        self.batches: Any = None  # a TrainEpoch: of the epoch whose memory the graphs read, and its metrics
         self.metrics: Any = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
+        self.warm: collections.Counter[int] = collections.Counter()  # batches of a size with these frozen values
         self.failed = False
-        self.warm = 0  # full batches with these frozen values
+        self.modules: list[torch.nn.Module] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
 
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
@@ -43,53 +56,117 @@ class StepGraph:
         """Take in an epoch, before its first step; `metrics` are new.
 
         Args:
-            frozen: what a step depends on beside `batches` and the tensors that it changes; compared with ==.
+            frozen: what a step depends on beside `batches` and the tensors that it changes; compared with ==. Modules
+                and optimizers among them are watched.
 
         Returns:
             The metrics that the steps of this epoch add to.
         """
+        self.modules = [value for value in frozen if isinstance(value, torch.nn.Module)]
+        self.optimizers = [value for value in frozen if isinstance(value, torch.optim.Optimizer)]
+        frozen = (*frozen, numbers_of(self.modules))
         if frozen == self.frozen and batches.source is self.batches.source:
             self.batches.take_draws(batches)
             self.metrics.reset()
         else:
-            self.graph, self.warm = None, 0  # frees the old graph's memory
+            self._forget()
             self.frozen, self.batches, self.metrics = frozen, batches, metrics
         return self.metrics
 
     def steps(self, step: Step) -> Iterator[int]:
         """Train the batches of the epoch; yields the size of each when it is queued on the device."""
-        full = len(self.batches.places)
+        told = self._told()
         for size in self.batches.sizes:
-            if size == full and self.warm >= WARM_UP and self.graph is None and not self.failed:
+            before, told = told, self._told()
+            if told != before:  # a schedule that moves from step to step
+                self._forget()
+            if self.warm[size] >= WARM_UP and size not in self.graphs and not self.failed:
                 self._capture(step, size)
-            if size == full and self.graph is not None:
-                self.graph.replay()
+            if size in self.graphs:
+                self.graphs[size].replay()
             else:
                 self._run(step, size)
-                self.warm += size == full
             yield size
+
+    def _forget(self):
+        """Start again with the warm-up; frees the graphs' memory."""
+        self.graphs.clear()
+        self.warm.clear()
+
+    def _told(self):
+        """What the optimizers are told, beside their parameters."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
     def _run(self, step, size):
         """One step, kernel by kernel."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            step(*self.batches.take(size))
+            self._watched(step, size)
         current.wait_stream(self.stream)
 
+    def _watched(self, step, size):
+        """The step as Python code; gives up graphs where it does on the host what a replayed one would not."""
+        if self.failed:
+            return step(*self.batches.take(size))
+        before = host_state(self.modules)
+        step(*self.batches.take(size))
+        self.warm[size] += 1
+        if self.warm[size] > 1:
+            after = host_state(self.modules)
+            changes = [what for what in after if after[what] != before.get(what)]
+            if changes:
+                self._give_up(f"each step {changes[0]}, which a CUDA graph would freeze")
+
     def _capture(self, step, size):
-        """Record a step, which runs nothing. The thread that writes checkpoints may work meanwhile."""
+        """Record a step, which runs nothing. A thread that writes files may work meanwhile."""
         graph = torch.cuda.CUDAGraph()
         side = torch.cuda.stream(self.stream)  # left whatever happens, which a failed capture's own context is not
         try:
             with side, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                step(*self.batches.take(size))
+                self._watched(step, size)
         except RuntimeError as error:
             cause = error.__context__ or error  # what broke the step; ending the capture then fails, too
             if not isinstance(cause, Exception):  # Ctrl-C, SIGTERM
                 raise cause from None
-            self.failed = True
             reason = next(iter(str(cause).splitlines()), type(cause).__name__)
-            warn(f"this step cannot be a CUDA graph, so the run is slower: {reason}")
+            self._give_up(f"this step cannot be a CUDA graph ({reason})")
         else:
-            self.graph = graph
+            if not self.failed:
+                self.graphs[size] = graph
+
+    def _give_up(self, reason):
+        self.failed = True
+        self.graphs.clear()
+        warn(f"{reason}: training goes on without one, slower")
+
+
+def step_graph(device: torch.device, amp: str = "none", wanted: bool = True) -> StepGraph | None:
+    """A StepGraph for a run whose steps can be captured: on a GPU, in a single process, without fp16's loss scaler,
+    which reads from the device in every step. None for the others, and where it is not wanted."""
+    can = device.type == "cuda" and distributed.world_size() == 1 and amp != "fp16"
+    return StepGraph() if can and wanted else None
+
+
+def numbers_of(modules: Iterable[torch.nn.Module]) -> dict[str, Any]:
+    """The numbers and strings among the attributes of the modules and their parts, by 'part.attribute of Module'."""
+    return {
+        f"{name}{'.' if name else ''}{attribute} of {type(module).__name__}": value
+        for module in modules
+        for name, part in module.named_modules()
+        for attribute, value in vars(part).items()
+        if isinstance(value, (bool, int, float, str))
+    }
+
+
+def host_state(modules: Iterable[torch.nn.Module]) -> dict[str, Any]:
+    """What a replayed step cannot change, by what a step does that changes it."""
+    numpy_state: Any = np.random.get_state()
+    _, keys, *position = numpy_state
+    return {
+        "draws from torch's random state on the host": torch.get_rng_state().numpy().tobytes(),
+        "draws from numpy's random state": (keys.tobytes(), *position),
+        "draws from Python's random state": random.getstate(),
+        **{f"changes {name}": value for name, value in numbers_of(modules).items()},
+    }

@@ -19,8 +19,8 @@ from utils import DataError
 #: called with the batch's number and the metrics so far
 OnBatch = Callable[[int, MetricAccumulator], None]
 
-#: On CUDA images are evaluated so many pixels at a time (2048 of 32 x 32), or by the training batch if that is larger.
-EVALUATION_PIXELS = 2**21
+#: On CUDA images are evaluated so many pixels at a time (4096 of 32 x 32), or by the training batch if that is larger.
+EVALUATION_PIXELS = 2**22
 
 
 class NonFiniteLoss(DataError):

@@ -5,8 +5,6 @@ import os
 
 import torch
 
-from training import distributed
-
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,18 +50,38 @@ class Compiled(torch.nn.Module):
     """--compile: `model` compiled for the size of the first batch.
 
     A batch of another size, the last one of an epoch, runs eagerly: a graph of its own would take longer to compile.
+    The compiler makes no CUDA graphs: `cuda_graph.StepGraph` holds the whole step, loss and optimizer included.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        # CUDA graphs and data parallel do not go together (pytorch#139207)
-        mode = "reduce-overhead" if device.type == "cuda" and distributed.world_size() == 1 else None
-        self.model, self.compiled = model, torch.compile(model, mode=mode, dynamic=False)
+        self.model, self.compiled = model, torch.compile(model, dynamic=False)
         self.batch_size = 0
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.batch_size = self.batch_size or len(images)
         return self.compiled(images) if len(images) == self.batch_size else self.model(images)
+
+
+class NativeBatchNorm2d(torch.nn.BatchNorm2d):
+    """Batch norm by PyTorch's own kernels; on a GPU `nn.BatchNorm2d` takes cuDNN's for float32."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.momentum is None or not self.track_running_stats:
+            return super().forward(images)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return torch.batch_norm(
+            images, self.weight, self.bias, self.running_mean, self.running_var, self.training, self.momentum, self.eps,
+            False,  # cuDNN
+        )  # fmt: skip
+
+
+def use_native_batch_norm(model: torch.nn.Module) -> None:
+    """--batch_norm native: let the BatchNorm2d layers of `model` be NativeBatchNorm2d; in place, state unchanged."""
+    for part in model.modules():
+        if type(part) is torch.nn.BatchNorm2d:
+            part.__class__ = NativeBatchNorm2d
 
 
 def set_determinism(deterministic: bool, tf32: bool = True) -> None:

@@ -63,30 +63,21 @@ class RuleEntry:
 
 
 LOSSES: dict[str, LossEntry] = {
-    "CE": LossEntry(
-        lambda counts, weight: losses.CrossEntropyLoss(weight),
-        help="cross entropy",
-    ),
+    "CE": LossEntry(lambda counts, weight: losses.CrossEntropyLoss(weight), help="cross entropy"),
     "Focal": LossEntry(
-        lambda counts, weight, gamma, focal_scale: losses.FocalLoss(weight, gamma, focal_scale),
-        help="focal loss",
+        lambda counts, weight, gamma, focal_scale: losses.FocalLoss(weight, gamma, focal_scale), help="focal loss"
     ),
     "LDAM": LossEntry(
         lambda counts, weight, max_m, s: losses.LDAMLoss(counts, max_m, weight, s),
         normalised_head=True,
         help="margins by class, normalised head",
     ),
-    "BS": LossEntry(
-        lambda counts, weight: losses.BalancedSoftmaxLoss(counts, weight),
-        help="Balanced Softmax",
-    ),
+    "BS": LossEntry(lambda counts, weight: losses.BalancedSoftmaxLoss(counts, weight), help="Balanced Softmax"),
     "LA": LossEntry(
-        lambda counts, weight, la_tau: losses.LogitAdjustedLoss(counts, la_tau, weight),
-        help="logit adjustment",
+        lambda counts, weight, la_tau: losses.LogitAdjustedLoss(counts, la_tau, weight), help="logit adjustment"
     ),
     "VS": LossEntry(
-        lambda counts, weight, vs_gamma, vs_tau: losses.VSLoss(counts, vs_gamma, vs_tau, weight),
-        help="vector scaling",
+        lambda counts, weight, vs_gamma, vs_tau: losses.VSLoss(counts, vs_gamma, vs_tau, weight), help="vector scaling"
     ),
     "IB": LossEntry(
         lambda counts, weight, alpha, epsilon, ib_norm, detach_ib, auto_target: losses.IBLoss(

@@ -7,7 +7,7 @@ import torch
 import models
 from training import distributed
 from training.ema import Ema
-from training.precision import Compiled, Precision
+from training.precision import Compiled
 from training.recipe import Recipe
 from training.registry import Stage
 
@@ -53,8 +53,8 @@ class Trained:
     The weights are the model's own.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, sync_bn: bool, compiles: bool) -> None:
-        self.model, self.device, self.sync_bn, self.compiles = model, device, sync_bn, compiles
+    def __init__(self, model: torch.nn.Module, sync_bn: bool, compiles: bool) -> None:
+        self.model, self.sync_bn, self.compiles = model, sync_bn, compiles
         self._trains: str | None = None
         self._wrapped = model
 
@@ -64,7 +64,7 @@ class Trained:
             self._trains = stage.trains
             part = models.HeadOnly(self.model) if stage.trains == "head" else self.model
             part = distributed.data_parallel(part, self.sync_bn)
-            self._wrapped = Compiled(part, self.device) if self.compiles else part
+            self._wrapped = Compiled(part) if self.compiles else part
         return self._wrapped
 
 
@@ -84,9 +84,3 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Train with this learning rate from now on."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def can_capture(device: torch.device, precision: Precision, compiles: bool) -> bool:
-    """Whether steps can be replayed as a CUDA graph: on a GPU, in a single process. torch.compile makes graphs of its
-    own, and fp16's scaler reads from the device in every step."""
-    return device.type == "cuda" and distributed.world_size() == 1 and not compiles and precision.scaler is None

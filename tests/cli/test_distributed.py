@@ -118,7 +118,7 @@ def test_rank_that_is_killed_ends_the_job_or_with_restarts_continues(tmp_path):
 
 def test_inat_train_counts_the_same_with_one_and_two_ranks(tmp_path):
     make_inat(tmp_path / "data")
-    flags = ["--data_dir", "data", "-a", "shufflenet_v2_x0_5", "--image_size", 48, "--batch-size", 9]
+    flags = ["--data_dir", "data", "-a", "mobilenet_v3_small", "--image_size", 48, "--batch-size", 9]
     flags += ["--seed", 0, "-j", 1]
     flags += ["--epochs", 2, "--start_ib_epoch", 1, "--milestones", *IB]
     status, _, err = run(tmp_path, *flags, script=REPOSITORY / "inat_train.py")

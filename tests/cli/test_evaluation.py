@@ -74,16 +74,17 @@ def test_posthoc_logit_adjustment_subtracts_the_log_prior(trained, capsys):
     assert "--posthoc_la 1.5 applied" in out
 
 
-def test_tau_norm_divides_by_the_length_of_the_class_vectors_and_drops_the_bias(trained, capsys):
+@pytest.mark.parametrize(("flag", "keeps"), [("tau_norm", 0), ("tau_norm_bias", 1)])
+def test_tau_norm_divides_by_the_length_of_the_class_vectors(flag, keeps, trained, capsys):
     folder = trained(capsys)
     evaluate(folder, capsys, "--save_logits")
     plain, _ = logits_of(folder)
     state = load_checkpoint(model_folder(folder) / "ckpt.pth.tar")["state_dict"]
     weight, bias = state["linear.weight"], state["linear.bias"]
-    expected = (plain - bias) / weight.norm(dim=1) ** 0.7
-    _, found = evaluate(folder, capsys, "--tau_norm", "0.7", "--save_logits")
-    torch.testing.assert_close(logits_of(folder, "tau_norm_0.7")[0], expected, rtol=1e-4, atol=1e-4)
-    assert found["tau_norm"] == 0.7
+    expected = (plain - bias) / weight.norm(dim=1) ** 0.7 + keeps * bias
+    _, found = evaluate(folder, capsys, f"--{flag}", "0.7", "--save_logits")
+    torch.testing.assert_close(logits_of(folder, f"{flag}_0.7")[0], expected, rtol=1e-4, atol=1e-4)
+    assert found[flag] == 0.7
 
 
 def test_of_several_values_the_held_out_part_picks_one(trained, capsys):
@@ -169,7 +170,7 @@ def test_other_classes_than_the_models_are_refused(copied, capsys):
     status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied, capsys)
     assert (status, out) == (1, "")
     (line,) = messages(err)
-    assert "has other classes than ./data: 'ten' there and '9' here" in line
+    assert "has other classes than those in ./data: 'ten' there and '9' here" in line
     assert run_main(["-e", "--resume", path, "--threads", "1", "--force"], copied, capsys)[0] == 0
 
 

@@ -153,22 +153,6 @@ def test_ldam_recipe(tmp_path):
     assert parse(SCRIPT, ["--recipe", "ldam", "--image_size", "48"]).image_size == 48
 
 
-def test_defaults():
-    settings = parse(SCRIPT, [])
-    assert (settings.arch, settings.pretrained, settings.image_size, settings.crop) == (
-        "resnet18", "imagenet", 224, "resized",
-    )  # fmt: skip
-    assert (settings.epochs, settings.start_ib_epoch, settings.batch_size) == (100, 100, 128)
-    assert (settings.weight_decay, settings.warmup_epochs) == (2e-4, 5)
-    assert parse(SCRIPT, ["--pretrained"]).pretrained == "imagenet"
-    assert parse(SCRIPT, ["--pretrained", "none"]).pretrained is None
-
-
-def test_ib_that_never_starts_is_said(tmp_path):
-    _, _, err = run(tmp_path, "--loss_type", "IB", "--dry_run")
-    assert "plain CE throughout" in err
-
-
 # ---------------------------------------------------------------------------------------------------- runs
 
 
@@ -247,16 +231,6 @@ def test_losses_rules_and_crops(work, args):
     assert ("fc.bias" not in state["state_dict"]) == ("LDAM" in args)
 
 
-def test_ldam_with_the_real_model_has_a_normalised_head():
-    settings = parse(SCRIPT, ["--loss_type", "LDAM", "--pretrained", "none"])
-    assert settings.use_norm
-    model = models.IMAGENET_MODELS[settings.arch](200, use_norm=settings.use_norm).eval()
-    with torch.no_grad():
-        logits, features = model(torch.randn(2, 3, 32, 32))
-    assert logits.abs().max() <= 1
-    assert features.shape == (2, 1)
-
-
 # ---------------------------------------------------------------------------------------- ImageNet's weights
 
 
@@ -281,13 +255,6 @@ def test_imagenet_weights_are_the_default(work, args):
     assert get.call_args.kwargs["check_hash"] is True
     assert state["conv1.weight"].equal(imagenet_like()["conv1.weight"])
     assert 200 in state["fc.weight"].shape
-
-
-def test_the_head_of_imagenets_weights_is_not_taken_even_for_as_many_classes(work):
-    with mock.patch.object(WeightsEnum, "get_state_dict", return_value=imagenet_like(200)):
-        state = started_from(work)
-    assert state["conv1.weight"].equal(imagenet_like(200)["conv1.weight"])
-    assert not state["fc.weight"].equal(imagenet_like(200)["fc.weight"])
 
 
 def test_weights_of_a_file(work):
@@ -319,15 +286,6 @@ def test_weights_are_not_asked_for_twice(work):
         run_ok(work, *RUN, "-e", "--resume", "auto")
         run_ok(work, *RUN, "--exp_str", "b", "--resume", saved / "ckpt.epoch002.pth.tar")
     assert_same_weights(saved / "ckpt.pth.tar", folders(work, "CE", exp="b")[1] / "ckpt.pth.tar")
-
-
-def test_real_resnet18_takes_torchvisions_state_dict():
-    from torchvision.models import resnet18
-
-    with mock.patch.object(WeightsEnum, "get_state_dict", return_value=resnet18().state_dict()) as get:
-        model = models.resnet18(200, pretrained=True)
-    assert model.conv1.weight.equal(get.return_value["conv1.weight"])
-    assert model.fc.weight.shape == (200, 512)
 
 
 # --------------------------------------------------------------------------------------------------- errors

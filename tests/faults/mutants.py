@@ -31,8 +31,7 @@ RESUME = [f"tests/cli/test_{name}.py" for name in ("resume", "other_run", "longe
 #: module -> its tests, quick ones first; what starts processes of its own is left out.
 TESTS = {
     "losses.py": [
-        "losses.py", "tests/unit/test_losses.py", "tests/unit/test_loss_forms.py", "tests/unit/test_prior_losses.py",
-        "tests/cli/test_distributed.py",
+        "losses.py", "tests/unit/test_losses.py", "tests/unit/test_loss_forms.py", "tests/cli/test_distributed.py",
     ],
     "imbalance.py": ["imbalance.py", "tests/unit/test_imbalance.py"],
     "training/recipe.py": ["tests/unit/test_recipe.py", "tests/unit/test_runs.py", "tests/cli/test_script_matrix.py"],

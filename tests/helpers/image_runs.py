@@ -12,7 +12,7 @@ import folder_train
 COUNTS = (20, 10, 4)
 #: Three epochs, the last two with an IB loss where one is asked for.
 RUN = [
-    "-a", "shufflenet_v2_x0_5", "--image_size", "32", "--batch-size", "8", "--epochs", "3", "--milestones", "2",
+    "-a", "mobilenet_v3_small", "--image_size", "32", "--batch-size", "8", "--epochs", "3", "--milestones", "2",
     "--seed", "0", "--threads", "1", "-j", "0", "--start_ib_epoch", "1", "--lr", "0.02",
 ]  # fmt: skip
 IB = ["--loss_type", "IB", "--train_rule", "IBReweight"]

@@ -5,8 +5,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torchvision
 from cifar_maker import CLASS_NAMES, TRAIN, image_of, official_archive
 
+import imbalance
 import imbalance_cifar
 from utils import DataError
 
@@ -52,6 +54,56 @@ def test_an_item_is_the_image_and_its_label_and_the_rand_number_chooses(name, tm
     assert set(known(one)) != set(known(other))
     image, label = one[5]
     assert np.array_equal(image, image_of(label, np.asarray(image)[0, 0, 1]))
+
+
+@pytest.mark.parametrize("rand_number", [0, 3])
+def test_left_out_images_are_never_trained_on(name, tmp_path, rand_number):
+    train = imbalance_cifar.load(name, tmp_path, "exp", 0.1, rand_number)[0]
+    before, counts = imbalance.split_sha256(train.chosen), train.get_cls_num_list()
+    part = train.left_out(5)
+    assert part.get_cls_num_list() == [min(5, TRAIN[name] - n) for n in counts]
+    assert part.classes_without_images() == [CLASS_NAMES[name][k] for k, n in enumerate(counts) if n == TRAIN[name]]
+    assert not set(known(part)) & set(known(train))
+    whole = imbalance_cifar.load(name, tmp_path, "none")[0]
+    place = np.argsort(whole.chosen)  # 'none' keeps all, shuffled by class
+    assert np.array_equal(part.data, whole.data[place[part.chosen]])
+    targets = np.array(whole.targets)[place]
+    assert part.chosen.tolist() == imbalance.choose_left_out(targets, counts, 5, rand_number).tolist()
+    assert (imbalance.split_sha256(train.chosen), len(train.data)) == (before, sum(counts))
+    assert train.subset(range(10)).left_out(5).chosen.tolist() == part.chosen.tolist()
+
+
+def test_nothing_is_left_out_where_no_imbalance_is_made():
+    for imb_type, factor in (("none", 0.1), ("exp", 1.0), ("step", 1.0)):
+        digits = imbalance_cifar.IMBALANCEDIGITS(imb_type=imb_type, imb_factor=factor)
+        with pytest.raises(ValueError, match="no image was left out"):
+            digits.left_out(3) if imb_type != "exp" else digits.subset([0, 1]).left_out(3)
+
+
+class Torchvisions(imbalance.InMemoryImages, torchvision.datasets.SVHN):
+    """As docs/extending.md derives one: a data set whose files are not CIFAR's."""
+
+    mean, std, image_size, cls_num = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 32, 10
+
+    def __init__(self, root, imb_type="exp", imb_factor=0.01, rand_number=0, train=True, download=False):
+        super().__init__(root, split="train" if train else "test", download=download)
+
+
+@pytest.mark.parametrize("download", [urllib.error.URLError("no network"), OSError("no route")])
+def test_data_of_another_kind_that_are_missing_are_one_line(tmp_path, download):
+    with (
+        mock.patch.dict(imbalance_cifar.DATASETS, svhn=Torchvisions),
+        mock.patch("urllib.request.urlopen", side_effect=download),
+        pytest.raises(DataError, match=r"no svhn in .*, and it cannot be downloaded .*: put its files"),
+    ):
+        imbalance_cifar.load("svhn", tmp_path)
+    (tmp_path / "train_32x32.mat").write_bytes(b"damaged")
+    with (
+        mock.patch.dict(imbalance_cifar.DATASETS, svhn=Torchvisions),
+        mock.patch("urllib.request.urlopen", side_effect=download),
+        pytest.raises(DataError, match="no svhn in"),
+    ):
+        imbalance_cifar.load("svhn", tmp_path)
 
 
 def test_a_changed_byte_of_any_file_is_refused_by_name(name, tmp_path):

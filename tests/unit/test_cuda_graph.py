@@ -1,42 +1,28 @@
 """A step replayed as a CUDA graph: on the CPU with a recording in its place, and on a GPU where there is one."""
 
 import contextlib
-from types import MappingProxyType, SimpleNamespace
+import random
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from script_runner import (
-    FIVE,
-    TINY,
-    TWO_EPOCHS,
-    assert_same_weights,
-    log_folder,
-    model_folder,
-    read_logs,
-    run_ok,
-)
+from script_runner import TINY, TWO_EPOCHS, assert_same_weights, log_folder, model_folder, read_logs, run_ok
 from small_training import LR, criterion_of, fresh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from experiment import fit
-from experiment.settings import Settings
-from loaders import sampled_order
 from loaders.in_memory import InMemoryBatches, TrainEpoch
-from loaders.transforms import crop_and_flip, normalise
 from training import distributed, loop
-from training.cuda_graph import WARM_UP, StepGraph
+from training.cuda_graph import WARM_UP, StepGraph, step_graph
 from training.metrics import MetricAccumulator
 from training.precision import Precision
-from utils import Terminated, epoch_generator
 
-SIZE, SEED = 8, 5
-#: 43 images: five batches of 8 and one of 3. A shuffled epoch, a resampled one, one with another lr, one more.
-RATES = torch.linspace(0.1, 1, 43, dtype=torch.float64)
-EPOCHS = ((LR, None), (LR, RATES), (LR / 2, None), (LR / 2, None))
-CASES = [("CE", 1, "none"), ("IB", 1000.0, "none"), ("IB", "auto", "none"), ("LDAM", 1, "none"), ("IB", "auto", "bf16")]
+SIZE = 8
+#: 43 images: five batches of 8 and one of 3. The smaller one is captured in the fourth epoch; the lr changes after it.
+RATES = (LR,) * 5 + (LR / 2,)
+CASES = [("CE", 1, "none"), ("IB", 1000.0, "none"), ("IB", "auto", "bf16")]
 
 
 class Recording(TorchDispatchMode):
@@ -80,139 +66,52 @@ def graphs_on_the_cpu():
         yield
 
 
-def noise():
-    images, targets = np.random.RandomState(0).randint(0, 256, (43, 32, 32, 3)), [0, 0, 0, 1] * 10 + [0, 1, 1]
-    return SimpleNamespace(data=images.astype(np.uint8), targets=targets, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
+def noise(images=43):
+    data, targets = np.random.RandomState(0).randint(0, 256, (images, 32, 32, 3)), [0, 0, 0, 1] * 10 + [0, 1, 1]
+    return SimpleNamespace(
+        data=data.astype(np.uint8), targets=targets[:images], mean=(0.5,) * 3, std=(0.2,) * 3, flip=True
+    )
 
 
-def state_of(model, optimizer, criterion):
-    """Every tensor that a step changes."""
-    momentum = {f"momentum {n}": optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
-    return {**model.state_dict(), **momentum, **criterion.state_dict()}
+def trained(case, graph, device="cpu", rates=RATES, criterion=None, before=None, on_batch=None):
+    """Epochs of `train_one_epoch`; every tensor that they change, and their figures.
 
-
-def written_out(loss, alpha, amp):
-    """The epochs of a plain loop with slices: the state at the end; the loss so far after each batch; the figures."""
-    model, optimizer, criterion = fresh(loss, alpha)
-    data, losses, figures = noise(), [], []
-    images, targets = torch.as_tensor(data.data), torch.tensor(data.targets)
-    mean, std = (torch.tensor(values).repeat(32) for values in (data.mean, data.std))
-    for epoch, (lr, rates) in enumerate(EPOCHS):
-        metrics, optimizer.param_groups[0]["lr"] = MetricAccumulator(2, "cpu"), lr
-        generator = epoch_generator(SEED, epoch)
-        order = sampled_order(43, generator, rates)
-        offsets = torch.randint(0, 9, (43, 2), generator=generator)
-        flips = torch.rand(43, generator=generator) < 0.5
-        for start in range(0, 43, SIZE):
-            part = slice(start, start + SIZE)
-            target = targets[order[part]]
-            crops = crop_and_flip(images[order[part]], offsets[part], flips[part], 4)
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
-                logits, features = model(normalise(crops, mean, std))
-            loss = criterion(logits, target, features)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            ranked = logits.detach().argsort(1, descending=True) == target[:, None]
-            metrics.hits += ranked.sum(0)
-            metrics.loss += loss.detach() * len(target)
-            if criterion.needs_features:
-                for k, factor in zip(target, criterion.factor(logits.detach(), target, features.detach()), strict=True):
-                    metrics.factors[:, k] += torch.tensor([factor.double(), 1.0])
-            metrics.count_batch(len(target))
-            losses.append(metrics.loss.item())
-        figures.append({**metrics.read(), "ib_factor": metrics.mean_factors() if criterion.needs_features else None})
-    return state_of(model, optimizer, criterion), losses, figures
-
-
-def trained(loss, alpha, amp, graph, device="cpu", changes=MappingProxyType({})):
-    """The same by `train_one_epoch`, with changes of the optimizer's settings before some epochs.
-
-    Also the addresses of all that a step reads or changes, after every batch.
+    before(epoch, optimizer, criterion) is called before an epoch, on_batch(optimizer) after a batch.
     """
-    model, optimizer, criterion = fresh(loss, alpha, device)
-    source, losses, figures, addresses = InMemoryBatches(noise(), SIZE, device, seed=SEED), [], [], []
-
-    def on_batch(batch, metrics):
-        losses.append(metrics.loss.item())
-        if graph is not None:
-            held = {**state_of(model, optimizer, criterion), **vars(graph.batches), **vars(graph.metrics)}
-            addresses.append({n: value.data_ptr() for n, value in held.items() if isinstance(value, torch.Tensor)})
-
-    for epoch, (lr, rates) in enumerate(EPOCHS):
-        optimizer.param_groups[0] |= {"lr": lr, **changes.get(epoch, {})}
-        batches, precision = source.train_epoch(epoch, rates), Precision(amp, device)
-        figures.append(loop.train_one_epoch(model, batches, criterion, optimizer, 2, precision, on_batch, graph))
-    return state_of(model, optimizer, criterion), losses, figures, addresses
+    loss, alpha, amp = case
+    model, optimizer, made = fresh(loss, alpha, device)
+    criterion, source, figures = criterion or made, InMemoryBatches(noise(), SIZE, device, seed=5), []
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    for epoch, lr in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = lr
+        if before:
+            before(epoch, optimizer, criterion)
+        hook = on_batch and (lambda batch, metrics: on_batch(optimizer))
+        batches, precision = source.train_epoch(epoch), Precision(amp, device)
+        figures.append(loop.train_one_epoch(model, batches, criterion, optimizer, 2, precision, hook, graph))
+        figures[-1].pop("seconds", None)
+    momentum = {f"momentum {n}": optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
+    return {**model.state_dict(), **momentum, **criterion.state_dict()}, figures
 
 
 def assert_equal(actual, expected):
-    state, losses, figures, *_ = actual
-    expected_state, expected_losses, expected_figures, *_ = expected
-    assert losses == expected_losses
-    assert figures == expected_figures
-    assert state.keys() == expected_state.keys()
-    for name, tensor in expected_state.items():
-        assert torch.equal(state[name], tensor), name
+    assert actual[1] == expected[1]
+    assert actual[0].keys() == expected[0].keys()
+    for name, tensor in expected[0].items():
+        assert torch.equal(actual[0][name], tensor), name
 
 
-@pytest.mark.parametrize(("loss", "alpha", "amp"), CASES)
-def test_a_step_replayed_on_fixed_memory_is_the_plain_one_to_the_bit(loss, alpha, amp):
+def compare(case=CASES[0], make=dict, **how):
+    """Train with a graph and without one, to the same bits; the number of captures. make() gives further arguments."""
+    expected = trained(case, None, **how, **make())
     with graphs_on_the_cpu():
-        actual = trained(loss, alpha, amp, StepGraph())
-    assert_equal(actual, written_out(loss, alpha, amp))
-    assert Recording.made == 2  # one for each lr
-    addresses = actual[3]
-    assert {"order", "offsets", "flips", "places", "conv1.weight", "momentum conv1.weight", "hits"} <= addresses[
-        0
-    ].keys()
-    assert addresses[:12] == [addresses[0]] * 12
+        assert_equal(trained(case, StepGraph(), **how, **make()), expected)
+    return Recording.made
 
 
-@pytest.mark.parametrize("change", [{"weight_decay": 0.1}, {"momentum": 0.1}, {"lr": 0.3}])
-def test_what_the_optimizer_is_told_is_captured_anew(change):
-    with graphs_on_the_cpu():
-        actual = trained("CE", 1, "none", StepGraph(), changes={1: change})
-    assert_equal(actual, trained("CE", 1, "none", None, changes={1: change}))
-    assert Recording.made == 3
-
-
-def test_other_images_and_another_criterion_are_captured_anew():
-    model, optimizer, criterion = fresh("CE", 1)
-    graph, other = StepGraph(), noise()
-    other.data, other.targets = other.data[:40], other.targets[:40]
-    with graphs_on_the_cpu():
-        for data in (noise(), other, noise()):
-            batches = InMemoryBatches(data, SIZE)
-            figures = loop.train_one_epoch(model, batches.train_epoch(0), criterion, optimizer, 2, graph=graph)
-            assert figures["seen"] == len(batches.targets)
-        loop.train_one_epoch(model, batches.train_epoch(1), criterion_of("CE"), optimizer, 2, graph=graph)
-    assert Recording.made == 4
-
-
-def test_batches_that_are_not_drawn_from_memory_are_trained_without_a_graph():
-    """As mixed images would be."""
-    results = []
-    for graph in (StepGraph(), None):
-        model, optimizer, criterion = fresh("CE", 1)
-        batches = (batch for batch in InMemoryBatches(noise(), SIZE).train_epoch(0))
-        with graphs_on_the_cpu():
-            results.append(loop.train_one_epoch(model, batches, criterion, optimizer, 2, graph=graph))
-    assert results[0] == results[1]
-    assert Recording.made == 0
-
-
-def counted_by_the_host(real):
-    """The places of a batch come from a Python number, which is right in every batch that is not replayed."""
-    starts = {}
-
-    def take(epoch, size):
-        start = starts.setdefault(id(epoch), 0)
-        epoch.places.copy_((torch.arange(SIZE) + start).clamp(max=42))
-        starts[id(epoch)] = (start + size) % 43
-        return real(epoch, size)
-
-    return take
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_give_the_bits_of_plain_ones(case):
+    assert compare(case) == 3, "each size, and the full one with the other lr"
 
 
 def made_anew(real):
@@ -225,27 +124,123 @@ def made_anew(real):
     return add
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "damage"), [(TrainEpoch, "take", counted_by_the_host), (MetricAccumulator, "add", made_anew)]
-)
-def test_what_a_graph_would_freeze_is_noticed(owner, name, damage):
-    """By the test above: it fails for a step that is not written for a graph."""
-    with graphs_on_the_cpu(), mock.patch.object(owner, name, damage(getattr(owner, name))):
-        _, losses, *_ = trained("CE", 1, "none", StepGraph())
-    assert losses != written_out("CE", 1, "none")[1]
+def test_a_step_that_is_not_written_for_a_graph_fails_the_test_above():
+    with mock.patch.object(MetricAccumulator, "add", made_anew(MetricAccumulator.add)), pytest.raises(AssertionError):
+        compare()
+
+
+@pytest.mark.parametrize("change", [{"weight_decay": 0.1}, {"momentum": 0.1}])
+def test_what_the_optimizer_is_told_is_captured_again(change):
+    def before(epoch, optimizer, criterion):
+        optimizer.param_groups[0].update(change if epoch == 1 else {})
+
+    assert compare(before=before, rates=[LR] * 3) == 2
+
+
+def test_a_schedule_that_moves_in_every_step_is_never_frozen():
+    def on_batch(optimizer):
+        optimizer.param_groups[0]["lr"] *= 0.99
+
+    assert compare(on_batch=on_batch, rates=[LR] * 2) == 0
+
+
+def test_a_number_of_the_criterion_that_changes_between_epochs_is_captured_again():
+    def before(epoch, optimizer, criterion):
+        criterion.gamma = 1.0 + epoch
+
+    assert compare(("Focal", 1, "none"), before=before, rates=[LR] * 3) == 3
+
+
+def test_other_images_and_another_criterion_are_captured_again():
+    model, optimizer, criterion = fresh("CE", 1)
+    graph = StepGraph()
+    with graphs_on_the_cpu():
+        for images in (43, 40, 43):
+            batches = InMemoryBatches(noise(images), SIZE)
+            figures = loop.train_one_epoch(model, batches.train_epoch(0), criterion, optimizer, 2, graph=graph)
+            assert figures["seen"] == images
+        loop.train_one_epoch(model, batches.train_epoch(1), criterion_of("CE"), optimizer, 2, graph=graph)
+    assert Recording.made == 4
+
+
+def test_batches_that_are_not_drawn_from_memory_are_trained_without_a_graph():
+    """As mixed images would be."""
+    results = []
+    for graph in (StepGraph(), None):
+        model, optimizer, criterion = fresh("CE", 1)
+        batches = (batch for batch in InMemoryBatches(noise(), SIZE).train_epoch(0))
+        with graphs_on_the_cpu():
+            figures = loop.train_one_epoch(model, batches, criterion, optimizer, 2, graph=graph)
+        results.append(figures["loss"])
+    assert results[0] == results[1]
+    assert Recording.made == 0
+
+
+# ------------------------------------------------------------------------------- what must not be in a graph
+
+DRAWS = {"torch's": lambda: torch.rand(()), "numpy's": np.random.rand, "Python's": random.random}
+
+
+@pytest.mark.parametrize("whose", DRAWS)
+def test_a_step_that_draws_on_the_host_trains_without_a_graph(whose, capsys):
+    """An augmentation that makes a batch brighter."""
+    take = TrainEpoch.take
+
+    def brighter(epoch, size):
+        images, target = take(epoch, size)
+        return images * (1 + float(DRAWS[whose]())), target
+
+    with mock.patch.object(TrainEpoch, "take", brighter):
+        assert compare() == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: each step draws from {whose} random state")
+
+
+class Wrapped(torch.nn.Module):
+    """A criterion with a factor on the loss that comes from Python."""
+
+    needs_features = False
+
+    def __init__(self, factor):
+        super().__init__()
+        self.criterion, self.steps, self.factor = criterion_of("CE"), 0, factor
+
+    def calibrate(self, *args, **how):
+        pass
+
+    def per_sample(self, logits, target, features):
+        loss, count = self.criterion.per_sample(logits, target, features)
+        return loss * self.factor(self, loss), count
+
+
+def rising(criterion, loss):
+    criterion.steps += 1
+    return 1 + criterion.steps / 10
+
+
+def test_a_step_that_changes_a_number_in_python_trains_without_a_graph(capsys):
+    assert compare(make=lambda: {"criterion": Wrapped(rising)}) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: each step changes steps of Wrapped, which a CUDA graph would freeze")
+
+
+def test_what_the_first_step_sets_up_is_no_reason(capsys):
+    def once(criterion, loss):
+        criterion.steps = criterion.steps or random.randint(1, 9)
+        return criterion.steps
+
+    assert compare(make=lambda: {"criterion": Wrapped(once)}) == 4, "once more as the number is another one"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_step_that_cannot_be_captured_is_a_warning_and_trains_all_the_same(capsys):
-    refused = mock.patch.object(Recording, "__enter__", side_effect=RuntimeError("operation not permitted\nmore"))
-    with graphs_on_the_cpu(), refused:
-        actual = trained("IB", 1000.0, "none", StepGraph())
-    assert_equal(actual, written_out("IB", 1000.0, "none"))
+    with mock.patch.object(Recording, "__enter__", side_effect=RuntimeError("operation not permitted\nmore")):
+        assert compare(CASES[1]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "warning: this step cannot be a CUDA graph, so the run is slower: operation not permitted"
+    assert line.startswith("warning: this step cannot be a CUDA graph (operation not permitted)")
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
-def test_a_stop_in_the_middle_of_a_capture_is_that_stop(stop):
+def test_a_stop_in_the_middle_of_a_capture_is_that_stop():
     """Though ending the capture fails, with an error of its own."""
 
     @contextlib.contextmanager
@@ -261,57 +256,27 @@ def test_a_stop_in_the_middle_of_a_capture_is_that_stop(stop):
     def take(size, real=batches.take):
         calls.append(size)
         if len(calls) > WARM_UP:
-            raise stop
+            raise KeyboardInterrupt
         return real(size)
 
     batches.take = take
-    with graphs_on_the_cpu(), mock.patch("torch.cuda.graph", capture), pytest.raises(stop):
+    with graphs_on_the_cpu(), mock.patch("torch.cuda.graph", capture), pytest.raises(KeyboardInterrupt):
         loop.train_one_epoch(model, batches, criterion, optimizer, 2, graph=StepGraph())
 
 
-RUNS = {
-    "IB": ["--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto"],
-    "cRT": ["--loss_type", "LDAM", "--train_rule", "cRT"],
-    "Resample": ["--train_rule", "Resample"],
-}
-
-
-@pytest.mark.parametrize("method", RUNS)
-def test_a_run_with_graphs_ends_in_the_bits_of_the_plain_run_and_resumes_to_them(method, tmp_path, capsys):
-    """Five epochs of four full batches and a smaller one, with the same lr in most."""
-    args, names = [*FIVE, *TINY, *RUNS[method], "--warmup_epochs", "0", "--keep_epochs", "2"], iter("abc")
-
-    def run(*extra):
-        name = next(names)
-        run_ok([*args, *extra, "--exp_str", name], tmp_path, capsys)
-        (folder,) = (tmp_path / "checkpoint").glob(f"*_{name}")
-        return folder
-
-    plain = run()
-    with graphs_on_the_cpu(), mock.patch.object(fit, "_captures_steps", return_value=True):
-        whole = run()
-        assert Recording.made >= 2
-        forked = run("--resume", str(whole / "ckpt.epoch002.pth.tar"))
-    for folder in (whole, forked):
-        assert_same_weights(plain / "ckpt.pth.tar", folder / "ckpt.pth.tar")
-
-
 @pytest.mark.parametrize(
-    ("flags", "device", "ranks", "captures"),
+    ("device", "ranks", "amp", "wanted", "captures"),
     [
-        ({}, "cuda", 1, True),
-        ({"amp": "bf16"}, "cuda", 1, True),
-        ({}, "cpu", 1, False),
-        ({}, "cuda", 2, False),
-        ({"amp": "fp16"}, "cuda", 1, False),
-        ({"compile": True}, "cuda", 1, False),
-        ({"cuda_graph": False}, "cuda", 1, False),
+        ("cuda", 1, "bf16", True, True),
+        ("cpu", 1, "none", True, False),
+        ("cuda", 2, "none", True, False),
+        ("cuda", 1, "fp16", True, False),
+        ("cuda", 1, "none", False, False),
     ],
 )
-def test_which_runs_capture_their_steps(flags, device, ranks, captures, monkeypatch):
+def test_which_runs_capture_their_steps(device, ranks, amp, wanted, captures, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-    run = SimpleNamespace(settings=Settings(**flags), device=torch.device(device))
-    assert fit._captures_steps(run) is captures
+    assert (step_graph(torch.device(device), amp, wanted) is not None) is captures
 
 
 # ------------------------------------------------------------------------------------------------- on a GPU
@@ -329,33 +294,23 @@ def deterministic():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("loss", "alpha", "amp"), CASES)
-def test_gpu_graph_gives_the_bits_of_the_plain_steps(loss, alpha, amp, deterministic):
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_graph_gives_the_bits_of_the_plain_steps(case, deterministic):
     graph = StepGraph()
-    actual = trained(loss, alpha, amp, graph, "cuda")
-    assert isinstance(graph.graph, torch.cuda.CUDAGraph)
-    assert_equal(actual, trained(loss, alpha, amp, None, "cuda"))
-
-
-class Reading(torch.nn.Module):
-    """A criterion that reads from the device, which a graph cannot hold."""
-
-    def __init__(self, criterion):
-        super().__init__()
-        self.criterion, self.needs_features, self.calibrate = criterion, criterion.needs_features, criterion.calibrate
-
-    def per_sample(self, logits, target, features):
-        loss, count = self.criterion.per_sample(logits, target, features)
-        return loss * float(loss.sum().item() < 1e9), count
+    actual = trained(case, graph, "cuda", rates=[LR] * 5)
+    assert sorted(graph.graphs) == [3, SIZE]
+    assert_equal(actual, trained(case, None, "cuda", rates=[LR] * 5))
 
 
 @pytest.mark.gpu
-def test_gpu_step_that_cannot_be_captured_is_a_warning_and_trains_all_the_same(capsys, deterministic):
-    with mock.patch("small_training.criterion_of", lambda *args: Reading(criterion_of(*args))):
-        graph = StepGraph()
-        actual = trained("CE", 1, "none", graph, "cuda")
+def test_gpu_step_that_reads_from_the_device_is_a_warning_and_trains_all_the_same(capsys, deterministic):
+    def reading(criterion, loss):
+        return float(loss.sum().item() < 1e9)
+
+    graph = StepGraph()
+    actual = trained(CASES[0], graph, "cuda", criterion=Wrapped(reading).cuda())
     assert graph.failed
-    assert_equal(actual, trained("CE", 1, "none", None, "cuda"))
+    assert_equal(actual, trained(CASES[0], None, "cuda", criterion=Wrapped(reading).cuda()))
     assert "cannot be a CUDA graph" in capsys.readouterr().err
 
 
@@ -372,6 +327,3 @@ def test_gpu_run_with_and_without_graphs_ends_in_the_same_bits(loss, tmp_path, c
     assert_same_weights(*(model_folder(tmp_path, *method, exp) / "ckpt.pth.tar" for exp in ("graph", "plain")))
     rows = [read_logs(log_folder(tmp_path, *method, exp=exp))["log_train.csv"] for exp in ("graph", "plain")]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
-
-
-assert WARM_UP < 5  # else no epoch above has a replay

@@ -54,7 +54,7 @@ def test_every_float32_step_is_that_of_the_plain_loop():
     """Each of 20 steps taken from the plain loop's weights and momentum: the same loss, nearly the same update.
 
     torch's batch norm sums a channels-last tensor one number after another, which loses two digits: the update is off
-    by half a percent (see benchmarks/notes.md).
+    by half a percent (see docs/speed.md).
     """
     batches, (model, optimizer), plains = two_paths(torch.float32)
     for batch in batches:

@@ -11,18 +11,29 @@ import imbalance
 SPLITS = golden("splits.json")
 
 
-@pytest.mark.parametrize("key", SPLITS["splits"])
-def test_golden_split(key):
-    classes, imb_type, factor, rand_number = key.split("/")
-    classes, expected = int(classes), SPLITS["splits"][key]
-    each = SPLITS["per_class"][str(classes)] if isinstance(SPLITS["per_class"], dict) else SPLITS["per_class"]
-    order = np.random.RandomState(1000 + classes + SPLITS["seed"]).permutation(classes * each)
-    targets = np.repeat(np.arange(classes), each)[order]
-    counts = imbalance.class_counts([each] * classes, imb_type, float(factor))
-    chosen = imbalance.choose(targets, counts, int(rand_number))
-    assert counts == expected["counts"]
-    assert chosen[: len(expected["first"])].tolist() == expected["first"]
-    assert imbalance.split_sha256(chosen) == expected["sha256"]
+#: '10/exp' and so on: the keys of one data set and one shape of the tail.
+KINDS = sorted({key.rsplit("/", 2)[0] for key in SPLITS["splits"]})
+
+
+def splits_of(kind):
+    """(classes, images of each, type, factor, rand_number, what is published) of each split of that kind."""
+    for key, expected in SPLITS["splits"].items():
+        if key.rsplit("/", 2)[0] == kind:
+            classes, imb_type, factor, rand_number = key.split("/")
+            each = SPLITS["per_class"][classes] if isinstance(SPLITS["per_class"], dict) else SPLITS["per_class"]
+            yield int(classes), each, imb_type, float(factor), int(rand_number), expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_splits(kind):
+    for classes, each, imb_type, factor, rand_number, expected in splits_of(kind):
+        order = np.random.RandomState(1000 + classes + SPLITS["seed"]).permutation(classes * each)
+        targets = np.repeat(np.arange(classes), each)[order]
+        counts = imbalance.class_counts([each] * classes, imb_type, factor)
+        chosen = imbalance.choose(targets, counts, rand_number)
+        assert counts == expected["counts"]
+        assert chosen[: len(expected["first"])].tolist() == expected["first"]
+        assert imbalance.split_sha256(chosen) == expected["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +89,19 @@ def test_the_choice_is_seeded_and_leaves_the_global_generator_alone():
     assert np.array_equal(before, np.random.get_state()[1])
     assert targets[first].tolist() == [0] * 50 + [1] * 20 + [2] * 5
     assert len(set(first.tolist())) == 75
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_left_out_images_are_the_next_ones_of_the_published_shuffle(kind):
+    for classes, each, imb_type, factor, rand_number, _ in list(splits_of(kind))[::4]:
+        targets = np.repeat(np.arange(classes), each)
+        counts = imbalance.class_counts([each] * classes, imb_type, factor)
+        left_out = imbalance.choose_left_out(targets, counts, 7, rand_number)
+        more = [min(n + 7, each) for n in counts]  # a longer choice: what is kept, then what is left out
+        expected = np.split(imbalance.choose(targets, more, rand_number), np.cumsum(more)[:-1])
+        assert left_out.tolist() == [i for n, part in zip(counts, expected, strict=True) for i in part[n:]]
+        assert not set(left_out) & set(imbalance.choose(targets, counts, rand_number))
+        assert imbalance.count_classes(targets[left_out], classes) == [min(7, each - n) for n in counts]
 
 
 def test_hold_out_is_a_stratified_partition_that_keeps_each_class():

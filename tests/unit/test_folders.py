@@ -1,0 +1,500 @@
+"""Folders and lists of images: what is read, skipped and refused; the three parts; decoding."""
+
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import imbalance
+from imbalance_folder import load, open_image, read_folder, read_image, read_list, share_to_test
+from utils import DataError, UsageError
+
+COUNTS = (12, 7, 4)
+
+
+def save(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.RandomState(seed).randint(0, 255, (8, 8, 3)).astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """train/ and val/ with three classes; some images lie deeper."""
+    root = tmp_path_factory.mktemp("source") / "data"
+    for part, counts in (("train", COUNTS), ("val", (2, 2, 2))):
+        for label, count in enumerate(counts):
+            for number in range(count):
+                deeper = "more" if number % 4 == 3 else "."
+                save(root / part / f"class{label}" / deeper / f"{number}.jpg", 100 * label + number + len(part))
+    return root
+
+
+@pytest.fixture
+def data(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "data")
+
+
+@pytest.fixture
+def train(data):
+    return data / "train"
+
+
+def counts(folder, **how):
+    return read_folder(str(folder), **how).get_cls_num_list()
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+def test_folder_is_read_as_torchvision_reads_it(source):
+    theirs, images = ImageFolder(str(source / "train")), read_folder(str(source / "train"))
+    assert (images.samples, images.classes) == (theirs.samples, theirs.classes)
+    assert images.chosen.tolist() == list(range(23))
+    assert (images.num_classes, images.flip, images.image_size) == (3, True, 224)
+
+
+def test_natural_imbalance_is_kept_and_another_one_made(source):
+    images = read_folder(str(source / "train"))
+    assert images.long_tailed("none", 0.01, 0).samples == images.samples
+    tailed = images.long_tailed("exp", 0.1, 4)
+    assert tailed.chosen.tolist() == imbalance.choose(images.targets, [12, 3, 1], 4).tolist()
+    assert tailed.samples == [images.samples[i] for i in tailed.chosen]
+    assert images.get_cls_num_list() == list(COUNTS)
+    with pytest.raises(UsageError, match="leaves 1 of 3 classes empty"):
+        images.long_tailed("exp", 0.01, 0)
+    with pytest.raises(ValueError, match="use --val_fraction"):
+        tailed.left_out(2)
+
+
+def test_no_image_counts_twice_whatever_links_lead_to_it(data, train, tmp_path, capsys):
+    before = read_folder(str(train)).paths
+    for number in range(3):
+        save(tmp_path / "elsewhere" / f"{number}.jpg", 60 + number)
+    folder = train / "class0"
+    (folder / "self").symlink_to(".")
+    (folder / "up").symlink_to("../..")
+    (folder / "out").symlink_to(tmp_path / "elsewhere")
+    (folder / "0a.jpg").symlink_to("../class1/0.jpg")  # comes before the file itself
+    (folder / "a.jpg").symlink_to(tmp_path / "elsewhere" / "0.jpg")  # one image more
+    (folder / "b.jpg").symlink_to(tmp_path / "elsewhere" / "0.jpg")  # the same again
+    assert sorted(read_folder(str(train)).paths) == sorted([*before, str(folder / "a.jpg")])
+    line = f"warning: skipped in {train}: links to folders: 3, symbolic links: 2\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("target", ["class0", "elsewhere"])
+def test_a_class_may_be_a_link_out_of_the_tree_but_not_into_it(train, tmp_path, target, capsys):
+    shutil.move(train / "class2", tmp_path / "elsewhere")
+    (train / "class2").symlink_to(tmp_path / "elsewhere")
+    assert counts(train) == list(COUNTS)
+    assert capsys.readouterr().err == ""
+    (train / "class3").symlink_to(tmp_path / "elsewhere" if target == "elsewhere" else target)
+    with pytest.raises(DataError, match=r"class folders without images: .*class3 "):
+        read_folder(str(train))
+
+
+def test_what_is_skipped_is_counted(train, capsys):
+    folder = train / "class1"
+    for hidden in (".ipynb_checkpoints", "class0/.thumbs", "class1/@eaDir/0.jpg", "class1/more/__MACOSX"):
+        save(train / hidden / "deeper" / "a.jpg")
+    save(folder / "._a.jpg")
+    (folder / "0.gif").write_bytes(b"GIF89a")
+    (folder / "1.gif").write_bytes(b"GIF89a")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere")
+    (train / "class3").symlink_to("nowhere")
+    assert counts(train) == list(COUNTS)
+    parts = "hidden: 5, links that lead nowhere: 1, files that end in .gif: 2, no regular files: 2"
+    assert capsys.readouterr().err == f"warning: skipped in {train}: {parts}\n"
+
+
+def test_other_endings_are_read(train, capsys):
+    for old, new in (("0.jpg", "0.jfif"), ("1.jpg", "1.JPE")):
+        (train / "class2" / old).rename(train / "class2" / new)
+    Image.open(train / "class2" / "2.jpg").save(train / "class2" / "2.avif")
+    found = read_folder(str(train))
+    assert found.get_cls_num_list() == [12, 7, 5]
+    assert [read_image(path).shape for path in found.paths[-5:]] == [(8, 8, 3)] * 5
+    assert capsys.readouterr().err == ""
+
+
+def one_folder_deeper(train):
+    shutil.move(train, train.parent / "images")
+    shutil.move(train.parent / "images", train / "images")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.rmtree, "folder .*train cannot be read: No such file"),
+        (lambda train: [shutil.rmtree(train / f"class{k}") for k in range(3)], "no class folders in"),
+        (lambda train: (train / "empty").mkdir(), r"class folders without images: .*/empty \(images end in \.jpg"),
+        (one_folder_deeper, "has one class folder; the folders in .*/train/images look like the classes: move them up"),
+        (
+            lambda train: save(train / "caf\u00e9/0.jpg") or save(train / "cafe\u0301/0.jpg"),
+            r"names differ in Unicode normal form only: 'cafe\\u0301' and 'caf\\xe9'; rename one",
+        ),
+    ],
+    ids=["no folder", "no classes", "empty class", "one too deep", "unicode"],
+)  # fmt: skip
+def test_folders_that_cannot_be_trained_on(train, change, message):
+    change(train)
+    with pytest.raises(DataError, match=message):
+        read_folder(str(train))
+
+
+def test_a_folder_that_cannot_be_read_is_named(train, monkeypatch):
+    """As root every folder can be read, hence the patch."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"folder .*/class0/more cannot be read: Permission denied"):
+        read_folder(str(train))
+
+
+# ------------------------------------------------------------------------------------------------- parts
+
+
+def test_load_gives_both_parts_of_the_same_classes(data, capsys):
+    train, test = load(str(data), "exp", 0.1, 4, mean=(0.1, 0.2, 0.3), exif=True)
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([12, 3, 1], [2, 2, 2])
+    assert train.mean == test.mean == (0.1, 0.2, 0.3)
+    assert train.subset([0]).std == test.std == (0.229, 0.224, 0.225)
+    assert train.exif
+    assert test.exif
+    assert capsys.readouterr().err == ""
+    (data / "val").rename(data / "test")
+    assert load(str(data))[1].get_cls_num_list() == [2, 2, 2]
+    shutil.copytree(data / "test", data / "val")
+    load(str(data))
+    assert f"{data}/test is not used, {data}/val is the test set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.rmtree, "no folder .*data: --data_dir"),
+        (
+            lambda data: shutil.rmtree(data / "train"),
+            "no folder .*/train beside val/: it holds a folder for each class",
+        ),
+        (lambda data: shutil.rmtree(data / "val"), "no val/ or test/ in .*: see --val_fraction"),
+        (lambda data: [shutil.rmtree(data / "train" / f"class{k}") for k in (0, 2)], "has one class, class1: training"),
+        (lambda data: (data / "val/class2").rename(data / "val/a\n"), r"classes that no training images have: a\\n$"),
+        (lambda data: [shutil.rmtree(path) or path.mkdir() for path in (data / "val").iterdir()], "no test images"),
+    ],
+    ids=["no data", "no train", "no val", "one class", "foreign class", "no test images"],
+)
+def test_parts_that_do_not_fit(data, change, message):
+    change(data)
+    with pytest.raises((DataError, UsageError), match=message):
+        load(str(data))
+
+
+def test_a_class_without_test_images_is_named_and_trained(data, capsys):
+    shutil.rmtree(data / "val" / "class1")
+    shutil.rmtree(data / "val" / "class2")
+    (data / "val" / "class2").mkdir()
+    train, test = load(str(data))
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == (list(COUNTS), [2, 0, 0])
+    assert test.classes == train.classes
+    assert capsys.readouterr().err == "warning: no test image of 2 classes, whose accuracy is n/a: class1, class2\n"
+
+
+def test_test_images_that_are_training_images_are_counted(data, capsys):
+    shutil.rmtree(data / "val" / "class2")
+    (data / "val" / "class2").symlink_to(data / "train" / "class2")
+    load(str(data))
+    line = f"warning: 4 of the 8 images of {data / 'val'} are training images too\n"
+    assert capsys.readouterr().err == line
+    shutil.rmtree(data / "val")
+    (data / "val").symlink_to("train")
+    load(str(data))
+    assert capsys.readouterr().err == line.replace("4 of the 8", "23 of the 23")
+
+
+def test_a_copy_of_train_as_val_is_a_warning(data, capsys):
+    shutil.rmtree(data / "val")
+    shutil.copytree(data / "train", data / "val")
+    load(str(data))
+    assert "look like training images: all have the names and sizes of images of train/" in capsys.readouterr().err
+    first = data / "val" / "class0" / "0.jpg"
+    first.write_bytes(first.read_bytes()[:-1] + b"x")  # names and sizes alone: bitmaps share them
+    load(str(data))
+    assert capsys.readouterr().err == ""
+
+
+def test_three_parts_of_one_folder(data):
+    """--val_fraction without val/: what is tested on neither trains nor chooses the epoch."""
+    shutil.rmtree(data / "val")
+    share = share_to_test(str(data), val_fraction=0.25)
+    assert share == 0.25
+    train, test = load(str(data), test_fraction=share)
+    train, val = train.hold_out(0.25)
+    assert [part.get_cls_num_list() for part in (train, val, test)] == [[7, 4, 2], [2, 1, 1], [3, 2, 1]]
+    assert sorted([*train.chosen, *val.chosen, *test.chosen]) == list(range(23))
+    assert len({*train.paths, *val.paths, *test.paths}) == 23
+
+
+def test_where_the_test_images_come_from(data):
+    folder = str(data)
+    assert share_to_test(folder, val_fraction=0.25) == 0  # val/
+    with pytest.raises(UsageError, match=r"--test_fraction 0.2: the test images are those of .*/val"):
+        share_to_test(folder, 0.1, 0.2)
+    (data / "val").rename(data / "elsewhere")
+    assert share_to_test(folder, 0.1, 0.2) == share_to_test(folder, 0, 0.2) == 0.2
+    assert share_to_test(folder, 0.1, train_list="a.txt", val_list="b.txt") == 0
+    with pytest.raises(UsageError, match=r"no val/ or test/ in .*: --val_fraction F holds out two parts"):
+        share_to_test(folder)
+    with pytest.raises(UsageError, match=r"no --val_list: --val_fraction F"):
+        share_to_test(folder, train_list="a.txt")
+    with pytest.raises(UsageError, match="--val_list needs --train_list"):
+        share_to_test(folder, val_list="a.txt")
+    with pytest.raises(UsageError, match="no folder nowhere: --data_dir"):
+        share_to_test("nowhere", 0.1)
+
+
+def test_class_folders_without_train(data, capsys):
+    folder = str(data / "train")
+    train, test = load(folder, test_fraction=share_to_test(folder, 0.5))
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 3, 2], [6, 4, 2])
+    assert capsys.readouterr().err == f"warning: no train/ in {folder}: its folders are the classes\n"
+
+
+def test_classes_of_one_image_have_no_test_image_and_are_named(data, capsys):
+    def keep_one(name):
+        for path in sorted(path for path in (data / "train" / name).rglob("*") if path.is_file())[1:]:
+            path.unlink()
+
+    keep_one("class1")
+    train, test = load(str(data), test_fraction=0.5)
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 1, 2], [6, 0, 2])
+    assert "no test image is held out of classes that have one image: class1\n" in capsys.readouterr().err
+    keep_one("class0")
+    keep_one("class2")
+    with pytest.raises(UsageError, match=r"--test_fraction 0.5: no class has two images"):
+        load(str(data), test_fraction=0.5)
+
+
+@pytest.mark.parametrize("below", ["val", "test", "."])
+def test_a_test_folder_of_its_own_is_labelled_by_the_checkpoints_classes(data, below):
+    """Without training images, with fewer classes, in the checkpoint's order."""
+    new = data.parent / "new" / below
+    shutil.copytree(data / "val", new)
+    shutil.rmtree(new / "class1")
+    train, test = load(str(data.parent / "new"), "exp", 0.01, classes=["class2", "class1", "class0"])
+    assert train.paths == []
+    assert [(pathlib.Path(path).parent.name, label) for path, label in test.samples] == [
+        ("class0", 2), ("class0", 2), ("class2", 0), ("class2", 0),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="classes that no training images have: class2"):
+        load(str(data.parent / "new"), classes=["class0", "class1"])
+
+
+# ----------------------------------------------------------------------------------------- damaged images
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_damaged_images_are_found_at_the_start(data, workers, capsys):
+    assert len(load(str(data), check_images=True, workers=workers)[0].paths) == 23
+    cut = data / "train" / "class0" / "0.jpg"
+    cut.write_bytes(cut.read_bytes()[:300])
+    load(str(data), workers=workers)
+    with pytest.raises(DataError, match=r"^1 of 29 images are damaged \(--skip_damaged .*0\.jpg cannot be decoded"):
+        load(str(data), check_images=True, workers=workers)
+    train, test = load(str(data), skip_damaged=True, workers=workers)
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([11, 7, 4], [2, 2, 2])
+    assert train.chosen.tolist() == list(range(1, 23))
+    assert f"warning: 1 of 29 images are damaged and left out: {cut} cannot be decoded" in capsys.readouterr().err
+    (data / "val" / "class1" / "0.jpg").write_bytes(b"no image")
+    with pytest.raises(
+        DataError, match=r"^2 of 29 images are damaged, --skip_damaged leaves out 5% at most: .*class1/0"
+    ):
+        load(str(data), skip_damaged=True, workers=workers)
+
+
+def test_a_class_of_damaged_images_is_an_error(data):
+    for number in range(20):
+        save(data / "train" / "class0" / f"more{number}.png", number)
+    for path in list((data / "train" / "class2").rglob("*.jpg"))[1:]:
+        path.unlink()
+    next((data / "train" / "class2").rglob("*.jpg")).write_bytes(b"no image")
+    with pytest.raises(DataError, match="all training images are damaged of the classes class2"):
+        load(str(data), skip_damaged=True)
+
+
+# --------------------------------------------------------------------------------------------------- lists
+
+
+@pytest.fixture
+def listed(data):
+    """The folder's images as two lists, in another order, and a path with spaces."""
+    (data / "train" / "class1" / "0.jpg").rename(data / "train" / "class1" / "with two spaces.jpg")
+    for part in ("train", "val"):
+        samples = read_folder(str(data / part)).samples[::-1]
+        rows = [(os.path.relpath(path, data), label) for path, label in samples]
+        (data.parent / f"{part}.txt").write_text("".join(f"{path} {label}\n" for path, label in rows))
+        (data.parent / f"{part}.csv").write_text(
+            "width, image,label\r\n" + "".join(f'8,"{path}",class{label}\r\n' for path, label in rows)
+        )
+    return data.parent
+
+
+def of_lists(folder, ending="txt", **how):
+    lists = {f"{part}_list": str(folder / f"{part}.{ending}") for part in ("train", "val")}
+    return load(str(folder / "data"), **lists, **how)
+
+
+@pytest.mark.parametrize(("ending", "classes"), [("txt", ["0", "1", "2"]), ("csv", ["class0", "class1", "class2"])])
+def test_lists_of_files(listed, ending, classes):
+    train, test = of_lists(listed, ending)
+    assert train.samples == read_folder(str(listed / "data" / "train")).samples[::-1]
+    assert test.samples == read_folder(str(listed / "data" / "val")).samples[::-1]
+    assert train.classes == test.classes == classes
+    assert of_lists(listed, ending, imb_type="exp", imb_factor=0.1)[0].get_cls_num_list() == [12, 3, 1]
+
+
+def test_other_forms_of_lists(listed):
+    rows = (listed / "train.txt").read_text().splitlines()
+    absolute = [f"{listed}/data/{rows[0]}", f"./train/../{rows[1]}", *rows[2:]]
+    text = "\r\n".join(absolute).replace(" 2", "\t2") + "\r\n\n"
+    (listed / "train.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [pathlib.Path(path).exists() for path in of_lists(listed)[0].paths] == [True] * 23
+    assert of_lists(listed)[0].targets == [2] * 4 + [1] * 7 + [0] * 12
+    (listed / "train.csv").write_text("label,image\n1,val/class0/0.jpg\n10,val/class1/0.jpg\n")
+    with pytest.raises(DataError, match="labels must be 0 to K - 1 without gaps, none of its 2 images has 0"):
+        read_list(listed / "train.csv", listed / "data")
+
+
+def test_a_part_of_the_training_list_for_testing(listed):
+    train, test = load(str(listed / "data"), test_fraction=0.5, train_list=str(listed / "train.txt"))
+    assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 3, 2], [6, 4, 2])
+    with pytest.raises(UsageError, match="no --val_list: see --val_fraction"):
+        load(str(listed / "data"), train_list=str(listed / "train.txt"))
+
+
+def test_images_of_both_lists_and_classes_without_a_test_image_are_named(listed, capsys):
+    rows = (listed / "train.txt").read_text().splitlines(keepends=True)
+    (listed / "val.txt").write_text("".join([rows[0], rows[1]]))
+    assert of_lists(listed)[1].get_cls_num_list() == [0, 0, 2]
+    err = capsys.readouterr().err
+    assert "2 of the 2 images of" in err
+    assert "no test image of 2 classes, whose accuracy is n/a: 0, 1\n" in err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("train/class0/0.jpg one", "line 24: .*is not 'path label'"),
+        ("train/class0/0.jpg -1", "line 24: .*is not 'path label'"),
+        ("train/class0/0.jpg " + "9" * 5000, "line 24: .*is not 'path label'"),
+        ("0", "line 24: .*is not 'path label'"),
+        ("../../secret.jpg 0", r"names files outside .*data: \.\./\.\./secret\.jpg"),
+        ("../data2/a.jpg 0", "names files outside"),
+        ("train/no\0name.jpg 0", r"names files outside .*no\\x00name"),
+        ("train/class0/none.jpg 0", "1 of 24 files are missing .*none.jpg"),
+        ("train/pipe.jpg 0", "1 of 24 files are missing .*pipe.jpg"),
+        ("train/class0/../class0/1.jpg 0", "duplicated files: .*train/class0/1.jpg"),
+        ("val/class0/0.jpg 4", "labels must be 0 to K - 1 without gaps, none of its 24 images has 3"),
+    ],
+)
+def test_wrong_rows_of_a_list_are_named(listed, row, message):
+    os.mkfifo(listed / "data" / "train" / "pipe.jpg")
+    with open(listed / "train.txt", "a") as file:
+        file.write(f"{row}\n")
+    with pytest.raises(DataError, match=message) as error:
+        of_lists(listed)
+    assert "\n" not in str(error.value)
+    assert str(listed / "train.txt") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("val.txt", b"train/class0/0.jpg 3\n", "has labels that the training list does not have: 3"),
+        ("val.csv", b"image,label\ntrain/class0/0.jpg,dog\n", "has labels that the training list does not have: dog"),
+        ("val.txt", b"\n", "lists no images"),
+        ("val.txt", None, "cannot be read: No such file"),
+        ("train.txt", "train/class0/0.jpg 0\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        ("train.csv", b"train/class0/0.jpg,0\n", "no column image, label: a CSV list begins with the line image,label"),
+        ("train.csv", b"image;label\ntrain/class0/0.jpg;0\n", "no column image, label"),
+        ("train.csv", b"image,label\ntrain/class0/0.jpg\n", "line 2: an image and its label are wanted"),
+    ],
+)
+def test_lists_that_cannot_be_used(listed, name, content, message):
+    (listed / name).unlink()
+    if content is not None:
+        (listed / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}.* {message}|{name},? {message}"):
+        of_lists(listed, name[-3:])
+
+
+# -------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "big.tif", "deep.pgm"])
+def test_16_bit_images_are_scaled(tmp_path, name):
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    if name.endswith("pgm"):
+        (tmp_path / name).write_bytes(b"P5\n8 8\n65535\n" + levels.astype(">u2").tobytes())
+    elif name == "big.tif":
+        Image.frombytes("I;16B", (8, 8), levels.astype(">u2").tobytes()).save(tmp_path / name)
+    else:
+        Image.fromarray(levels).save(tmp_path / name)
+    found = read_image(tmp_path / name)
+    assert found.shape == (8, 8, 3)
+    assert np.array_equal(found[..., 1], levels // 256)
+    assert len(np.unique(found)) == 64
+
+
+def test_orientation_is_applied_on_request_only(tmp_path):
+    levels = np.arange(96, dtype=np.uint8).reshape(8, 4, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the image is to be turned by 90 degrees clockwise
+    Image.fromarray(levels).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png")), levels)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png", exif=True)), np.rot90(levels, -1))
+
+
+def test_grey_and_transparent_images_become_rgb_as_torchvision_makes_them(tmp_path):
+    from torchvision.datasets.folder import pil_loader
+
+    levels = np.random.RandomState(0).randint(0, 255, (8, 8, 4)).astype(np.uint8)
+    for name, image in (("grey", levels[..., 0]), ("alpha", levels), ("grey alpha", levels[..., :2])):
+        path = tmp_path / f"{name}.png"
+        Image.fromarray(image).save(path)
+        assert np.array_equal(read_image(path), np.asarray(pil_loader(str(path)))), name
+
+
+def test_images_that_cannot_be_used_are_named_once(tmp_path, monkeypatch):
+    share = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(share).save(tmp_path / "share.tif")
+    Image.fromarray((share * 2**30).astype(np.int32)).save(tmp_path / "wide.tif")
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    reasons = {
+        "share.tif": "has float pixels, whose range is unknown: convert it to 8 or 16 bits",
+        "wide.tif": "has 32-bit pixels, whose range is unknown: convert it to 8 or 16 bits",
+        "bad.jpg": "cannot be decoded (cannot identify image file)",
+        **dict.fromkeys(("pipe.jpg", "folder.jpg", "none.jpg"), "is missing or not a regular file"),
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(DataError) as error:
+            open_image(tmp_path / name)
+        assert str(error.value) == f"{tmp_path / name} {reason}"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)
+    Image.new("1", (3000, 2000)).save(tmp_path / "huge.png")
+    with pytest.raises(
+        DataError, match=r"huge.png has over 4 megapixels, .*: make it smaller, or leave it out with --"
+    ):
+        open_image(tmp_path / "huge.png")

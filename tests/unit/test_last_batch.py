@@ -1,0 +1,28 @@
+"""A batch of one image, which batch norm cannot take, on any rank."""
+
+import contextlib
+import types
+
+import pytest
+import torch
+
+from experiment.run import Run
+from utils import UsageError
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "sync_bn", "refused"),
+    [
+        (8, 1, False, False), (11, 1, False, True),  # 34 = 4 * 8 + 2 = 3 * 11 + 1
+        (8, 2, False, True), (8, 2, True, False),  # a last batch of two, one image for each rank
+        (17, 2, False, False), (31, 2, False, True),  # the last batch has two images for one rank, one for the other
+        (3, 2, False, True), (12, 5, False, False),
+    ],
+)  # fmt: skip
+def test_batch_of_one_image_on_any_rank(size, ranks, sync_bn, refused, monkeypatch):
+    settings = types.SimpleNamespace(batch_size=size, sync_bn=sync_bn, image_size=32)
+    run = types.SimpleNamespace(settings=settings, device="cpu")
+    monkeypatch.setattr("experiment.run.distributed.world_size", lambda: ranks)
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
+    with pytest.raises(UsageError, match="of one image of 34") if refused else contextlib.nullcontext():
+        Run.check_last_batch(run, model, types.SimpleNamespace(targets=torch.zeros(34)))
