@@ -1,23 +1,28 @@
 """Reproduce the paper's tables: list the runs behind them, run them, set what came out beside the published figures.
+Compare methods on your own images.
 
     python reproduce.py list --table 4
     python reproduce.py run --dataset digits --ratio 100 --method CE IB --protocol short --threads 1
+    python reproduce.py run --dataset folder --method CE BS LA cRT IB --seeds 0 1 -- --data_dir DIR -a resnet18
     python reproduce.py report reproduced/results
 
 The first prints the 116 commands of the main table; the second trains two short runs on the digits, which need no
-download, in some minutes, their first half once; the third writes report.md and figures. The selection is the same
-for list and run; flags after `--` go to the training scripts.
+download, in some minutes, their first half once; the third trains five methods with two seeds each on a folder of
+images, as folder_train.py does; the last writes report.md and figures. The selection is the same for list and run;
+flags after `--` go to the training scripts. --method also takes the name of any registered loss or rule, or LOSS+RULE.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 
 from paper import runs
-from utils import DataError, HelpFormatter, Parser, UsageError, command, number
+from utils import DataError, HelpFormatter, Parser, UsageError, command, duration, number
 
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
 #: The largest --seed and --rand_number that the scripts take.
@@ -42,6 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="Fig. 2 from two checkpoints: the same model trained on balanced and on long-tailed data",
     )  # fmt: skip
     report.add_argument("--data_dir", default="./data", help="data of the two checkpoints (default: %(default)s)")
+    report.add_argument(
+        "--margin", type=number(float, above=0), default=1.0, metavar="M",
+        help="points within which ours agrees with a published figure (default: %(default)s)",
+    )  # fmt: skip
+    report.add_argument("--all_pairs", action="store_true", help="compare every two rows, not only with CE and IB")
+    report.add_argument("--csv", action="store_true", help="write report.csv too, a line a row")
+    report.add_argument("--latex", action="store_true", help="write report.tex too, a table a data set")
     return parser
 
 
@@ -56,10 +68,17 @@ def _add_selection(parser):
         "the IB loss at the size of CE; weights-only: class weights without the factor, at the size of CE; "
         "weights-at-ib: the same at the size of the IB loss; detached: no gradient through the factor",
     )  # fmt: skip
-    add("--dataset", nargs="+", choices=list(runs.SETUPS))
+    add(
+        "--dataset", nargs="+", metavar="NAME",
+        help=f"{', '.join(runs.SETUPS)}, a data set of your own in imbalance_cifar.DATASETS, or folder: the images in "
+        "--data_dir, which stands with the other flags of folder_train.py after --",
+    )  # fmt: skip
     add("--imb_type", nargs="+", choices=("exp", "step", "none"))
     add("--ratio", nargs="+", type=number(int, low=1), metavar="R", help="largest class over smallest")
-    add("--method", nargs="+", choices=list(runs.METHODS))
+    add(
+        "--method", nargs="+", metavar="NAME",
+        help=f"{', '.join(runs.METHODS)}, or a loss, a rule or LOSS+RULE of training/registry.py",
+    )  # fmt: skip
     add("--seeds", nargs="+", type=number(int, low=0, high=MAX_SEED), default=[0], metavar="N", help="default: 0")
     add(
         "--subsets", nargs="+", type=number(int, low=0, high=MAX_SUBSET), default=[0], metavar="N",
@@ -106,6 +125,7 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
     Raises:
         UsageError: there is none.
     """
+    _resolve(options)
     datasets, imb_types = options.dataset or ["cifar10"], options.imb_type or ["exp"]
     if set(datasets) & set(runs.NATURAL) and options.imb_type not in (None, ["none"]):
         raise UsageError("inaturalist is trained as it is: leave out --imb_type, or give --imb_type none")
@@ -119,10 +139,77 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
         names = [name for name in options.control if runs.CONTROLS[name] in (options.method or runs.METHODS)]
         cells += runs.controls(names, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
     if not (options.table or options.figure or options.control):
-        cells = runs.grid(datasets, imb_types, options.ratio or CIFAR_RATIOS, options.method or list(runs.METHODS))
+        ratios = options.ratio or ([100] if set(datasets) & runs.OWN_SETUPS.keys() else CIFAR_RATIOS)
+        cells = runs.grid(datasets, imb_types, ratios, options.method or list(runs.METHODS))
     if not cells:
         raise UsageError("no run is all of that: leave out one of the restrictions")
     return list(dict.fromkeys(runs.spread_over(cells, options.seeds, options.subsets, options.protocol)))
+
+
+def _resolve(options):
+    """Make the folder, own data sets and own methods known, and put their names in the paper's form.
+
+    Raises:
+        UsageError: a name that nothing has.
+    """
+    if options.dataset and "folder" in options.dataset:
+        _add_folder(options)
+    for name in set(options.dataset or ()) - {*runs.SETUPS, *runs.OWN_SETUPS}:
+        import imbalance_cifar
+
+        if name not in imbalance_cifar.DATASETS:
+            known = ", ".join(dict.fromkeys([*runs.SETUPS, *imbalance_cifar.DATASETS, "folder"]))
+            raise UsageError(f"--dataset {name}: choose from {known}")
+        runs.own_setup(name, imbalance_cifar.DATASETS[name].cls_num)
+    options.method = options.method and [_method(name) for name in options.method]
+
+
+def _method(name):
+    """'cRT' is CE+cRT, 'BS+DRW' a loss and a rule of the registry; of those, the name that the paper's tables have."""
+    if name in runs.METHODS:
+        return name
+    from training import registry  # imports torch
+
+    loss, rule = runs.pair_of(f"CE+{name}" if name in registry.RULES else name)
+    if loss not in registry.LOSSES or rule not in registry.RULES:
+        known = ", ".join([*runs.METHODS, *(n for n in registry.LOSSES if n not in runs.METHODS)])
+        rules = ", ".join(registry.RULES)
+        raise UsageError(f"--method {name}: choose from {known}, a rule ({rules}), or LOSS+RULE")
+    return runs.name_of_method(loss, rule)
+
+
+#: Flags of folder_train.py that a run of it names itself.
+NAMED_BY_RUN = (
+    "dataset", "arch", "imb_type", "imb_factor", "epochs", "start_ib_epoch", "drw_epoch", "milestones", "lr_factors",
+    "batch_size", "lr", "ib_lr_factor", "schedule",
+)  # fmt: skip
+
+
+def _add_folder(options):
+    """Add the folder of --data_dir as a data set; what its runs name themselves leaves the flags after --."""
+    from experiment import parser
+    from experiment.settings import FIELDS
+
+    if options.dataset != ["folder"] or options.table or options.figure:
+        raise UsageError("--dataset folder stands alone: no other data set, no --table and no --figure")
+    said = io.StringIO()  # warnings about lengths that the runs set; each run says its own
+    try:
+        with contextlib.redirect_stderr(said):
+            settings = parser.parse("folder_train.py", options.extra)
+    except BaseException:
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+    if "data_dir" not in settings.given:
+        raise UsageError("--dataset folder needs -- --data_dir DIR")
+    runs.folder_setup(settings.dataset, settings, settings.given)
+    options.dataset = [settings.dataset]
+    options.imb_type = options.imb_type or ["none"]
+    extra = []
+    for name in sorted(settings.given - set(NAMED_BY_RUN)):
+        value = getattr(settings, name)
+        many = value if isinstance(value, tuple) else (value,)
+        extra += [FIELDS[name].metadata["flags"][-1], *([] if isinstance(value, bool) else map(str, many))]
+    options.extra = extra
 
 
 def list_runs(options: argparse.Namespace) -> None:
@@ -166,6 +253,7 @@ def run_runs(options: argparse.Namespace) -> None:
     if options.executor != "ray" and (options.address is not None or options.gpus_per_run):
         raise UsageError("--address and --gpus_per_run need --executor ray")
     driver.check_extra(chosen, options.extra)
+    print(_what_is_about_to_start(chosen, options), flush=True)
     with run_lock(lock, patience=0):  # one driver at a time
         work = driver.Driver(
             chosen, options.out, options.results or os.path.join(options.out, "results"), _executor(options, lock),
@@ -177,6 +265,33 @@ def run_runs(options: argparse.Namespace) -> None:
         print(f"failed: {run.name}: {_last_line(work.output(run))} ({work.output(run)})")
     if failed:
         raise DataError(f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again")
+
+
+def _what_is_about_to_start(chosen, options):
+    """'10 runs, 300 epochs to train ...': with what they share counted once, and a time where a record tells one."""
+    from paper import records
+
+    asked = {run: vars(records.command_settings(run, tuple(options.extra))) for run in chosen}
+    families: dict = {}
+    for run in chosen:
+        families.setdefault(run.family, []).append(run)
+    epochs = 0
+    for of in families.values():
+        shared = [min(run.fork_epoch_with(asked[run]), asked[run]["epochs"]) for run in of]
+        epochs += sum(asked[run]["epochs"] - fork for run, fork in zip(of, shared, strict=True)) + max(shared)
+    defaults = "" if options.ratio or options.table or options.figure or options.control else _ratios(chosen)
+    done, _ = records.read(options.results or os.path.join(options.out, "results"))
+    seconds = [epoch["seconds"] for _, record in done for epoch in record["history"]]
+    jobs = options.jobs or 1
+    time = "the time shows after the first epochs"
+    if seconds:
+        time = f"about {duration(epochs * sum(seconds) / len(seconds) / jobs)} at the pace of the records in --results"
+    return f"{len(chosen)} runs{defaults}, {epochs} epochs in all, shared ones once, {jobs} at a time; {time}"
+
+
+def _ratios(chosen):
+    ratios = sorted({run.ratio for run in chosen}, reverse=True)
+    return f" (ratios {' '.join(map(str, ratios))}: --ratio restricts them)" if len(ratios) > 1 else ""
 
 
 def _executor(options, folder):
@@ -212,7 +327,7 @@ def write_report(options: argparse.Namespace) -> None:
         os.makedirs(to, exist_ok=True)
         balanced, long_tailed = options.influence
         written += influence.draw(balanced, long_tailed, options.data_dir, to)
-    written += report.write(options.folders, to)
+    written += report.write(options.folders, to, options.margin, options.csv, options.latex, options.all_pairs)
     print("written: " + " ".join(written))
 
 

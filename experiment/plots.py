@@ -1,4 +1,4 @@
-"""Figures of a run, with matplotlib; without it, none. Epochs count from 1."""
+"""Figures of a run, with matplotlib; without it, none. Epochs count from 1, as in the text."""
 
 import importlib.util
 import os
@@ -12,6 +12,15 @@ from utils import one_line, warn
 FIGURES = ("class_accuracy.png", "curves.png")  # of every run; confusion.png where there are not too many classes
 #: A confusion matrix and its classes' names are drawn up to this many classes.
 MOST_NAMED, MOST_ANNOTATED = 200, 12
+#: Width of a figure in inches: a column of a paper.
+WIDTH = 3.3
+STYLE: dict[str, Any] = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
+    "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+    "lines.linewidth": 1.1, "lines.markersize": 3.5, "grid.alpha": 0.3, "grid.linewidth": 0.5, "axes.grid": True,
+    "axes.axisbelow": True, "legend.frameon": False, "savefig.dpi": 300, "pdf.fonttype": 42,
+    "figure.constrained_layout.use": True,
+}  # fmt: skip
 
 
 def available() -> bool:
@@ -20,7 +29,7 @@ def available() -> bool:
 
 
 def load_pyplot() -> Any:
-    """matplotlib.pyplot for files, or None, with a warning."""
+    """matplotlib.pyplot for files, in the style of a paper's column, or None, with a warning."""
     if not available():
         warn("matplotlib is not installed: no figures")
         return None
@@ -30,6 +39,8 @@ def load_pyplot() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    for name, value in STYLE.items():
+        matplotlib.rcParams[name] = value  # type: ignore[index]
     return pyplot
 
 
@@ -57,24 +68,23 @@ def of_calibration(rows: Sequence[dict], folder: str, title: str = "") -> list[s
     pyplot = load_pyplot()
     if pyplot is None:
         return []
-    figure, axes = pyplot.subplots(figsize=(4.8, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(WIDTH, WIDTH))
     seen = [row for row in rows if row["images"]]
     axes.plot([0, 100], [0, 100], color="grey", linestyle="--", linewidth=1, label="calibrated")
     axes.plot([row["confidence"] for row in seen], [row["accuracy"] for row in seen], marker="o", label="this model")
     axes.set(xlabel="confidence [%]", ylabel="test accuracy [%]", xlim=(0, 101), ylim=(0, 101))
-    axes.set_title(_titled("Calibration", title), fontsize=9)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    return [save_figure(pyplot, figure, folder, "calibration.png")]
+    axes.set_title(_titled("Calibration", title))
+    axes.legend()
+    return [_saved(pyplot, figure, folder, "calibration.png")]
 
 
-def save_figure(pyplot: Any, figure: Any, folder: str | os.PathLike, name: str) -> str:
-    """Write a figure to folder/name and close it. Returns the path."""
-    path = os.path.join(folder, name)
+def save_figure(figure: Any, folder: str | os.PathLike, name: str) -> str:
+    """Write a figure to folder/name, a PNG or a PDF by its ending. Returns the path."""
+    path, kind = os.path.join(folder, name), name.rsplit(".", 1)[1]
+    fixed = {"metadata": {"CreationDate": None}} if kind == "pdf" else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
-        write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
-    pyplot.close(figure)
+        write_atomically(path, lambda file: figure.savefig(file, format=kind, **fixed))
     return path
 
 
@@ -83,46 +93,7 @@ def label(name: str) -> str:
     return one_line(name).encode(errors="replace").decode().replace("$", r"\$")
 
 
-def _titled(what, run):
-    return f"{what}\n{label(run)}" if run else what
-
-
-def _confusion(pyplot, confusion, names, folder, title):
-    """Rows are true classes, in percent of the class."""
-    size = min(max(4.5, 0.45 * len(names)), 14)
-    figure, axes = pyplot.subplots(figsize=(size + 1, size), layout="constrained")
-    percent = [[100 * cell / max(sum(row), 1) for cell in row] for row in confusion]
-    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="percent of the true class")
-    axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(_titled("Confusion matrix", title), fontsize=9)
-    if len(names) <= MOST_NAMED:
-        labels, font = [label(name) for name in names], 9 if len(names) <= 30 else 4
-        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=font)
-        axes.set_yticks(range(len(names)), labels, fontsize=font)
-    if len(names) <= MOST_ANNOTATED:
-        for i, row in enumerate(percent):
-            for j, value in enumerate(row):
-                color = "white" if value > 50 else "black"
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-    return save_figure(pyplot, figure, folder, "confusion.png")
-
-
-def _class_accuracy(pyplot, per_class, names, class_counts, folder, title):
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    seen = [(n, a, name) for n, a, name in zip(class_counts, per_class, names, strict=True) if a is not None]
-    axes.scatter([n for n, _, _ in seen], [a for _, a, _ in seen], s=24)
-    if len(names) <= MOST_ANNOTATED:
-        for n, accuracy, name in seen:
-            axes.annotate(label(name), (n, accuracy), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", ylim=(-2, 105), xlabel="training images of the class", ylabel="test accuracy [%]")
-    _plain_log_ticks(axes.xaxis)
-    axes.set_title(_titled("Accuracy of each class over its training images", title), fontsize=9)
-    axes.grid(alpha=0.3)
-    return save_figure(pyplot, figure, folder, "class_accuracy.png")
-
-
-def _plain_log_ticks(axis):
+def plain_log_ticks(axis: Any) -> None:
     """Numbers instead of powers of ten, on few ticks."""
     from matplotlib import ticker
 
@@ -131,26 +102,80 @@ def _plain_log_ticks(axis):
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
+def draw_confusion(axes: Any, confusion: Sequence[Sequence[int]], names: Sequence[str], font: float = 5.5) -> Any:
+    """A confusion matrix, rows the true classes, in percent of the class. Returns its image."""
+    percent = [[100 * cell / max(sum(row), 1) for cell in row] for row in confusion]
+    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.grid(False)
+    if len(names) <= MOST_NAMED:
+        labels, size = [label(name) for name in names], 6.5 if len(names) <= 30 else 2.5
+        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(names)), labels, fontsize=size)
+    if len(names) <= MOST_ANNOTATED:
+        for i, row in enumerate(percent):
+            for j, value in enumerate(row):
+                color = "white" if value > 50 else "black"
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=font, color=color)
+    return image
+
+
+def _titled(what, run):
+    return f"{what}\n{label(run)}" if run else what
+
+
+def _confusion(pyplot, confusion, names, folder, title):
+    width = WIDTH if len(names) <= 30 else min(2 * WIDTH, 0.07 * len(names))
+    figure, axes = pyplot.subplots(figsize=(width, width))
+    draw_confusion(axes, confusion, names)
+    axes.set_title(_titled("Confusion, percent of the true class", title), fontsize=6)
+    return _saved(pyplot, figure, folder, "confusion.png")
+
+
+def _class_accuracy(pyplot, per_class, names, class_counts, folder, title):
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 2.5))
+    seen = [(n, a, name) for n, a, name in zip(class_counts, per_class, names, strict=True) if a is not None]
+    axes.plot([n for n, _, _ in seen], [a for _, a, _ in seen], "o")
+    if len(names) <= MOST_ANNOTATED:
+        for n, accuracy, name in seen:
+            axes.annotate(label(name), (n, accuracy), xytext=(2, 3), textcoords="offset points", fontsize=6)
+    axes.set(xscale="log", ylim=(-2, 105), xlabel="training images of the class", ylabel="test accuracy [%]")
+    plain_log_ticks(axes.xaxis)
+    axes.margins(x=0.12)
+    axes.set_title(_titled("Accuracy of each class", title), fontsize=6)
+    return _saved(pyplot, figure, folder, "class_accuracy.png")
+
+
 def _curves(pyplot, history, start_ib_epoch, folder, title):
+    """Test CE, the training criterion and the accuracies, each on axes of its own: the losses are not comparable."""
     epochs = [record["epoch"] + 1 for record in history]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    left.plot(epochs, [record["test"]["loss"] for record in history], label="test (CE)")
-    left.plot(epochs, [record["train"]["loss"] for record in history], label="training (its own criterion)")
-    left.set(xlabel="epoch", ylabel="loss", yscale="log", title="Loss")
-    _plain_log_ticks(left.yaxis)
+    figure, (test, train, accuracy) = pyplot.subplots(3, 1, figsize=(WIDTH, 5.2), sharex=True)
+    for axes, part, name in ((test, "test", "test loss (CE)"), (train, "train", "training criterion")):
+        values = [record[part]["loss"] for record in history]
+        axes.plot(epochs, values, color="C0" if part == "test" else "C3")
+        axes.set(ylabel=name)
+        if all(value > 0 for value in values):
+            axes.set_yscale("log")
+            plain_log_ticks(axes.yaxis)
     # balanced test data give top-1 and class mean the same line: a dashed one above a wide one shows both
-    styles: dict[str, dict] = {"acc1": {"linewidth": 3, "alpha": 0.5}, "class_mean": {"linestyle": "--"}}
+    styles: dict[str, dict] = {"acc1": {"linewidth": 2.4, "alpha": 0.5}, "class_mean": {"linestyle": "--"}}
     for name in ("acc1", "class_mean", "many", "medium", "few"):
         values = [record["test"][name] for record in history]
         if None not in values:
             named = {"acc1": "top-1", "class_mean": "class mean"}.get(name, name)
-            right.plot(epochs, values, label=named, **styles.get(name, {}))
-    right.set(xlabel="epoch", ylabel="test accuracy [%]", ylim=(0, 102), title="Accuracy")
+            accuracy.plot(epochs, values, label=named, **styles.get(name, {}))
+    accuracy.set(xlabel="epoch", ylabel="test accuracy [%]", ylim=(0, 102))
     if any(record["stage"]["loss"].startswith("IB") for record in history):
-        for axes in (left, right):
-            axes.axvline(start_ib_epoch + 0.5, color="black", linestyle="--", label="IB starts")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.suptitle(label(title), fontsize=9)
-    return save_figure(pyplot, figure, folder, "curves.png")
+        for axes in (test, train, accuracy):
+            axes.axvline(start_ib_epoch + 0.5, color="black", linestyle="--", linewidth=0.8)
+        where = {"xycoords": test.get_xaxis_transform(), "textcoords": "offset points", "va": "top", "fontsize": 6}
+        test.annotate("IB starts", (start_ib_epoch + 0.5, 1), (3, -1), **where)
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(label(title), fontsize=6)
+    return _saved(pyplot, figure, folder, "curves.png")
+
+
+def _saved(pyplot, figure, folder, name):
+    path = save_figure(figure, folder, name)
+    pyplot.close(figure)
+    return path

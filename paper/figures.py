@@ -1,83 +1,303 @@
-"""Figures of a report: methods side by side, and Fig. 3."""
+"""Figures of a report, each with its caption: methods side by side, Fig. 2, Fig. 3, weight norms, confusion."""
 
 import collections
+import json
 import pathlib
+from collections.abc import Sequence
 from statistics import fmean, stdev
+from typing import Any
 
-from experiment import plots
-from paper.rows import DATASETS, Rows, title, values
+from experiment import checkpoint, plots
+from paper import records, runs, style
+from paper.rows import DATASETS, Row, Rows, title, values
+
+#: Class names stand on the axis up to this many classes; beyond, many, medium and few.
+MOST_NAMED = 20
+GROUPS = ("many", "medium", "few")
+
+Captions = dict[pathlib.Path, str]
 
 
-def draw(rows: Rows, to: pathlib.Path) -> list[pathlib.Path]:
-    """methods_*.png of every place with two methods or more, figure3_*.png where the start varies. The paths."""
-    pyplot = plots.load_pyplot() if rows else None
-    if pyplot is None:
-        return []
-    written = []
+def draw(rows: Rows, to: pathlib.Path, folders: Sequence[str | pathlib.Path] = ()) -> Captions:
+    """All figures of a report as PNG and PDF in `to`. Returns the PNGs with their captions, in order.
+
+    Args:
+        folders: may hold weights/*.pth.tar and evaluations/*.json, whose figures are drawn too.
+    """
+    if not plots.available():
+        plots.load_pyplot()  # says so
+        return {}
+    found: Captions = {}
     for where in dict.fromkeys(row.place for row in rows):
-        plain = {row.label: found for row, found in rows.items() if row.place == where and not _is_start(row)}
-        if len(plain) > 1:
-            written.append(_methods(pyplot, plain, where, to))
+        for name, panel in panels(rows, where).items():
+            found |= _methods(panel, where, to, name)
     for dataset, protocol in dict.fromkeys((row.run.dataset, row.run.protocol) for row in rows):
         curves = starts(rows, dataset, protocol)
         if curves:
-            written.append(_starts(pyplot, curves, dataset, protocol, to))
-    return [pathlib.Path(path) for path in written]
+            found |= _starts(curves, dataset, protocol, to)
+    for folder in map(pathlib.Path, folders):
+        found |= _weight_norms(folder, to)
+        found |= _confusion(folder, to)
+    if (to / "figure2.json").is_file():
+        of_influence(json.loads((to / "figure2.json").read_text()), to)
+    return found
 
 
-def _is_start(row):
-    return row.run.variant.startswith("start")
+# ------------------------------------------------------------------------------------------ methods side by side
+
+
+def panels(rows: Rows, where: tuple[str, str, int, str]) -> dict[str, Rows]:
+    """{name of the figure: its rows, four at most}: methods, then variants, each further figure with CE or IB again."""
+    here = [row for row in rows if row.place == where and not row.run.variant.startswith("start")]
+    here = [row for row in here if not row.difference or row.run.protocol == "own"]
+    plain = [row for row in here if not row.run.variant]
+    chosen = {"methods": _in_fours(plain, plain[:1])}
+    ib = [row for row in plain if row.run.method == "IB"]
+    chosen["controls"] = _in_fours(ib + [row for row in here if row.run.variant], ib)
+    found = {}
+    for kind, parts in chosen.items():
+        for i, part in enumerate(parts):
+            if len(part) > 1:
+                name = "_".join([kind, *map(str, where), *[str(i + 1)] * (i > 0)])
+                found[name] = {row: rows[row] for row in part}
+    return found
+
+
+def _in_fours(listed, again):
+    first, rest = listed[: style.MOST_IN_A_PANEL], listed[style.MOST_IN_A_PANEL :]
+    step = style.MOST_IN_A_PANEL - len(again)
+    return [first, *(again + rest[i : i + step] for i in range(0, len(rest), step))]
+
+
+def _methods(panel, where, to, name):
+    """Above: the second phase, epoch by epoch; below: accuracy over class size, or of the groups."""
+    _, figure, (above, below) = style.subplots(2, height=4.5)
+    first = next(iter(panel.values()))[0]
+    classes, published = len(first["class_counts"]), []
+    metric = next(iter(panel)).metric
+    begin = _second_phase(panel)
+    for i, (row, found) in enumerate(panel.items()):
+        look = style.of(row.run.method, row.run.variant, i)
+        if row.difference:  # an own data set: what sets it apart
+            look["label"] += ", " + ", ".join(value for _, value in row.difference)
+        _curve(above, found, metric, look, begin, i)
+        level = _published(row)
+        if level is not None:
+            above.axhline(level, color=look["color"], linestyle=":", linewidth=1)
+            published.append(f"{style.name_of(row.run.method, row.run.variant)} {level}")
+        if classes <= MOST_NAMED:
+            _over_class_size(below, found, look)
+        else:
+            _over_groups(below, found, look, i, len(panel))
+    _frame(above, panel, metric, begin)
+    _class_axis(below, first)
+    above.set(xlabel="epoch", ylabel=f"test {'class mean' if metric == 'class_mean' else 'top-1'} [%]")
+    below.set(ylabel="test accuracy [%]")
+    handles, labels = above.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) < 28 else 1
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+    caption = f"{title(where)}. Above: test accuracy from epoch {begin + 1} on, mean over the seeds"
+    several = {len(found) for found in panel.values() if len(found) > 1}
+    caption += "; band: ± one sample standard deviation" if several else ""
+    caption += f"; dashed: the second phase starts after epoch {begin_of_ib(panel)}" if begin_of_ib(panel) else ""
+    caption += f"; dotted: published ({', '.join(published)})" if published else ""
+    caption += ". Below: accuracy of each class over its training images, last epoch" if classes <= MOST_NAMED else (
+        ". Below: accuracy of the groups over the last tenth of the epochs"
+    )  # fmt: skip
+    seeds = [f"{style.name_of(row.run.method, row.run.variant)}: {len(found)}" for row, found in panel.items()]
+    return {style.save(figure, to, name): f"{caption}; points are seeds. Seeds of {'; '.join(seeds)}."}
+
+
+def begin_of_ib(panel: Rows) -> int:
+    """Epochs before the second phase of the rows that have one, 0 where none has."""
+    found = [record["settings"]["start_ib_epoch"] for row, of in panel.items() for record in of if _has_two(row)]
+    return min(found, default=0)
+
+
+def _has_two(row):
+    return runs.pair_of(row.run.method)[0] in runs.IB_LOSSES
+
+
+def _second_phase(panel):
+    """Epochs that are left out: those before the switch; without one, the first quarter."""
+    epochs = min(len(record["history"]) for found in panel.values() for record in found)
+    start = begin_of_ib(panel)
+    return max(start - max(epochs // 100, 1), 0) if 0 < start < epochs else epochs // 4
+
+
+def _curve(axes, found, metric, look, begin, nth):
+    seeds = [[epoch["test"][metric] for epoch in record["history"]] for record in found]
+    curves = list(zip(*seeds, strict=False))[begin:]
+    epochs, means = range(begin + 1, begin + 1 + len(curves)), [fmean(curve) for curve in curves]
+    axes.plot(
+        epochs,
+        means,
+        color=look["color"],
+        label=look["label"],
+        marker=look["marker"],
+        markevery=(2 + 2 * nth, max(len(means) // 6, 1)),
+    )
+    if len(found) > 1:
+        spread = [stdev(curve) for curve in curves]
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _frame(axes, panel, metric, begin):
+    """The switch, and limits in which the rare falls at a high learning rate do not flatten the rest."""
+    shown = sorted(
+        epoch["test"][metric] for found in panel.values() for record in found for epoch in record["history"][begin:]
+    )
+    levels = [level for row in panel if (level := _published(row)) is not None]
+    low, high = min([shown[len(shown) // 8], *levels]), max([shown[-1], *levels])
+    axes.set_ylim(low - 0.1 * (high - low) - 0.2, high + 0.1 * (high - low) + 0.2)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    start = begin_of_ib(panel)
+    if start > begin:
+        axes.axvline(start + 0.5, color="black", linestyle="--", linewidth=0.8)
+
+
+def _published(row):
+    """The figure of the paper's Table 4 or 5 for the row, None where there is none of the same experiment."""
+    if row.run.protocol != "full" or row.difference:
+        return None
+    cells = [c for c in runs.published() if c["table"] in "45" and c["same_experiment"] and row.run in runs.runs_of(c)]
+    return cells[0]["value"] if cells else None
+
+
+def _over_class_size(axes, found, look):
+    sizes = found[0]["class_counts"]
+    at = sizes if len(set(sizes)) == len(sizes) else range(len(sizes))
+    seeds = [value for value in values(found, "last", "per_class") if value is not None]
+    means = [fmean(of) if None not in of else float("nan") for of in zip(*seeds, strict=True)]
+    axes.plot(at, means, color=look["color"], linewidth=0.8, marker=None if len(seeds) > 1 else look["marker"])
+    for seed in seeds if len(seeds) > 1 else ():
+        axes.plot(at, seed, color=look["color"], marker=look["marker"], linestyle="none", markersize=2.5, alpha=0.7)
+
+
+def _over_groups(axes, found, look, nth, methods):
+    for i, group in enumerate(GROUPS):
+        seeds = [value for value in values(found, "plateau", group) if value is not None]
+        at = i + 0.16 * (nth - (methods - 1) / 2)
+        if seeds:
+            axes.bar(at, fmean(seeds), 0.13, color=look["color"], alpha=0.35)
+            axes.plot([at] * len(seeds), seeds, color=look["color"], marker=look["marker"], linestyle="none")
+
+
+def _class_axis(axes, first):
+    sizes, names = first["class_counts"], first["classes"]
+    if len(sizes) > MOST_NAMED:
+        limits = (lambda n: n > 100, lambda n: 20 <= n <= 100, lambda n: n < 20)
+        ticks = [f"{group}\n{sum(map(of, sizes))} classes" for group, of in zip(GROUPS, limits, strict=True)]
+        axes.set_xticks(range(3), ticks)
+        axes.grid(axis="x", visible=False)
+        return
+    labels = [f"{plots.label(name)} ({n})" for name, n in zip(names, sizes, strict=True)]
+    if len(set(sizes)) == len(sizes):
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, labels, rotation=45, ha="right", fontsize=6)
+        axes.set_xticks([], minor=True)
+        axes.invert_xaxis()
+    else:
+        axes.set_xticks(range(len(sizes)), labels, rotation=45, ha="right", fontsize=6)
+
+
+# ------------------------------------------------------------------------------------------------- Fig. 2, Fig. 3
 
 
 def starts(rows: Rows, dataset: str, protocol: str) -> dict[int, list[tuple[int, list[float]]]]:
-    """Fig. 3: ratio -> sorted (start of the IB phase in epochs, accuracies of the last epoch), two starts or more."""
+    """Fig. 3: ratio -> sorted (epochs before the IB phase, accuracies on the plateau), two starts or more."""
     curves = collections.defaultdict(list)
     for row, found in rows.items():
         run = row.run
         is_here = (run.dataset, run.protocol, run.imb_type, run.method) == (dataset, protocol, "exp", "IB")
-        if is_here and (run.variant == "" or _is_start(row)) and not row.difference and run.subset == 0:
-            curves[run.ratio].append((run.settings["start_ib_epoch"], values(found, "last", "acc1")))
+        is_start = run.variant == "" or run.variant.startswith("start")
+        if is_here and is_start and not row.difference and run.subset == 0:
+            curves[run.ratio].append((run.settings["start_ib_epoch"], values(found, "plateau", "acc1")))
     return {ratio: sorted(points) for ratio, points in curves.items() if len(points) > 1}
 
 
-def _starts(pyplot, curves, dataset, protocol, to):
-    figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
-    for ratio, points in curves.items():
-        means = [fmean(values) for _, values in points]
-        spread = [stdev(values) if len(values) > 1 else 0 for _, values in points]
-        axes.errorbar([start for start, _ in points], means, spread, marker="o", capsize=3, label=f"ratio {ratio}")
-    axes.set(xlabel="epochs before the IB phase", ylabel="test top-1, last epoch [%]")
-    axes.set_title(f"{DATASETS[dataset]}, {protocol} length: start of the IB phase (Fig. 3)", fontsize=10)
-    axes.grid(alpha=0.3)
+def _starts(curves, dataset, protocol, to):
+    _, figure, axes = style.subplots(height=2.3)
+    for color, (ratio, points) in zip(("#d55e00", "#0072b2", "#009e73"), curves.items(), strict=False):
+        axes.plot([s for s, _ in points], [fmean(of) for _, of in points], color=color, label=f"ratio {ratio}")
+        for start, of in points:
+            axes.plot([start] * len(of), of, "o", color=color, alpha=0.6)
+    axes.set(xlabel="epochs before the IB phase", ylabel="test top-1, plateau [%]")
     axes.legend()
-    return plots.save_figure(pyplot, figure, to, f"figure3_{dataset}_{protocol}.png")
+    length = {"full": "full length", "short": "shortened to a fifth"}.get(protocol, protocol)
+    caption = f"{DATASETS[dataset]}, {length}: start of the IB phase (the paper's Fig. 3), mean of the last tenth of"
+    return {style.save(figure, to, f"figure3_{dataset}_{protocol}"): f"{caption} the epochs; points are seeds."}
 
 
-def _methods(pyplot, rows, where, to):
-    """Left: test accuracy over the epochs; right: accuracy of each class in the last epoch; means over the seeds.
+def of_influence(found: dict[str, Any], to: pathlib.Path) -> pathlib.Path:
+    """figure2: the influences that `influence.of_checkpoint` returns, of balanced and of long-tailed training data."""
+    _, figure, panels = style.subplots(2, height=3.6, sharex=True, sharey=True)
+    for axes, (name, one) in zip(panels, found.items(), strict=True):
+        looks = (("o-", "#000000"), ("s-", "#d55e00"))
+        classes = zip(looks, one["classes"], one["images"], one["influence"], strict=True)
+        for (look, color), who, images, influences in classes:
+            label = f"{plots.label(who)}, {images} training images"
+            axes.plot(range(1, len(influences) + 1), influences, look, color=color, label=label, markersize=2)
+        axes.set(ylabel="influence, scaled", title=f"{name} training data")
+        axes.legend()
+    panels[-1].set_xlabel("image, by influence")
+    return style.save(figure, to, "figure2")
 
-    Lines get thinner and change their dashes from row to row, so that one that hides another shows it.
-    """
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for i, (name, found) in enumerate(rows.items()):
-        style = {"linestyle": ("-", "--", "-.", ":")[i % 4], "linewidth": 3 - 2 * i / max(len(rows) - 1, 1)}
-        curves = list(zip(*([e["test"]["acc1"] for e in record["history"]] for record in found), strict=False))
-        means = [fmean(values) for values in curves]
-        epochs = range(1, len(means) + 1)
-        (line,) = left.plot(epochs, means, label=f"{name} (n = {len(found)})", color=f"C{i % 10}", **style)
-        if len(found) > 1:
-            spread = [stdev(values) for values in curves]
-            low = [m - s for m, s in zip(means, spread, strict=True)]
-            high = [m + s for m, s in zip(means, spread, strict=True)]
-            left.fill_between(epochs, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-        classes = [fmean(values) for values in zip(*values(found, "last", "per_class"), strict=True)]
-        right.plot(
-            range(len(classes)), classes, color=line.get_color(), marker="osv^Dx+P"[i % 8], markersize=4, **style
-        )
-    figure.suptitle(title(where))
-    left.set(xlabel="epoch", ylabel="test top-1 [%]", title="Over the epochs")
-    left.legend(fontsize=8)
-    right.set(xlabel="class, largest first", ylabel="test accuracy [%]", title="Of each class, last epoch")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    return plots.save_figure(pyplot, figure, to, "methods_" + "_".join(map(str, where)) + ".png")
+
+# --------------------------------------------------------------------------------------- weights and evaluations
+
+
+def _weight_norms(folder, to):
+    """The length of each class's weight vector, of the weight files of a folder."""
+    paths = [path for path in sorted((folder / "weights").glob("*.pth.tar")) if path.name != "phase_one.pth.tar"]
+    found = {}
+    for path in paths:
+        state = checkpoint.load(path)
+        if "settings" in state and "class_counts" in state:
+            run, difference = records.describe(state["settings"])
+            found[Row(run, difference)] = (
+                state["class_counts"],
+                class_norms(state["state_dict"], len(state["class_counts"])),
+            )
+    found = dict(list(found.items())[: style.MOST_IN_A_PANEL])
+    if not found:
+        return {}
+    _, figure, axes = style.subplots(height=2.3)
+    order = list(runs.METHODS)
+    for row in sorted(found, key=lambda row: order.index(row.run.method)):
+        sizes, norms = found[row]
+        look = style.of(row.run.method, row.run.variant)
+        line = {"linewidth": 0.8} if len(sizes) <= MOST_NAMED else {"linestyle": "none", "markersize": 2, "alpha": 0.8}
+        axes.plot(sizes, norms, **look, **line)
+    axes.set(xscale="log", xlabel="training images of the class", ylabel="length of its weights")
+    axes.invert_xaxis()
+    plots.plain_log_ticks(axes.xaxis)
+    axes.legend(ncols=2)
+    text = "Length of each class's weight vector in the last layer, after the last epoch, over its training images."
+    return {style.save(figure, to, "weight_norms"): text}
+
+
+def class_norms(state_dict: dict[str, Any], classes: int) -> list[float]:
+    """L2 norm of each class's weights: of the last matrix of a state dict."""
+    matrix = [tensor for tensor in state_dict.values() if tensor.dim() == 2][-1]
+    matrix = matrix if len(matrix) == classes else matrix.T  # a normalised head's
+    return matrix.double().norm(dim=1).tolist()
+
+
+def _confusion(folder, to):
+    """The confusion matrix of every evaluation whose file is named after a method, side by side two by two."""
+    found = {}
+    for method in ("CE", "IB", "IB+CB", "IB+Focal"):
+        path = folder / "evaluations" / f"{method}.json"
+        result = json.loads(path.read_text()) if path.is_file() else {}
+        if result.get("confusion") and len(result["confusion"]) <= MOST_NAMED:
+            found[method] = result
+    captions = {}
+    for method, result in found.items():
+        _, figure, axes = style.subplots(height=style.WIDTH)
+        plots.draw_confusion(axes, result["confusion"], result["classes"])
+        axes.set_title(f"{style.name_of(method)}, percent of the true class")
+        text = f"Confusion of {method} after the last epoch, in percent of the true class; classes from the largest."
+        captions[style.save(figure, to, f"confusion_{method}")] = text
+    return captions

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from experiment.resume import settings_of_checkpoint
 from files import write_text
 from loaders.in_memory import InMemoryBatches
 from losses import influence
+from paper import figures
 from utils import DataError
 
 #: The most influential images of a class that are shown.
@@ -29,8 +31,7 @@ def draw(balanced: str, long_tailed: str, data_dir: str, to: str | os.PathLike) 
     found = {"balanced": of_checkpoint(balanced, data_dir), "long-tailed": of_checkpoint(long_tailed, data_dir)}
     path = os.path.join(to, "figure2.json")
     write_text(path, json.dumps(found, indent=1) + "\n")
-    pyplot = plots.load_pyplot()
-    return [path] if pyplot is None else [path, _draw(pyplot, found, to)]
+    return [path, str(figures.of_influence(found, pathlib.Path(to)))] if plots.available() else [path]
 
 
 def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
@@ -70,16 +71,3 @@ def influences(
         values.append(influence(logits, target, features))
         labels.append(target)
     return torch.cat(values), torch.cat(labels)
-
-
-def _draw(pyplot, found, to):
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axes, (title, one) in zip(panels, found.items(), strict=True):
-        classes = zip(("o-", "s--"), one["classes"], one["images"], one["influence"], strict=True)
-        for style, name, images, values in classes:
-            axes.plot(range(1, len(values) + 1), values, style, ms=3, label=f"{name} ({images} training images)")
-        axes.set(xlabel="image, by influence", title=f"{title} training data")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    panels[0].set_ylabel("influence, scaled to [0, 1]")
-    return plots.save_figure(pyplot, figure, to, "figure2.png")

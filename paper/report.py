@@ -1,12 +1,15 @@
-"""What has run, beside the published figures: report.md and figures.
+"""What has run, beside the published figures: report.md, report.csv, report.tex and figures.
 
 Accuracies in percent of the test set. "Best" is the run's best epoch, picked on the test set as the official code
-does, "last" its last epoch. Only full-length runs that are the paper's to the letter (`records.describe`) are judged
-against a published figure; another precision is shown there with its label; all others have tables of their own.
+does, "plateau" the mean over the last tenth of the epochs, "last" the last epoch. Only full-length runs that are
+exactly the paper's (`records.describe`) are judged against a published figure; another precision is shown there with
+its label; all others have tables of their own.
 """
 
 import collections
-import dataclasses
+import csv
+import io
+import math
 import pathlib
 import shlex
 from collections.abc import Iterable, Sequence
@@ -16,8 +19,7 @@ from typing import Any
 from experiment.provenance import lengths
 from files import write_text
 from paper import figures, records, runs, statistics
-from paper.rows import DATASETS, Row, Rows, group, title, values
-from paper.statistics import Spread
+from paper.rows import WHEN, Row, Rows, first_phases, group, one_image, pairs, title, values
 from utils import DataError, warn
 
 TABLES = {
@@ -30,26 +32,35 @@ TABLES = {
     "yardstick": "Balanced Softmax, logit adjustment, CE with CB weights: published elsewhere",
 }
 METRICS = {"top1": "acc1", "top5": "acc5"}
-#: What the paper tells of its own spread: the ± of IB in Table 2 (three seeds); 40.85 and 42.14 for one cell of IB in
-#: Tables 1 and 4. The latter is the larger of two such pairs (52.85 and 52.63 is the other): it errs on the wide side.
-HINTS = {"cifar10": [Spread(0.57, 2)], "cifar100": [Spread(stdev([40.85, 42.14]), 1)]}
+#: What a published figure may be: the paper does not say. Each has a verdict of its own.
+JUDGED = ("best", "plateau")
+SHOWN = ("acc1", "class_mean", "macro_f1", "many", "medium", "few")
+NAMES = {"acc1": "top-1", "acc5": "top-5", "class_mean": "class mean", "macro_f1": "macro-F1"}
 
-RULE = f"""Figures are mean ± sample standard deviation over the seeds. "Differs" compares ours with a published mean
-of m runs (1 where nothing is said), at the level of {statistics.LEVEL:.0%}: the difference must exceed
-t · s · sqrt(1 / n + 1 / m), the half width of a prediction interval with Student's t (the column "limit"). s is the
-spread between seeds, pooled over all rows of the data set that have two seeds or more, and over what the paper tells
-of its own spread (CIFAR-10: ± 0.57; CIFAR-100: 40.85 and 42.14 for one cell). The paper does not say whether it prints
-the best or the last epoch, so a verdict needs both to agree; "?" means that they do not, or that the spread
-is unknown (no row of the data set has two seeds). Figures of another experiment are shown, not judged."""
+RULE = """Figures are mean ± sample standard deviation over the seeds. **Plateau** is the mean over the last tenth of
+the epochs (180 to 199 of 200, counted from 0); comparisons rest on it. The paper does not say whether its figures are
+best or last epochs, so best and plateau each have a verdict: "agrees" where the 90 % interval of the mean difference
+lies inside ± {margin:g} (two one-sided tests), "higher" or "lower" where its 95 % interval lies outside of that; else
+"not known", with the number of seeds that would decide. One seed is an observation and has no verdict. The spread is
+that of the differences themselves; the ± of the paper is shown and not used. Figures of another experiment are shown,
+not judged."""
 
 
-def write(folders: Sequence[str | pathlib.Path], to: str | pathlib.Path) -> list[str]:
+def write(
+    folders: Sequence[str | pathlib.Path], to: str | pathlib.Path, margin: float = statistics.MARGIN,
+    as_csv: bool = False, as_latex: bool = False, all_pairs: bool = False,
+) -> list[str]:  # fmt: skip
     """report.md and figures in the folder `to`, from the records below `folders`. Returns the paths.
 
     A folder may hold notes.md, what a reader must know of its runs: its text comes first.
 
+    Args:
+        margin: of the agreement with a published figure, in percent points.
+        as_csv, as_latex: write report.csv and report.tex too.
+        all_pairs: compare every two rows of a place, not only those with CE and IB.
+
     Raises:
-        DataError: there is nothing to report, neither a record, whole or half, nor figure2.png in `to`.
+        DataError: there is nothing to report, neither a record, complete or not, nor figure2.png in `to`.
     """
     to = pathlib.Path(to)
     found, left_out, notes = [], [], []
@@ -65,14 +76,20 @@ def write(folders: Sequence[str | pathlib.Path], to: str | pathlib.Path) -> list
     left_out += doubtful
     for line in left_out:
         warn(f"left out: {line}")
-    images = figures.draw(rows, to)
-    parts = ["# What has run", "", *notes, RULE, "", *against_the_paper(rows), *per_class(rows), *others(rows)]
-    parts += runs_and_commands(rows)
+    images = figures.draw(rows, to, folders)
+    parts = ["# What has run", "", *notes, RULE.format(margin=margin), ""]
+    parts += [*against_the_paper(rows, margin), *per_class(rows), *others(rows, all_pairs), *runs_and_commands(rows)]
     parts += ["## Left out", "", *(f"- {line}" for line in left_out), ""] if left_out else []
-    images += [to / "figure2.png"] if (to / "figure2.png").exists() else []
-    parts += [f"![{path.stem}]({path.name})" for path in images]
+    for path, caption in images.items():
+        parts += [f"![{path.stem}]({path.name})", "", caption, ""]
+    parts += ["![figure2](figure2.png)"] if (to / "figure2.png").exists() else []
     write_text(to / "report.md", "\n".join(parts).rstrip() + "\n")
-    return [str(to / "report.md"), *map(str, images)]
+    written = [to / "report.md", *images]
+    for wanted, name, make in ((as_csv, "report.csv", csv_text), (as_latex, "report.tex", latex_text)):
+        if wanted:
+            write_text(to / name, make(rows))
+            written.append(to / name)
+    return list(map(str, written))
 
 
 def mean_and_spread(of_seeds: Sequence[float | None], digits: int = 2) -> str:
@@ -93,7 +110,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 # ----------------------------------------------------------------------------------------- beside the paper
 
 
-def against_the_paper(rows: Rows) -> list[str]:
+def against_the_paper(rows: Rows, margin: float = statistics.MARGIN) -> list[str]:
     """Of every table the cells of the data, imbalances and ratios of which something has run at full length."""
     parts, nothing = ["## Beside the published figures", ""], []
     for name, heading in TABLES.items():
@@ -103,17 +120,16 @@ def against_the_paper(rows: Rows) -> list[str]:
         if not cells:
             nothing.append(heading)
             continue
-        lines, verdicts = [], []
+        lines, sentences = [], []
         for cell, run in cells:
-            matching = {row: found for row, found in rows.items() if _stands_beside(row, run)}
+            matching = [row for row in rows if _stands_beside(row, run)]
             for row in dict.fromkeys([Row(run), *matching]):
-                line, verdict = _compared(cell, row, matching.get(row, []), rows)
+                line, sentence = _compared(cell, row, rows.get(row, []), margin)
                 lines.append(line)
-                verdicts += verdict
-        heads = ["data", "type", "ratio", "method", "published", "n", "best", "difference", "last", "difference"]
-        heads += ["class mean, last", "limit, best / last", "differs"]
-        parts += [f"### {heading}", "", *table(heads, lines), *_about_the_verdicts(verdicts)]
-        parts += [*_spreads(rows, {run.dataset for _, run in cells}), *_notes(cells)]
+                sentences += sentence
+        heads = ["data", "type", "ratio", "method", "published", "n", "best", "difference", "verdict", "plateau"]
+        heads += ["difference", "verdict", "last", "difference"]
+        parts += [f"### {heading}", "", *table(heads, lines), *sentences, *_gains(cells, rows, margin), *_notes(cells)]
     if nothing:
         parts += ["Of these nothing has run at full length:", "", *(f"- {heading}" for heading in nothing), ""]
     return parts
@@ -123,54 +139,89 @@ def _stands_beside(row, run):
     return row.run == run and all(name in records.NUMERICS for name, _ in row.difference)
 
 
-def _compared(cell, row, found, rows):
-    """A line of the table, and a list of its verdict, empty where it is not judged."""
+def _compared(cell, row, found, margin):
+    """A line of the table, and a sentence for a row with a verdict."""
     metric = METRICS[cell["metric"]]
     spread = f" ± {cell['spread']}" if cell["spread"] else ""
     line = [cell["dataset"], cell["imb_type"], cell["ratio"], row.label]
     line.append(f"{cell['value']}{spread} ({cell['whose']}{', top-5' if metric == 'acc5' else ''})")
     if not found:
-        return [*line, *[""] * 8], []
-    differences, limits = [], []
-    for when in ("best", "last"):
-        differences.append(fmean(values(found, when, metric)) - cell["value"])
-        known = _spread(rows, cell["dataset"], when, metric)
-        limits.append(statistics.limit(known, len(found), cell["runs"]) if known else None)
+        return [*line, *[""] * 9], []
     line.append(len(found))
-    for when, difference in zip(("best", "last"), differences, strict=True):
-        line += [mean_and_spread(values(found, when, metric)), f"{difference:+.2f}"]
-    line.append(mean_and_spread(values(found, "last", "class_mean")))
-    if row.difference or not cell["same_experiment"]:
-        return [*line, "", "not judged"], []
-    verdict = statistics.verdict(differences, limits)
-    return [*line, _limits(limits), verdict], [verdict] * (None not in limits)
+    is_judged = cell["same_experiment"] and not row.difference
+    verdicts = {}
+    for when in WHEN:
+        ours = values(found, when, metric)
+        differences = [value - cell["value"] for value in ours]
+        line += [mean_and_spread(ours), f"{fmean(ours) - cell['value']:+.2f}"]
+        if when in JUDGED:
+            verdicts[when] = statistics.against(differences, margin, one_image(found))
+            line.append(_verdict(verdicts[when]) if is_judged else "not judged")
+    said = [_sentence(verdicts, row.label, cell["value"], margin), ""] if is_judged and len(found) > 1 else []
+    return line, said
 
 
-def _limits(limits):
-    return "unknown" if None in limits else " / ".join(f"{limit:.2f}" for limit in limits)
+def _verdict(result):
+    if result.verdict != statistics.NOT_KNOWN:
+        return result.verdict
+    return f"not known ({result.seeds or f'over {statistics.MOST_SEEDS}'} seeds would decide)"
 
 
-def _spread(rows, dataset, when, metric):
-    """The seed spread of a data set at full length, from the rows that are the paper's to the letter."""
-    of_it = [found for row, found in rows.items() if row.place[::3] == (dataset, "full") and not row.difference]
-    hints = HINTS.get(dataset, []) if metric == "acc1" else []
-    return statistics.pooled([values(found, when, metric) for found in of_it], hints)
+def _sentence(verdicts, label, published, margin):
+    """'IB: its best epochs agree with 78.26 within ± 1; its plateau is 3.0 lower (n = 3).'"""
+    said = []
+    for when, result in verdicts.items():
+        what, is_, agrees = ("best epochs", "are", "agree") if when == "best" else ("plateau", "is", "agrees")
+        if result.verdict == statistics.AGREES:
+            said.append(f"its {what} {agrees} with {published} within ± {margin:g}")
+        elif result.verdict in (statistics.HIGHER, statistics.LOWER):
+            said.append(f"its {what} {is_} {abs(result.mean):.1f} {result.verdict} than {published}")
+        else:
+            said.append(f"whether its {what} {agrees} with {published} is not known")
+    return f"- {label}: {'; '.join(said)} (n = {verdicts['best'].n})."
 
 
-def _spreads(rows, datasets):
-    parts = []
-    for dataset in sorted(datasets):
-        known = {when: _spread(rows, dataset, when, "acc1") for when in ("best", "last")}
-        text = ", ".join(f"{when} {s.value:.2f} ({s.degrees} degrees of freedom)" for when, s in known.items() if s)
-        parts += [f"Seed spread of {DATASETS[dataset]}, top-1: {text or 'unknown, no row has two seeds'}.", ""]
-    return parts
-
-
-def _about_the_verdicts(verdicts):
-    if not verdicts:
+def _gains(cells, rows, margin):
+    """Our gain over CE, seed by seed, beside the published one, where both figures are of one author."""
+    base = {(c["dataset"], c["imb_type"], c["ratio"], c["metric"], c["whose"]): (c, r) for c, r in cells if _is_ce(r)}
+    lines, sentences = [], []
+    for cell, run in cells:
+        key = tuple(cell[name] for name in ("dataset", "imb_type", "ratio", "metric", "whose"))
+        row = Row(run)
+        if key not in base or _is_ce(run) or row not in rows or not cell["same_experiment"]:
+            continue
+        of_ce, ce_run = base[key]
+        ce = Row(ce_run)
+        both = pairs(rows, row, ce) if ce in rows and of_ce["same_experiment"] else []
+        if not both:
+            continue
+        published, metric = cell["value"] - of_ce["value"], METRICS[cell["metric"]]
+        line, verdicts = [*key[:3], f"{row.label} minus CE", f"{published:+.2f}", len(both)], {}
+        for when in WHEN:
+            mine, theirs = (values([pair[i] for pair in both], when, metric) for i in (0, 1))
+            gains = [one - other for one, other in zip(mine, theirs, strict=True)]
+            line.append(_signed(gains))
+            if when in JUDGED:
+                differences = [gain - published for gain in gains]
+                verdicts[when] = statistics.against(differences, margin, one_image(rows[row]))
+                line.append(_verdict(verdicts[when]))
+        lines.append(line)
+        if len(both) > 1:
+            label = f"{row.label}, gain over CE"
+            sentences += [_sentence(verdicts, label, f"{published:+.2f}", margin), ""]
+    if not lines:
         return []
-    expected = statistics.LEVEL * len(verdicts)
-    return [f'Compared: {len(verdicts)}. If nothing differed, at most {expected:.2f} false "yes" were expected.', ""]
+    heads = ["data", "type", "ratio", "gain", "published", "n", "best", "verdict", "plateau", "verdict", "last"]
+    text = "The gain over CE, seed by seed within one first phase, one statistic for both:"
+    return [text, "", *table(heads, lines), *sentences]
+
+
+def _is_ce(run):
+    return run.method == "CE" and run.variant in ("", "paper-lr")
+
+
+def _signed(gains):
+    return f"{fmean(gains):+.2f}" + (f" ± {stdev(gains):.2f}" if len(gains) > 1 else "")
 
 
 def _notes(cells):
@@ -209,64 +260,129 @@ def per_class(rows: Rows) -> list[str]:
 # ------------------------------------------------------------------------------- what has no published figure
 
 
-def others(rows: Rows) -> list[str]:
+def others(rows: Rows, all_pairs: bool = False) -> list[str]:
     """Two tables for each data set, imbalance, ratio and protocol: what was reached, and ours against ours."""
     parts = []
     for where in dict.fromkeys(row.place for row in rows):
         here = {row: found for row, found in rows.items() if row.place == where}
         first = next(iter(here.values()))[0]
         parts += [f"## {title(where)}", ""]
-        if where[-1] == "short":
-            parts += [f"Shortened to {_lengths(here)}: not to be set against published figures.", ""]
+        if where[-1] not in ("full", "own"):
+            epochs = sorted({record["settings"]["epochs"] for found in here.values() for record in found})
+            length = f"Of {' and '.join(map(str, epochs))} epochs"
+            parts += [f"{length}: not the paper's length, and not to be set against published figures.", ""]
         if len(first["class_counts"]) <= 20:
             parts += [f"Training images of each class: {' '.join(map(str, first['class_counts']))}.", ""]
-        heads = ["method", "n", "top-1 best", "top-1 last", "top-5 last", "class mean", "many", "medium", "few"]
-        parts += table([*heads, "s per epoch"], [_reached(row, found) for row, found in here.items()])
-        parts += [f"Class mean and groups are of the last epoch; {first['group_rule']}.", "", *_pairs(here)]
+        phases, metrics = first_phases(here), [name for name in SHOWN if _has(here, name)]
+        heads = ["method", "n", *(f"top-1 {when}" for when in WHEN)]
+        heads += [f"{NAMES.get(name, name)}, plateau" for name in metrics if name != "acc1"]
+        heads += ["s per epoch", *["first phase"] * bool(phases)]
+        parts += table(heads, [_reached(row, found, metrics, phases) for row, found in here.items()])
+        parts += [f"{first['group_rule'][0].upper()}{first['group_rule'][1:]}.", ""]
+        if phases:
+            text = "Rows of different letters start from different first phases of the same seed, trained apart: they"
+            parts += [f"{text} are not compared.", ""]
+        parts += _pairs(here, all_pairs)
     return parts
 
 
-def _lengths(here):
-    """'40 epochs, a fifth', or '2 of 200 epochs': the records' own against the full length."""
-    full = {row: dataclasses.replace(row.run, protocol="full").settings["epochs"] for row in here}
-    lengths = sorted({(record["settings"]["epochs"], full[row]) for row, found in here.items() for record in found})
-    if all(epochs * runs.SHORTENING["short"] == whole for epochs, whole in lengths):
-        return f"{' and '.join(str(epochs) for epochs, _ in lengths)} epochs, a fifth"
-    return f"{' and '.join(f'{epochs} of {whole}' for epochs, whole in lengths)} epochs"
+def _has(here, metric):
+    """Whether a record has a value of the metric; groups without a class have none."""
+    return any(record["last"].get(metric) is not None for found in here.values() for record in found)
 
 
-def _reached(row, found):
-    cells = [row.label, len(found), mean_and_spread(values(found, "best", "acc1"))]
-    cells += [
-        mean_and_spread(values(found, "last", name)) for name in ("acc1", "acc5", "class_mean", "many", "medium", "few")
-    ]
-    return [*cells, f"{median(epoch['seconds'] for record in found for epoch in record['history']):.1f}"]
+def _reached(row, found, metrics, phases):
+    cells = [row.label, len(found), *(mean_and_spread(values(found, when, "acc1")) for when in WHEN)]
+    cells += [mean_and_spread(values(found, "plateau", name)) for name in metrics if name != "acc1"]
+    cells.append(f"{median(epoch['seconds'] for record in found for epoch in record['history']):.1f}")
+    return [*cells, *[phases.get(row)] * bool(phases)]
 
 
-def _pairs(here):
-    """IB against each other row, class weights alone against the factor at the size of CE, labelled against plain."""
-    at = {row.run.variant: row for row in here if row.run.method == "IB" and not (row.difference or row.run.subset)}
-    pairs = [(at[""], row) for row in here if row != at[""]] if "" in at else []
-    pairs += [(at["l1-auto"], at["weights-only"])] if {"l1-auto", "weights-only"} <= at.keys() else []
-    plain = ((Row(row.run), row) for row in here if row.difference)
-    pairs += [pair for pair in plain if pair[0] in here and pair not in pairs]
-    lines, verdicts = [], []
-    for one, other in pairs:
-        by_seed = [{record["settings"]["seed"]: record for record in here[row]} for row in (one, other)]
-        seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
-        if not seeds:
-            continue
-        gaps = [[by_seed[0][s][when]["acc1"] - by_seed[1][s][when]["acc1"] for s in seeds] for when in ("best", "last")]
-        limits = [statistics.paired_limit(gap) for gap in gaps]
-        verdict = statistics.verdict([fmean(gap) for gap in gaps], limits)
-        verdicts += [verdict] * (None not in limits)
-        means = [f"{fmean(gap):+.2f}" for gap in gaps]
-        lines.append([f"{one.label} minus {other.label}", len(seeds), *means, _limits(limits), verdict])
-    if not lines:
+def _chosen_pairs(here, all_pairs):
+    """Every two rows, or those with CE and with IB, class weights alone against the factor, labelled against plain."""
+    listed = list(here)
+    if all_pairs or len(listed) <= 5:
+        return [(one, other) for i, other in enumerate(listed) for one in listed[i + 1 :]]
+    plain = {(row.run.method, row.run.variant): row for row in listed if not row.difference and not row.run.subset}
+    found = [(row, plain[base]) for base in (("CE", ""), ("IB", "")) if base in plain for row in listed]
+    if {("IB", "l1-auto"), ("IB", "weights-only")} <= plain.keys():
+        found.append((plain["IB", "l1-auto"], plain["IB", "weights-only"]))
+    found += [(row, Row(row.run)) for row in listed if row.difference and Row(row.run) in here]
+    unique = {frozenset(pair): pair for pair in reversed(found) if pair[0] != pair[1]}
+    return list(unique.values())[::-1]
+
+
+def _pairs(here, all_pairs):
+    """Ours against ours: two rows that differ in the method alone, over the seeds that both have."""
+    gaps, resolution = {}, one_image(record for found in here.values() for record in found)
+    for one, other in _chosen_pairs(here, all_pairs):
+        both = pairs(here, one, other)
+        if both:
+            mine, theirs = ([pair[i] for pair in both] for i in (0, 1))
+            gaps[one, other] = {
+                when: [
+                    a - b for a, b in zip(*(values(of, when, one.metric) for of in (mine, theirs)), strict=True)
+                ]
+                for when in JUDGED
+            }  # fmt: skip
+    if not gaps:
         return []
-    text = "Ours against ours: mean difference of top-1 over the seeds that both have, paired t-test."
-    heads = ["", "seeds", "best", "last", "limit, best / last", "differs"]
-    return [text, "", *table(heads, lines), *_about_the_verdicts(verdicts)]
+    found = statistics.family({pair: gap["plateau"] for pair, gap in gaps.items()}, resolution=resolution)
+    lines = []
+    for (one, other), contrast in found.items():
+        line = [f"{one.label} minus {other.label}", contrast.n, _signed(gaps[one, other]["best"])]
+        line.append(_signed(gaps[one, other]["plateau"]))
+        interval = "" if contrast.interval is None else "{:+.2f} to {:+.2f}".format(*contrast.interval)
+        lines.append([*line, interval, "" if math.isnan(contrast.p) else f"{contrast.p:.3f}", contrast.verdict])
+    what = NAMES[next(iter(here)).metric]
+    text = f"Ours against ours: difference of {what} over the seeds that both have, paired t-test on the plateau. p is"
+    text += " Holm's for the whole table."
+    heads = ["", "seeds", "best", "plateau", "95 % interval", "p", "verdict"]
+    return [text, "", *table(heads, lines)]
+
+
+# ------------------------------------------------------------------------------------------- for other programs
+
+
+def csv_text(rows: Rows) -> str:
+    """CSV, a line a row: place, method, n, then mean and standard deviation of every figure, best, plateau, last."""
+    names = [f"{when}_{name}{part}" for when in WHEN for name in SHOWN for part in ("", "_sd")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["dataset", "imb_type", "ratio", "length", "method", "n", *names])
+    for row, found in rows.items():
+        cells = []
+        for when in WHEN:
+            for name in SHOWN:
+                known = values(found, when, name)
+                complete = None not in known
+                cells.append(f"{fmean(known):.4f}" if complete else "")
+                cells.append(f"{stdev(known):.4f}" if complete and len(known) > 1 else "")
+        writer.writerow([*row.place, row.label, len(found), *cells])
+    return text.getvalue()
+
+
+def latex_text(rows: Rows) -> str:
+    """LaTeX, a booktabs table a place: top-1 best, plateau and last, class mean and groups on the plateau."""
+    parts = ["% \\usepackage{booktabs}"]
+    for where in dict.fromkeys(row.place for row in rows):
+        here = {row: found for row, found in rows.items() if row.place == where}
+        metrics = [name for name in SHOWN if name != "acc1" and _has(here, name)]
+        heads = ["method", "$n$", *WHEN, *(NAMES.get(name, name) for name in metrics)]
+        parts += ["\\begin{table}", "\\centering", rf"\begin{{tabular}}{{l{'c' * (len(heads) - 1)}}}", "\\toprule"]
+        parts += [" & ".join(heads) + r" \\", "\\midrule"]
+        for row, found in here.items():
+            cells = [*(mean_and_spread(values(found, when, "acc1")) for when in WHEN)]
+            cells += [mean_and_spread(values(found, "plateau", name)) for name in metrics]
+            line = " & ".join([_latex(row.label), str(len(found)), *(cell.replace("±", r"$\pm$") for cell in cells)])
+            parts.append(line + r" \\")
+        caption = rf"{_latex(title(where))}: test accuracy [\%]; class mean and groups: last tenth of the epochs."
+        parts += ["\\bottomrule", "\\end{tabular}", rf"\caption{{{caption}}}", "\\end{table}", ""]
+    return "\n".join(parts)
+
+
+def _latex(text):
+    return "".join(rf"\{c}" if c in "_%&#$" else c for c in text)
 
 
 # ---------------------------------------------------------------------------------------------- how it was run
@@ -278,7 +394,7 @@ def runs_and_commands(rows: Rows) -> list[str]:
         return []
     lines, commands = [], []
     for row, found in rows.items():
-        if not row.difference:
+        if not row.difference and row.run.protocol != "own":
             commands.append(shlex.join(["python", *row.run.argv("reproduced")]))
         for record in found:
             amp, threads = record["settings"].get("amp", "none"), record["settings"].get("threads")

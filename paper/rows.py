@@ -1,4 +1,4 @@
-"""The rows of a report: which records belong together, and what they are called."""
+"""The rows of a report: which records belong together, what they are called, and which may be compared."""
 
 import collections
 import dataclasses
@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from paper import records, runs
+from training.registry import RULES
 
 DATASETS = {
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "Digits", "tinyimagenet": "Tiny ImageNet",
     "inaturalist": "iNaturalist 2018",
 }  # fmt: skip
 IMBALANCES = {"exp": "exponential", "step": "step"}
+#: What `when` may be: the run's best epoch, the mean over the last tenth of its epochs, its last epoch.
+WHEN = ("best", "plateau", "last")
 
 
 class Row(NamedTuple):
@@ -29,8 +32,15 @@ class Row(NamedTuple):
 
     @property
     def place(self) -> tuple[str, str, int, str]:
-        """What tells one table of runs from another."""
-        return self.run.dataset, self.run.imb_type, self.run.ratio, self.run.protocol
+        """What tells one table of runs from another; a run of other epochs than its protocol's is in none of both."""
+        epochs = dict(self.difference).get("epochs")
+        protocol = f"{epochs} epochs" if epochs and self.run.protocol != "own" else self.run.protocol
+        return self.run.dataset, self.run.imb_type, self.run.ratio, protocol
+
+    @property
+    def metric(self) -> str:
+        """What rows are compared by: top-1, on data sets that the paper does not have the class mean."""
+        return "class_mean" if self.run.protocol == "own" else "acc1"
 
 
 #: The records of each row, one a seed.
@@ -40,15 +50,16 @@ Rows = dict[Row, list[dict[str, Any]]]
 def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]:
     """The rows in the paper's order, their records by seed, and a line for each record that has no row.
 
-    A run that is found twice counts once; two different runs of one seed are all left out, and so are two seeds with
-    one history, of which one is a copy.
+    A run that is found twice counts once; two different runs of one seed are left out.
     """
     same, seeds, left_out = collections.defaultdict(dict), collections.defaultdict(list), []
-    for path, record in found:
-        run, difference = records.identify(record)
-        if run is None:
-            left_out.append(f"{path}: a method or a data set that the paper does not have")
-            continue
+    identified = [(path, record, *records.identify(record)) for path, record in found]
+    usual = _usual_settings(identified)
+    for path, record, run, difference in identified:
+        if run.protocol == "own":
+            difference = tuple(d for d in difference if d != usual[run.dataset, run.imb_type, run.ratio].get(d.setting))
+            if RULES[runs.pair_of(run.method)[1]].trains == "head":  # a second stage makes it longer
+                difference = tuple(d for d in difference if d.setting not in ("epochs", "drw_epoch"))
         curve = tuple(round(epoch["test"]["acc1"], 4) for epoch in record["history"])
         same[run, difference].setdefault(curve, (path, record))
     for (run, difference), curves in sorted(same.items(), key=lambda item: item[0][0].seed):
@@ -56,42 +67,98 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
             paths = " and ".join(path for path, _ in curves.values())
             left_out.append(f"{paths}: different runs of one seed; keep one of them")
             continue
-        seeds[Row(dataclasses.replace(run, seed=0), difference)] += curves.values()
-    rows = {}
-    for row, of_seeds in seeds.items():
-        histories = collections.defaultdict(list)
-        for path, record in of_seeds:
-            histories[_history(record)].append((path, record))
-        for copies in histories.values():
-            if len(copies) > 1:
-                paths = " and ".join(path for path, _ in copies)
-                left_out.append(f"{paths}: the same history under different seeds; keep the true one")
-        rows[row] = [copies[0][1] for copies in histories.values() if len(copies) == 1]
+        seeds[Row(dataclasses.replace(run, seed=0), difference)] += [record for _, record in curves.values()]
     methods, variants = list(runs.METHODS), list(runs.VARIANTS)
 
     def order(row):
-        return row.place, methods.index(row.run.method), variants.index(row.run.variant), row.run.subset, row.difference
+        at = methods.index(row.run.method) if row.run.method in methods else len(methods)
+        return row.place, at, row.run.method, variants.index(row.run.variant), row.run.subset, row.difference
 
-    return {row: rows[row] for row in sorted(rows, key=order) if rows[row]}, left_out
+    return {row: seeds[row] for row in sorted(seeds, key=order)}, left_out
 
 
-def _history(record):
-    """The figures of all epochs, the same for a run's summary.json and for the small record made from it."""
-    figures = [[epoch["train"]["loss"], *map(epoch["test"].get, records.TEST_FIGURES)] for epoch in record["history"]]
-    return str(records.rounded(figures))
+def _usual_settings(identified):
+    """{place: {setting: the Difference that most records have}} of the data sets that the paper does not have."""
+    counts = collections.defaultdict(collections.Counter)
+    for _, _, run, difference in identified:
+        if run.protocol == "own":
+            for one in difference:
+                counts[run.dataset, run.imb_type, run.ratio][one] += 1
+    return {place: {one.setting: one for one, _ in reversed(of.most_common())} for place, of in counts.items()}
 
 
 def title(where: tuple[str, str, int, str]) -> str:
-    """A place for people.
+    """A place as a heading.
 
     >>> title(("cifar10", "exp", 100, "short"))
     'CIFAR-10, exponential imbalance, ratio 100, short length'
+    >>> title(("my_images", "none", 1, "own"))
+    'my_images, as the data are'
     """
     dataset, imb_type, ratio, protocol = where
     shape = f"{IMBALANCES[imb_type]} imbalance, ratio {ratio}" if imb_type in IMBALANCES else "as the data are"
-    return f"{DATASETS[dataset]}, {shape}, {protocol} length"
+    length = {"full": ", full length", "short": ", short length", "own": ""}.get(protocol, f", {protocol}")
+    return f"{DATASETS.get(dataset, dataset)}, {shape}{length}"
 
 
 def values(found: Iterable[dict[str, Any]], when: str, metric: str) -> list[Any]:
-    """A figure of each record; when: 'best' or 'last'."""
-    return [record[when][metric] for record in found]
+    """A figure of each record, None where it has none; when: one of WHEN."""
+    return [(records.plateau(record) if when == "plateau" else record[when]).get(metric) for record in found]
+
+
+def by_seed(found: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The records by their seeds."""
+    return {record["settings"]["seed"]: record for record in found}
+
+
+def one_image(found: Iterable[dict[str, Any]]) -> float:
+    """What one test image is worth, in points."""
+    return max(100 / (record["last"].get("seen") or 10_000) for record in found)
+
+
+# ------------------------------------------------------------------------------------------ what may be compared
+
+
+def share_first_phase(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """False for two runs that both start with plain CE whose figures differ: neither is a fork of the other's first
+    phase. True for methods that differ from the first epoch on."""
+    for mine, theirs in zip(one["history"], other["history"], strict=False):
+        if (
+            not (_is_plain(mine["stage"]) and _is_plain(theirs["stage"]))
+            or mine["stage"]["lr"] != theirs["stage"]["lr"]
+        ):
+            return True
+        if mine["test"]["acc1"] != theirs["test"]["acc1"]:
+            return False
+    return True
+
+
+def _is_plain(stage):
+    return stage["loss"] == "CE" and stage["class_weights"] == stage["sampler"] == "none"
+
+
+def pairs(found: Rows, one: Row, other: Row) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Records of the two rows for every seed that both have; of rows that differ in the method alone, without those of
+    two first phases."""
+    mine, theirs = by_seed(found[one]), by_seed(found[other])
+    both = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+    return both if one.difference != other.difference else [pair for pair in both if share_first_phase(*pair)]
+
+
+def first_phases(here: Rows) -> dict[Row, str]:
+    """A letter for each first phase among the rows of a place, 'A' and 'B' or 'A, B' over the seeds.
+
+    Empty where no seed has two. Two rows with the same letters started from the same epochs.
+    """
+    letters, several = collections.defaultdict(list), False
+    for seed in sorted({seed for found in here.values() for seed in by_seed(found)}):
+        phases: list[dict] = []
+        for row, found in here.items():
+            record = by_seed(found).get(seed)
+            if record is None or (row.difference and row.run.protocol != "own"):
+                continue
+            same = [i for i, other in enumerate(phases) if share_first_phase(record, other)]
+            several = several or (bool(phases) and not same)
+            phases += [] if same else [record]
+            letters[row].append("ABCDEFGHIJ"[(same or [len(phases) - 1])[0] % 10])
+    return {row: ", ".join(dict.fromkeys(found)) for row, found in letters.items()} if several else {}

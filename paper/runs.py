@@ -31,6 +31,7 @@ class Setup:
     lr: float = 0.1
     lr_factors: tuple[float, ...] = (0.01, 0.01)
     ib_lr_factor: float = 0.01
+    schedule: str = "step"
     largest: int = 500
     classes: int | None = None
     train_images: int | None = None
@@ -53,6 +54,8 @@ SETUPS = {
         lr=0.01, lr_factors=(0.1, 0.1), ib_lr_factor=1.0, classes=8142, train_images=437_513, test_images=24_426,
     ),
 }  # fmt: skip
+#: Data sets that the paper does not have, added by `own_setup` and `folder_setup`.
+OWN_SETUPS: dict[str, Setup] = {}
 #: Data whose imbalance is their own.
 NATURAL = ("inaturalist",)
 
@@ -123,7 +126,7 @@ class Run:
 
     @property
     def setup(self) -> Setup:
-        return SETUPS[self.dataset]
+        return SETUPS.get(self.dataset) or OWN_SETUPS[self.dataset]
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -139,7 +142,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the run names in its command, by the names of the flags, lengths as they are run."""
-        loss, rule = METHODS[self.method]
+        loss, rule = pair_of(self.method)
         copied = ("epochs", "milestones", "lr_factors", "start_ib_epoch", "drw_epoch", "lr", "ib_lr_factor")
         found = {"loss_type": loss, "train_rule": rule, **{name: getattr(self.setup, name) for name in copied}}
         if rule == "cRT":
@@ -150,6 +153,9 @@ class Run:
             found[name] //= by
         found["milestones"] = tuple(epoch // by for epoch in found["milestones"])
         found["keep_warmup"] = found["start_ib_epoch"] < WARMUP_EPOCHS
+        if self.setup.schedule != "step":
+            del found["milestones"], found["lr_factors"]
+            found["schedule"] = self.setup.schedule
         return found
 
     @property
@@ -163,7 +169,7 @@ class Run:
     def name(self) -> str:
         """The name of the run's folder, as the scripts give it (Settings.name)."""
         factor = [] if self.imb_type == "none" else [str(1 / self.ratio)]
-        return "_".join([self.dataset, self.setup.arch, *METHODS[self.method], self.imb_type, *factor, self.exp_str])
+        return "_".join([self.dataset, self.setup.arch, *pair_of(self.method), self.imb_type, *factor, self.exp_str])
 
     @property
     def title(self) -> str:
@@ -186,7 +192,7 @@ class Run:
     @property
     def family(self) -> tuple[Hashable, ...]:
         """Runs of one family train their first epochs alike, up to their `fork_epoch`."""
-        loss, rule = METHODS[self.method]
+        loss, rule = pair_of(self.method)
         first = self.title
         if loss in IB_LOSSES or (self.method == "CE" and self.variant in ("ib-lr", "paper-lr")):
             first = "CE"
@@ -199,7 +205,7 @@ class Run:
     def trunk(self) -> "Run":
         """The run of its family that never leaves the common way."""
         *_, method, recipe = self.family
-        if method not in ("CE", "LDAM"):
+        if method not in METHODS:
             return self
         return dataclasses.replace(self, method=method, variant=self.variant if recipe else "")
 
@@ -218,6 +224,22 @@ class Run:
         elif settings["train_rule"] == "cRT":  # a run keeps no copy of its last checkpoint: an epoch is trained twice
             epoch = settings["drw_epoch"] - 1
         return min(epoch, settings["epochs"])
+
+
+def pair_of(method: str) -> tuple[str, str]:
+    """Loss and rule of a method: one of `METHODS`, or 'LOSS', 'LOSS+RULE' of the registry.
+
+    >>> pair_of("IB+CB"), pair_of("GCE"), pair_of("BS+cRT")
+    (('IB', 'CBReweight'), ('GCE', 'None'), ('BS', 'cRT'))
+    """
+    loss, _, rule = method.partition("+")
+    return METHODS.get(method, (loss, rule or "None"))
+
+
+def name_of_method(loss: str, rule: str) -> str:
+    """The name of a loss with a rule, the one of `METHODS` where there is one."""
+    named = {pair: name for name, pair in METHODS.items()}
+    return named.get((loss, rule), loss if rule == "None" else f"{loss}+{rule}")
 
 
 def titled(method: str, variant: str) -> str:
@@ -250,6 +272,31 @@ def published() -> list[dict[str, Any]]:
     return rows
 
 
+def own_setup(dataset: str, classes: int) -> None:
+    """Add a data set of `imbalance_cifar.DATASETS` that the paper does not have: trained as CIFAR is."""
+    OWN_SETUPS[dataset] = dataclasses.replace(CIFAR, classes=classes, largest=10**9)
+
+
+def folder_setup(dataset: str, settings: Any, given: Iterable[str]) -> None:
+    """Add a folder of images, trained by folder_train.py with `settings` (attributes: the flags).
+
+    Lengths that are not `given` are those of CIFAR, scaled to `settings.epochs`.
+    """
+    scale = settings.epochs / CIFAR.epochs
+    lengths = {name: round(getattr(CIFAR, name) * scale) for name in ("start_ib_epoch", "drw_epoch")}
+    falls = {round(epoch * scale): f for epoch, f in zip(CIFAR.milestones, CIFAR.lr_factors, strict=True)}
+    falls = {epoch: factor for epoch, factor in falls.items() if epoch < settings.epochs}
+    copied = ("epochs", "arch", "batch_size", "lr", "ib_lr_factor", "schedule")
+    found = {name: getattr(settings, name) for name in copied}
+    found |= {name: getattr(settings, name) if name in given else value for name, value in lengths.items()}
+    found |= {"milestones": tuple(falls), "lr_factors": tuple(falls.values())}
+    if "milestones" in given:
+        found |= {"milestones": settings.milestones, "lr_factors": settings.lr_factors}
+    elif "lr_factors" in given:
+        found["lr_factors"] = settings.lr_factors
+    OWN_SETUPS[dataset] = Setup("folder_train.py", **found, largest=10**9)
+
+
 def cells_of_table(table: int) -> list[Run]:
     """The Runs behind a table of the paper (seed 0, full), each once, in its order."""
     found = [run for row in published() if row["table"] == str(table) for run in runs_of(row)]
@@ -273,7 +320,7 @@ def cells_of_figure(figure: int, datasets: Sequence[str] = ("cifar10",), ratios:
 
     The lengths are CIFAR's: data sets of other scripts are left out.
     """
-    datasets = [dataset for dataset in datasets if SETUPS[dataset].script == CIFAR.script]
+    datasets = [dataset for dataset in datasets if dataset in SETUPS and SETUPS[dataset].script == CIFAR.script]
     if figure == 2:
         places = [("none", 1), *(("exp", ratio) for ratio in ratios or (100,))]
         return [Run(dataset, imb_type, ratio, "CE") for dataset in datasets for imb_type, ratio in places]
@@ -290,7 +337,7 @@ def grid(datasets: Iterable[str], imb_types: Sequence[str], ratios: Sequence[int
         for imb_type in (("none",) if dataset in NATURAL else imb_types)
         for ratio in ratios
         for method in methods
-        if ratio <= SETUPS[dataset].largest or imb_type == "none"
+        if ratio <= Run(dataset, "exp", ratio, "CE").setup.largest or imb_type == "none"
     ]
     return list(dict.fromkeys(found))
 
@@ -323,7 +370,7 @@ def part_of(chosen: Sequence[Run], index: int, parts: int) -> list[Run]:
 
 def variants_of(dataset: str, method: str) -> list[str]:
     """The variants that the method can have on a data set."""
-    loss, is_tiny = METHODS[method][0], dataset == "tinyimagenet"
+    loss, is_tiny = pair_of(method)[0], dataset == "tinyimagenet"
 
     def can_be(variant):
         if variant == "":

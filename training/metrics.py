@@ -108,6 +108,15 @@ def group_accuracy(per_class: Sequence[float | None], class_counts: Sequence[int
     return {"class_mean": mean_accuracy(per_class), **by_group}
 
 
+def macro_f1(per_class: Sequence, confusion: Sequence | None, class_counts: Sequence[int]) -> float | None:
+    """Mean F1 of the classes that have test images, in percent; None where no confusion matrix is kept."""
+    if confusion is None:
+        return None
+    predicted = [sum(column) for column in zip(*confusion, strict=True)]
+    scores = [200 * row[k] / (sum(row) + predicted[k]) for k, row in enumerate(confusion) if sum(row)]
+    return sum(scores) / len(scores) if scores else None
+
+
 def _of_group(name):
     return lambda per_class, confusion, class_counts: group_accuracy(per_class, class_counts)[name]
 
@@ -116,5 +125,6 @@ def _of_group(name):
 #: percent or None, confusion matrix or None, training images of each class). A new entry reaches the CSV files,
 #: TensorBoard, summary.json and the screen.
 CLASS_FIGURES: dict[str, Callable[[Sequence, Sequence | None, Sequence[int]], float | None]] = {
-    name: _of_group(name) for name in ("class_mean", "many", "medium", "few")
+    **{name: _of_group(name) for name in ("class_mean", "many", "medium", "few")},
+    "macro_f1": macro_f1,
 }

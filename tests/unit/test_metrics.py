@@ -1,8 +1,10 @@
 """Counted accuracies against accuracies worked out by hand; an evaluation leaves the model as it was."""
 
+import numpy as np
 import pytest
 import torch
 from script_runner import tiny
+from sklearn.metrics import f1_score
 
 from experiment.screen import print_classes
 from training import metrics
@@ -56,6 +58,15 @@ def test_fewer_than_five_classes_are_all_in_the_top_five():
 def test_groups_are_means_of_class_accuracies_and_an_empty_one_is_none():
     figures = metrics.group_accuracy([90.0, 50.0, 30.0, None], [500, 101, 19, 5])
     assert figures == {"class_mean": pytest.approx(170 / 3), "many": 70.0, "medium": None, "few": 30.0}
+
+
+def test_macro_f1_is_scikit_learns_over_the_classes_with_images():
+    rng = np.random.default_rng(0)
+    target, predicted = rng.integers(0, 4, 60), rng.integers(0, 5, 60)  # class 4 is predicted and has no images
+    confusion = [[int(((target == i) & (predicted == j)).sum()) for j in range(5)] for i in range(5)]
+    expected = 100 * f1_score(target, predicted, labels=range(4), average="macro")
+    assert metrics.macro_f1([], confusion, []) == pytest.approx(expected)
+    assert metrics.CLASS_FIGURES["macro_f1"]([], None, []) is None
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

@@ -14,7 +14,8 @@ from training.registry import LOSSES, RULES, Stage, all_constants
 
 CONSTANTS = {
     "alpha": 7.0, "epsilon": 1e-2, "ib_norm": "l2", "detach_ib": True, "auto_target": "ce", "auto_ratio": 1.0,
-    "gamma": 2.0, "focal_scale": 3.0, "max_m": 0.4, "s": 20.0, "la_tau": 0.9, "vs_gamma": 0.1, "vs_tau": 0.6, "beta": 0.99,
+    "gamma": 2.0, "focal_scale": 3.0, "max_m": 0.4, "s": 20.0, "la_tau": 0.9, "vs_gamma": 0.1, "vs_tau": 0.6,
+    "beta": 0.99,
 }  # fmt: skip
 
 

@@ -10,10 +10,13 @@ import sys
 
 import pytest
 
+import imbalance_cifar
 import reproduce
 from experiment.parser import parse
-from paper import runs
+from experiment.settings import recorded
+from paper import records, runs
 from paper.runs import Run
+from training import registry
 from training.recipe import Recipe
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
@@ -58,36 +61,23 @@ def test_table_4_is_116_runs_a_seed(capsys):
     assert len(lines) == len({tuple(line) for line in lines}) == 116
     assert len(listed("--table", 4, "--seeds", 0, 1, 2, capsys=capsys)) == 3 * 116
     assert len(listed("--table", 3, 4, capsys=capsys)) == 116 + 6  # LDAM, LDAM-DRW; on step Focal and CB too
+    settings = [parse("cifar_train.py", line[2:]) for line in lines]
+    expected = {
+        (dataset, imb_type, 1 / ratio, *runs.METHODS[method])
+        for cell in runs.published()
+        if cell["table"] == "4"
+        for dataset, imb_type, ratio, method in [(cell[n] for n in ("dataset", "imb_type", "ratio", "method"))]
+    }
+    assert {(s.dataset, s.imb_type, s.imb_factor, s.loss_type, s.train_rule) for s in settings} == expected
+    assert {(s.arch, s.epochs, s.batch_size, s.lr, s.start_ib_epoch, s.milestones, s.drw_epoch) for s in settings} == {
+        ("resnet32", 200, 128, 0.1, 100, (160, 180), 160)
+    }
 
 
-CELLS = {
-    ("cifar10", "exp", "200", "CE"): "--loss_type CE --train_rule None --imb_factor 0.005",
-    ("cifar100", "exp", "50", "CB"): "--loss_type Focal --train_rule CBReweight --imb_factor 0.02",
-    ("cifar100", "step", "10", "LDAM-DRW"): "--loss_type LDAM --train_rule DRW --imb_factor 0.1 --drw_epoch 160",
-    ("cifar10", "step", "20", "IB+CB"): "--loss_type IB --train_rule CBReweight --imb_factor 0.05",
-    ("cifar100", "exp", "100", "IB+Focal"): "--loss_type IBFocal --train_rule IBReweight --imb_factor 0.01",
-}
-
-
-@pytest.mark.parametrize("cell", CELLS, ids=" ".join)
-def test_flags_of_five_cells(cell, capsys):
-    dataset, imb_type, ratio, method = cell
-    (line,) = listed(
-        "--table", 4, "--dataset", dataset, "--imb_type", imb_type, "--ratio", ratio, "--method", method,
-        capsys=capsys,
-    )  # fmt: skip
-    expected = f"{CELLS[cell]} --dataset {dataset} --imb_type {imb_type} -a resnet32 --epochs 200 --batch-size 128"
-    expected += " --lr 0.1 --start_ib_epoch 100 --rand_number 0 --seed 0 --exp_str full_s0 --resume auto"
-    words = expected.split()
-    assert line[:2] == ["python", "cifar_train.py"]
-    assert all(flag(line, name) == value for name, value in zip(words[::2], words[1::2], strict=True))
-    assert line[line.index("--milestones") : line.index("--milestones") + 3] == ["--milestones", "160", "180"]
-
-
-@pytest.mark.parametrize("protocol", ["full", "short"])
 @pytest.mark.parametrize("table", [1, 2, 3, 4, 5, 6])
-def test_every_line_passes_its_dry_run(table, protocol, capsys, tmp_path, monkeypatch):
+def test_every_line_passes_its_dry_run(table, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    protocol = "short" if table in (2, 3) else "full"
     for line in listed("--table", table, "--protocol", protocol, capsys=capsys):
         assert len(dry_run(line, capsys)) == int(flag(line, "--epochs")) + 1
     assert list(tmp_path.iterdir()) == []
@@ -178,17 +168,16 @@ def test_short_is_a_fifth_with_the_same_warm_up(capsys):
 # ---------------------------------------------------------------------------------------- controls, variants
 
 
-@pytest.mark.parametrize("protocol", ["full", "short"])
 @pytest.mark.parametrize("dataset", runs.SETUPS)
-@pytest.mark.parametrize("control", runs.CONTROLS)
-def test_every_control_passes_its_dry_run_with_the_lr_of_ib(control, dataset, protocol, capsys, tmp_path, monkeypatch):
+def test_every_control_passes_its_dry_run_with_the_lr_of_ib(dataset, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (line,) = listed("--control", control, "--dataset", dataset, "--protocol", protocol, capsys=capsys)
-    rows = dry_run(line, capsys)[1:]
-    imb_type = flag(line, "--imb_type")
-    ib = stages(Run(dataset, imb_type, 1 if imb_type == "none" else 100, "IB", protocol=protocol))
-    assert [float(row.split(",")[1]) for row in rows] == [stage.lr for stage in ib]
-    assert {row.split(",")[2] for row in rows} == ({"CE"} if control == "ib-lr" else {"CE", "IB"})
+    for control in runs.CONTROLS:
+        (line,) = listed("--control", control, "--dataset", dataset, "--protocol", "short", capsys=capsys)
+        rows = dry_run(line, capsys)[1:]
+        imb_type = flag(line, "--imb_type")
+        ib = stages(Run(dataset, imb_type, 1 if imb_type == "none" else 100, "IB", protocol="short"))
+        assert [float(row.split(",")[1]) for row in rows] == [stage.lr for stage in ib]
+        assert {row.split(",")[2] for row in rows} == ({"CE"} if control == "ib-lr" else {"CE", "IB"})
 
 
 def test_the_two_by_two_is_what_it_says(capsys):
@@ -204,17 +193,6 @@ def test_the_two_by_two_is_what_it_says(capsys):
         "weights-at-ib": ("none", "auto", "ib", False),
         "detached": ("l1", 1000.0, "ce", True),
     }
-
-
-def test_controls_respect_the_method(capsys):
-    lines = listed("--control", "ib-lr", "weights-only", "--method", "IB", capsys=capsys)
-    assert [flag(line, "--exp_str") for line in lines] == ["full_s0_weights-only"]
-    assert "leave out" in refused("list", "--control", "ib-lr", "--method", "IB", capsys=capsys)
-
-
-def test_ce_has_ibs_lr_on_inaturalist_as_it_is(capsys):
-    (line,) = listed("--control", "ib-lr", "--dataset", "inaturalist", capsys=capsys)
-    assert (flag(line, "--exp_str"), flag(line, "--loss_type")) == ("full_s0", "CE")
 
 
 def test_ablations_and_subsets(capsys):
@@ -241,13 +219,26 @@ def test_table_5_has_the_official_lr_and_the_papers(capsys):
     assert sum("paper" in line for line in lines) == 16
 
 
-def test_table_6(capsys):
-    lines = listed("--table", 6, capsys=capsys)
-    assert [line[1] for line in lines] == ["inat_train.py"] * 5
-    assert {flag(line, "--imb_type") for line in lines} == {"none"}
-
-
 # ------------------------------------------------------------------------------------------------ selections
+
+
+BAD = {
+    "list --ratio 0": "at least 1", "list --seeds -1": "at least 0", "list --ratio x": "invalid",
+    "list --table 9": "invalid choice", "list --table 2 --dataset cifar100": "leave out one",
+    "list --dataset inaturalist --imb_type exp": "--imb_type none", "list --figure 3 --method CE": "no run is all",
+    "list --seeds 2147483648": "at most 2147483647", "list --table 2 -- --seed 5": "reproduce.py sets --seed itself",
+    "list --table 2 -- --bogus": "--bogus", "list --method XE": "--method XE: choose from CE",
+    "list --dataset svhn": "--dataset svhn: choose from", "list --ratio=--": "argument --ratio: '--' is no value",
+    "run --table 2 --out=": "argument --out: an empty value", "run --table 2 --jobs 0": "must be at least",
+    "run --table 2 --address 1.2.3.4:5": "--address and --gpus_per_run need --executor ray",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_command_is_one_line_and_writes_nothing(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert BAD[words] in refused(*words.split(), capsys=capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_imbalanced_is_listed_once(capsys):
@@ -276,77 +267,77 @@ def test_list_is_quick_and_imports_no_torch():
     assert len(done.stdout.splitlines()) == 116
 
 
-BAD = {
-    "--ratio 0": "at least 1", "--ratio -5": "at least 1", "--seeds -1": "at least 0", "--subsets -2": "at least 0",
-    "--ratio x": "invalid", "--table 9": "invalid choice", "--table 2 --dataset cifar100": "leave out one",
-    "--dataset inaturalist --imb_type exp": "--imb_type none", "--dataset digits --ratio 200": "leave out one",
-    "--seeds 2147483648": "at most 2147483647", "--subsets 4294967296": "at most 4294967295",
-    "--table 2 -- --seed 5": "reproduce.py sets --seed itself", "--table 2 -- --bogus": "--bogus",
-    "--table 2 -- --export_split X": "reproduce.py sets --export_split itself",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("words", BAD)
-def test_a_bad_selection_is_one_line(words, capsys):
-    assert BAD[words] in refused("list", *words.split(), capsys=capsys)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [["list", "--out", ""], ["run", "--table", "2", "--out", ""], ["run", "--results", ""], ["report", "x", "--to="]],
-)
-def test_an_empty_folder_name_is_refused(words, capsys):
-    flag = words[-2] if words[-1] == "" else "--to"
-    assert f"argument {flag}: an empty value" in refused(*words, capsys=capsys)
-
-
-@pytest.mark.parametrize("words", [["list", "--ratio=--"], ["list", "--table=--"], ["run", "--jobs=--"]])
-def test_two_dashes_are_no_value_of_a_flag(words, capsys):
-    flag = words[-1].removesuffix("=--")
-    assert f"argument {flag}: '--' is no value" in refused(*words, capsys=capsys)
-
-
 def test_each_seed_and_subset_counts_once(capsys):
     select = ("--ratio", 100, "--method", "CE")
     lines = listed(*select, "--seeds", 1, 0, 1, "--subsets", 2, 2, capsys=capsys)
     assert [flag(line, "--exp_str") for line in lines] == ["full_s1_r2", "full_s0_r2"]
 
 
-@pytest.mark.parametrize("words", ["--address 1.2.3.4:5", "--gpus_per_run 0.5"])
-def test_flags_of_ray_are_refused_without_it(words, capsys, tmp_path):
-    line = refused("run", "--table", 2, "--out", tmp_path / "out", *words.split(), capsys=capsys)
-    assert line == "reproduce.py: error: --address and --gpus_per_run need --executor ray"
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("words", ["--gpus_per_run nan", "--gpus_per_run -1", "--jobs 0", "--threads 0"])
-def test_a_bad_execution_is_one_line(words, capsys, tmp_path):
-    line = refused("run", "--table", 2, "--out", tmp_path / "out", *words.split(), capsys=capsys)
-    assert "must be at least" in line
-    assert list(tmp_path.iterdir()) == []
+# ------------------------------------------------------------------------------------ own methods, own data, a folder
 
 
 @pytest.mark.parametrize(
-    ("argv", "count"),
+    ("asked", "method", "pair"),
     [
-        (["--figure", "2", "--ratio", "10"], 2),
-        (["--figure", "2", "--imb_type", "exp"], 1),
-        (["--figure", "3"], 14),
-        (["--figure", "3", "--method", "IB", "--ratio", "10"], 7),
-        (["--figure", "3", "--method", "CE"], 0),
-        (["--figure", "3", "--imb_type", "step"], 0),
+        ("IB+CB", "IB+CB", ("IB", "CBReweight")),
+        ("cRT", "CE+cRT", ("CE", "cRT")),
+        ("IBFocal+IBReweight", "IB+Focal", ("IBFocal", "IBReweight")),
+        ("BS+DRW", "BS+DRW", ("BS", "DRW")),
+        ("LA+cRT", "LA+cRT", ("LA", "cRT")),
     ],
 )
-def test_restrictions_hold_for_figures_too(argv, count, capsys):
-    if count:
-        reproduce.main(["list", *argv])
-        assert len(capsys.readouterr().out.splitlines()) == count
-    else:
-        with pytest.raises(SystemExit):
-            reproduce.main(["list", *argv])
-        assert "no run is all of that" in capsys.readouterr().err
+def test_a_method_is_any_loss_and_rule_of_the_registry(asked, method, pair, capsys):
+    (line,) = listed("--ratio", 100, "--method", asked, capsys=capsys)
+    assert (flag(line, "--loss_type"), flag(line, "--train_rule")) == pair
+    run = Run("cifar10", "exp", 100, method)
+    assert (runs.pair_of(method), runs.name_of_method(*pair)) == (pair, method)
+    assert records.describe(recorded(records.command_settings(run))) == (run, ())
+    assert run.family[6] in (pair[0], "CE", run.title)
+    assert stages(run)[: run.fork_epoch] == stages(run.trunk)[: run.fork_epoch]
 
 
-def test_an_equals_sign_at_the_end_of_a_value_is_part_of_it(capsys):
-    reproduce.main(["list", "--table", "2", "--out=some=", "--seeds", "0"])
-    assert "--root_log some=/log" in capsys.readouterr().out
+def test_a_loss_that_is_registered_is_a_method(capsys, monkeypatch):
+    monkeypatch.setitem(registry.LOSSES, "GCE", registry.LOSSES["CE"])
+    (line,) = listed("--ratio", 100, "--method", "GCE", capsys=capsys)
+    assert flag(line, "--loss_type") == "GCE"
+
+
+def test_an_own_data_set_of_small_images_is_trained_as_cifar_is(capsys, monkeypatch):
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    monkeypatch.setitem(imbalance_cifar.DATASETS, "svhn", imbalance_cifar.DATASETS["cifar10"])
+    (line,) = listed("--dataset", "svhn", "--method", "IB", capsys=capsys)
+    assert [flag(line, name) for name in ("--dataset", "-a", "--imb_factor", "--epochs")] == [
+        "svhn", "resnet32", "0.01", "200",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("extra", "lengths"),
+    [
+        ("--epochs 60", {"start_ib_epoch": 30, "drw_epoch": 48, "milestones": (48, 54), "lr_factors": (0.01, 0.01)}),
+        ("", {"start_ib_epoch": 100, "drw_epoch": 160, "milestones": (160, 180)}),
+        ("--epochs 60 --start_ib_epoch 20", {"start_ib_epoch": 20, "milestones": (48, 54)}),
+        ("--epochs 60 --milestones 40 --lr_factors 0.1", {"milestones": (40,), "lr_factors": (0.1,), "drw_epoch": 48}),
+        ("--epochs 4", {"start_ib_epoch": 2, "milestones": (3,), "lr_factors": (0.01,)}),
+        ("--epochs 60 --schedule cosine", {"schedule": "cosine", "start_ib_epoch": 30}),
+    ],
+)
+def test_a_folders_lengths_follow_its_epochs_unless_given(extra, lengths, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    argv = ["--dataset", "folder", "--method", "CE", "IB", "cRT", "--seeds", "0", "1", "--"]
+    argv += ["--data_dir", "some/leaves", "-a", "resnet18", "--pretrained", *extra.split()]
+    lines = listed(*argv, capsys=capsys)
+    assert [line[1] for line in lines] == ["folder_train.py"] * 6
+    settings = parse("folder_train.py", lines[1][2:])
+    assert (settings.dataset, settings.arch, settings.imb_type, settings.pretrained, settings.data_dir) == (
+        "leaves", "resnet18", "none", "imagenet", "some/leaves",
+    )  # fmt: skip
+    assert {name: getattr(settings, name) for name in lengths} == lengths
+    crt = parse("folder_train.py", lines[2][2:])
+    assert (crt.drw_epoch, crt.epochs) == (settings.epochs, settings.epochs + 10)
+
+
+def test_a_folder_needs_its_place_and_stands_alone(capsys):
+    assert "needs -- --data_dir" in refused("list", "--dataset", "folder", capsys=capsys)
+    line = refused("list", "--dataset", "folder", "cifar10", "--", "--data_dir", "x", capsys=capsys)
+    assert "stands alone" in line

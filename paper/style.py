@@ -1,0 +1,68 @@
+"""How figures look: one colour, marker and name for a method in all of them, a column's width, PNG and PDF.
+
+pyplot, figure, axes = style.subplots(height=2.4)
+axes.plot(x, y, **style.of("IB"))
+style.save(figure, folder, "name")              # name.png and name.pdf, and closes the figure
+"""
+
+import os
+import pathlib
+from typing import Any
+
+from experiment import plots
+from paper import runs
+
+WIDTH = plots.WIDTH
+#: More methods than these in one panel cannot be told apart.
+MOST_IN_A_PANEL = 4
+
+#: (method, variant) -> (name in a figure, colour, marker). Colours are Okabe and Ito's, and shades for variants.
+METHODS = {
+    ("CE", ""): ("CE", "#000000", "o"),
+    ("CE", "ib-lr"): ("CE, lr of IB", "#8c8c8c", "X"),
+    ("IB", ""): ("IB", "#d55e00", "s"),
+    ("IB+CB", ""): ("IB+CB", "#0072b2", "^"),
+    ("IB+Focal", ""): ("IB+Focal", "#009e73", "D"),
+    ("BS", ""): ("Balanced Softmax", "#cc79a7", "v"),
+    ("LA", ""): ("logit adjustment", "#e69f00", "P"),
+    ("VS", ""): ("vector scaling", "#56b4e9", "<"),
+    ("LDAM", ""): ("LDAM", "#7f6000", ">"),
+    ("LDAM-DRW", ""): ("LDAM-DRW", "#a6761d", "h"),
+    ("CE+cRT", ""): ("cRT", "#6a3d9a", "p"),
+    ("IB", "l1-auto"): ("IB, loss as large as CE's", "#f4a261", "D"),
+    ("IB", "weights-only"): ("class weights, loss as large as CE's", "#2a9d8f", "^"),
+    ("IB", "weights-at-ib"): ("class weights, loss as large as IB's", "#1d4e89", "v"),
+    ("IB", "detached"): ("IB, factor detached", "#9b2226", "P"),
+}
+#: For methods without an entry, in the order in which a figure meets them.
+OTHERS = [("#56b4e9", "<"), ("#7f6000", ">"), ("#4b0082", "h"), ("#9b2226", "d"), ("#2a9d8f", "*")]
+
+
+def name_of(method: str, variant: str = "") -> str:
+    """The name of a method in figures: never an internal one."""
+    return METHODS.get((method, variant), (runs.titled(method, variant.replace("-", " ")), "", ""))[0]
+
+
+def of(method: str, variant: str = "", nth: int = 0) -> dict[str, Any]:
+    """Colour, marker and label for `axes.plot`; nth: which of a figure's methods it is, for one without an entry."""
+    fallback = OTHERS[nth % len(OTHERS)]
+    name, color, marker = METHODS.get((method, variant), (name_of(method, variant), *fallback))
+    return {"color": color, "marker": marker, "label": plots.label(name)}
+
+
+def subplots(rows: int = 1, columns: int = 1, height: float = 2.4, **how: Any) -> tuple[Any, Any, Any]:
+    """(pyplot, figure, axes) of a column's width and this height in inches; (None, None, None) without matplotlib."""
+    pyplot = plots.load_pyplot()
+    if pyplot is None:
+        return None, None, None
+    return pyplot, *pyplot.subplots(rows, columns, figsize=(WIDTH, height), **how)
+
+
+def save(figure: Any, folder: str | os.PathLike, name: str) -> pathlib.Path:
+    """Write folder/name.png and folder/name.pdf, and close the figure. Returns the path of the PNG."""
+    from matplotlib import pyplot
+
+    plots.save_figure(figure, folder, f"{name}.pdf")
+    path = plots.save_figure(figure, folder, f"{name}.png")
+    pyplot.close(figure)
+    return pathlib.Path(path)
