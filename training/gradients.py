@@ -66,7 +66,7 @@ def needs_alpha(criterion: Any) -> bool:
 
 def match_gradient(
     model: torch.nn.Module, batches: Batches, criterion: Any, precision: Precision | None = None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Give `criterion` the alpha at which its gradient is `criterion.auto_ratio` times as large as that of plain CE.
 
     Args:
@@ -91,5 +91,5 @@ def match_gradient(
     criterion.set_alpha(criterion.auto_ratio * ce / at_one)
     alpha = float(criterion.current_alpha)
     again = gradient_norms(model, batches, criterion, precision)
-    found = {"ce": ce, "loss": alpha * at_one, "ratio": alpha * at_one / ce}
-    return {**found, "again": again[1] / again[0] if again[0] else None}
+    ratio_again = again[1] / again[0] if again[0] else None
+    return {"ce": ce, "loss": alpha * at_one, "ratio": alpha * at_one / ce, "again": ratio_again}

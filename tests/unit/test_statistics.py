@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from paper import simulation, statistics
+from benchmarks import verdicts as simulation
+from paper import statistics
 
 NARROW, WIDE = [0.1, -0.2, 0.15, 0.0, -0.05], [1.4, -1.1, 0.9, -0.7, 0.3]
 

@@ -1,4 +1,4 @@
-"""How often the rule of the report errs and decides, by simulation: `python -m paper.simulation` prints the table.
+"""How often the rule of the report errs and decides, by simulation: `python -m benchmarks.verdicts` prints the table.
 
 A seed draws one deviation that all methods share and one that is a method's own, so that two methods correlate over
 seeds. The published figures are ours minus a known truth. Cells "level" compare one method with its published figure,
@@ -75,7 +75,7 @@ def table(repeats: int = 2000) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="paper.simulation", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.verdicts", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=2000, help="default: %(default)s")
     level = statistics.LEVEL
     print(f'Nominal: false "agrees" at the margin {level:.1%}, false "differs" {level:.1%} or less.')
