@@ -66,7 +66,7 @@ def needs_alpha(criterion: Any) -> bool:
 
 def match_gradient(
     model: torch.nn.Module, batches: Batches, criterion: Any, precision: Precision | None = None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Give `criterion` the alpha at which its gradient is `criterion.auto_ratio` times as large as that of plain CE.
 
     Args:
