@@ -193,7 +193,7 @@ def test_deterministic_with_a_model_that_cannot_is_one_line_and_leaves_the_old_r
         status, _, err = run_main([*args, "--deterministic"], tmp_path, capsys)
     assert status == 2
     (line,) = messages(err)
-    assert "-a vgg16 cannot be trained with --deterministic on a GPU: put_" in line
+    assert "this model cannot be trained with --deterministic on a GPU: put_" in line
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
