@@ -36,11 +36,11 @@ lint: $(VENV)/installed  ## ruff, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: $(VENV)/installed  ## the long fault tests, and mutants of the code, drawn: takes hours
+soak: $(VENV)/installed  ## the long fault tests, and faults planted in the code: takes hours
 	$(BIN)/python tests/faults/storm.py --kills 100
 	$(BIN)/python tests/faults/soak.py --epochs 1000
 	$(BIN)/python -m pytest tests/faults/test_flags.py --hypothesis-profile soak
-	$(BIN)/python tests/faults/mutants.py --sample 15
+	$(BIN)/python tests/faults/planted.py
 
 verify-weights: $(VENV)/installed  ## evaluate the weights in results/ and compare with their records: DATA=DIR
 	$(BIN)/python results/weights.py verify --data_dir $(DATA)
