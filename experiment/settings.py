@@ -173,8 +173,8 @@ class Settings:
     drw_epoch: int = _method(160, "--drw_epoch E", EPOCH,
         "first epoch of the weights of DRW and DRW-IB, of DRS's sampler, of cRT's new head")
     mixup: float = _method(0.0, "--mixup A", NOT_NEGATIVE,
-        "mix each image and its target with another of the batch, shares drawn from Beta(A, A); 0: off; not with the "
-        "IB losses", affects="optimizer")
+        "mix each image and its target with another of the batch, shares drawn from Beta(A, A); 0: off",
+        affects="optimizer")
 
     epochs: int = _training(200, "--epochs N", COUNT, "number of epochs")
     start_epoch: int = _training(0, "--start-epoch E", EPOCH,
