@@ -413,5 +413,8 @@ def _load_pretrained(settings, model):
     elif settings.pretrained == "published":
         warn("there are no published weights for these models: --pretrained without a PATH changes nothing")
     elif settings.pretrained:
-        weights = checkpoint.load(settings.pretrained, bare=True)["state_dict"]
-        checkpoint.load_weights(model, weights, settings.pretrained, new_head)
+        weights = checkpoint.load_foreign(settings.pretrained)
+        is_new = checkpoint.load_weights(model, weights, settings.pretrained, new_head)
+        head = f"its last layer, {models.head_name(model)}, is {'new' if is_new else 'from there, too'}"
+        if distributed.is_main():
+            print(f"--pretrained {settings.pretrained}: {len(weights)} tensors loaded into {settings.arch}; {head}")
