@@ -143,7 +143,8 @@ def _check_sums(path):
 #: What a checkpoint's entries are, where it has them.
 _KINDS: dict[str, Any] = {
     "epoch": int, "arch": str, "best_acc1": (int, float, torch.Tensor), "optimizer": dict, "settings": dict,
-    "history": list, "class_counts": list, "classes": list, "trained_on": list, "forced": list,
+    "history": list, "class_counts": list, "classes": list, "class_names": list, "preprocessing": dict,
+    "trained_on": list, "forced": list,
 }  # fmt: skip
 
 
