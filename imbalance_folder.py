@@ -301,9 +301,7 @@ def read_folder(folder: str, classes: Sequence[str] | None = None) -> ImageSet:
         else:
             seen.add(real)
             samples.append((name, path))
-    reasons = [f"{what}: {count}" for what, count in skipped.items() if count]
-    if reasons:
-        warn(f"skipped in {folder}: {', '.join(reasons)}")
+    _warn_of_skipped(folder, skipped)
     _check_names(folder, [*folders, *(classes or ())])
     empty = sorted(set(folders) - {name for name, _ in samples})
     if classes is None:
@@ -317,6 +315,26 @@ def read_folder(folder: str, classes: Sequence[str] | None = None) -> ImageSet:
         raise DataError(f"{folder} has classes that no training images have: {named(foreign)}")
     label = {name: k for k, name in enumerate(classes)}
     return ImageSet([path for _, path in samples], [label[name] for name, _ in samples], classes)
+
+
+def list_images(path: str) -> list[str]:
+    """The images in a folder and in the folders below it, in order; or the one image that `path` is.
+
+    Raises:
+        DataError: no image, or a folder that cannot be read.
+    """
+    skipped: Counter = Counter()
+    paths = [path] if os.path.isfile(path) else [image for image, _, _ in _walk(path, skipped)]
+    _warn_of_skipped(path, skipped)
+    if not paths:
+        raise DataError(f"no images in {path} (images end in {' '.join(EXTENSIONS)})")
+    return paths
+
+
+def _warn_of_skipped(folder, skipped):
+    reasons = [f"{what}: {count}" for what, count in skipped.items() if count]
+    if reasons:
+        warn(f"skipped in {folder}: {', '.join(reasons)}")
 
 
 def _entries(folder):

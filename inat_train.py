@@ -19,6 +19,7 @@ from experiment.checks import check_deterministic, check_last_batch
 from experiment.data import describe, export_split, split_validation
 from experiment.evaluation import evaluate_checkpoint
 from experiment.parser import parse
+from experiment.predict import predict
 from experiment.run import open_run
 from loaders.image_folder import ImageFileBatches
 from training import distributed
@@ -44,6 +45,8 @@ def main(argv=None):
 
     with open_run(settings) as run:  # device, ranks, folders, lock, seed, where the run starts
         settings = run.settings
+        if settings.predict:
+            return predict(run)
 
         # data, read from files while training
         chosen, test_set = imbalance_inat.load(

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from files import errors_name, write_text
@@ -68,7 +68,7 @@ class Records:
         os.makedirs(folder, exist_ok=True)
         write_text(self._path("args.json"), to_json(info["settings"], indent=1))
         for name, header, row in self._tables():
-            write_text(self._path(name), _csv([header, *(row(record) for record in self.history)]))
+            write_text(self._path(name), csv_text([header, *(row(record) for record in self.history)]))
         if self.history:
             self._write_events()
             self.write_summary(self.history)
@@ -79,7 +79,7 @@ class Records:
         with errors_name(self.folder):
             for name, _, row in self._tables():
                 with open(self._path(name), "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                    file.write(_csv([row(record)]))
+                    file.write(csv_text([row(record)]))
             self._write_events()
 
     def write_summary(self, history: Sequence[dict]) -> None:
@@ -165,7 +165,8 @@ def _cell(value):
     return "n/a" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
-def _csv(rows):
+def csv_text(rows: Iterable[Sequence]) -> str:
+    """CSV with a line feed after each row."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -14,7 +14,7 @@ import torch
 
 import models
 from experiment import checkpoint, plots, provenance
-from experiment.data import Data, check_data
+from experiment.data import Data, check_data, preprocessing
 from experiment.records import Records, best_epoch
 from experiment.resume import Start, find_evaluated, find_start
 from experiment.screen import Progress, print_classes, summary_line
@@ -195,7 +195,7 @@ class Run:
             "class_counts": counts,
             "group_rule": GROUP_RULE,
             "split": {"sha256": data.split_sha256, "files_sha256": data.files_sha256, "total": sum(counts)},
-            "test_images": data.test_images,
+            "test_images": len(data.test_files),
             "parameters": parameters,
         }
         print(f"run {one_line(settings.name)}, seed {self.seed}, on {last['device']}")
@@ -302,6 +302,8 @@ class Run:
             "split_sha256": info["split"]["sha256"],
             "files_sha256": info["split"]["files_sha256"],
             "classes": info["classes"],
+            "class_names": self.data.class_names,
+            "preprocessing": preprocessing(self.settings, self.data),
             "class_counts": info["class_counts"],
             "trained_on": info["trained_on"],
             "forced": self.forced,
@@ -413,5 +415,8 @@ def _load_pretrained(settings, model):
     elif settings.pretrained == "published":
         warn("there are no published weights for these models: --pretrained without a PATH changes nothing")
     elif settings.pretrained:
-        weights = checkpoint.load(settings.pretrained, bare=True)["state_dict"]
-        checkpoint.load_weights(model, weights, settings.pretrained, new_head)
+        weights = checkpoint.load_foreign(settings.pretrained)
+        is_new = checkpoint.load_weights(model, weights, settings.pretrained, new_head)
+        head = f"its last layer, {models.head_name(model)}, is {'new' if is_new else 'from there, too'}"
+        if distributed.is_main():
+            print(f"--pretrained {settings.pretrained}: {len(weights)} tensors loaded into {settings.arch}; {head}")

@@ -241,7 +241,12 @@ class Settings:
         "--posthoc_la", nargs="+")
     tau_norm_bias: tuple[float, ...] = _run((), "--tau_norm_bias TAU", NOT_NEGATIVE,
         "with -e: as --tau_norm, but keep the bias", nargs="+")
-    save_logits: bool = _run(False, "--save_logits", None, "with -e: write logits and targets to logits.npz")
+    save_logits: bool = _run(False, "--save_logits", None,
+        "with -e: write logits, targets, file names and class names to logits.npz")
+    predict: str | None = _run(None, "--predict DIR", None,
+        "with -e: write the classes of the unlabelled images in DIR, or of one image, to a CSV file; needs no other "
+        "data")
+    top: int = _run(1, "--top N", COUNT, "with --predict: the N likeliest classes of each image, a row each")
     export_split: str | None = _run(None, "--export_split FILE", None,
         "write the indices of the images that are trained on, one a line, and stop")
     keep_epochs: tuple[int, ...] = _run((), "--keep_epochs N", COUNT,
@@ -379,9 +384,11 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--resume auto and --overwrite exclude each other")
     if settings.evaluate and settings.export_split:
         raise UsageError("--export_split and -e exclude each other")
-    for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits"):
+    for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits", "predict"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
+    if settings.top > 1 and not settings.predict:
+        raise UsageError("--top is for --predict DIR: add it")
     corrections = [f"--{name}" for name in ("posthoc_la", "tau_norm", "tau_norm_bias") if getattr(settings, name)]
     if len(corrections) > 1:
         raise UsageError(f"{' and '.join(corrections)} exclude each other")

@@ -22,10 +22,11 @@ class Augment(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """train, evaluate: the transform of any image to a square of a side in pixels. help: for a flag."""
+    """train: the transform of any image to a square of a side in pixels. resize: of that side, the shorter one that an
+    image is resized to, to be tested on its centre. help: for a flag."""
 
     train: Callable[[int], Transform]
-    evaluate: Callable[[int], Transform]
+    resize: Callable[[int], int]
     help: str
 
 
@@ -47,12 +48,12 @@ AUGMENTS = {
 CROPS = {
     "resized": Crop(
         v2.RandomResizedCrop,
-        lambda size: v2.Compose([middle_of_strip, v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]),
+        lambda size: round(size * 256 / 224),
         "RandomResizedCrop; tested on the centre of images resized to 256/224 of that side",
     ),
     "padded": Crop(
         lambda size: v2.Compose([middle_of_strip, v2.Resize(size), v2.RandomCrop(size, padding=size // 8)]),
-        lambda size: v2.Compose([middle_of_strip, v2.Resize(size), v2.CenterCrop(size)]),
+        lambda size: size,
         "RandomCrop of the image padded by an eighth; tested whole",
     ),
 }
@@ -84,7 +85,12 @@ def train_transform(
 
 def eval_transform(image_size: int, crop: str = "resized") -> Transform:
     """What evaluation sees of an image: (3, H, W) uint8 to (3, image_size, image_size) uint8, without draws."""
-    return CROPS[crop].evaluate(image_size)
+    return centre(CROPS[crop].resize(image_size), image_size)
+
+
+def centre(resize: int, size: int) -> Transform:
+    """The centre, `size` pixels wide and high, of an image resized to a shorter side of `resize` pixels."""
+    return v2.Compose([middle_of_strip, v2.Resize(resize), v2.CenterCrop(size)])
 
 
 def seeded(transform: Transform, image: Image, seed: int) -> Image:

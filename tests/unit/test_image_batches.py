@@ -90,7 +90,7 @@ def test_padded_crops_lie_in_the_padded_image(tmp_path):
 def test_flips_mirror_half_of_the_images(tmp_path, flip, vertical, kinds):
     levels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     dataset = saved(tmp_path, *[levels] * 200)
-    crop = Crop(lambda size: v2.Identity(), lambda size: v2.Identity(), "whole")
+    crop = Crop(lambda size: v2.Identity(), lambda size: size, "whole")
     with mock.patch.dict(CROPS, whole=crop):
         batches = ImageFileBatches(dataset, 200, image_size=4, crop="whole", flip=flip, vertical_flip=vertical)
     found = next(batches.train_epoch(0))[0].round().permute(0, 2, 3, 1).numpy()
