@@ -66,7 +66,8 @@ def _add_selection(parser):
         "--control", nargs="+", choices=list(runs.CONTROLS), default=[],
         help="what the paper lacks, for the data and ratios given. ib-lr: CE with the lr of the IB phase; l1-auto: "
         "the IB loss at the size of CE; weights-only: class weights without the factor, at the size of CE; "
-        "weights-at-ib: the same at the size of the IB loss; detached: no gradient through the factor",
+        "weights-at-ib: the same at the size of the IB loss; detached: no gradient through the factor; "
+        "factor: the nine arms of docs/factor.md",
     )  # fmt: skip
     add(
         "--dataset", nargs="+", metavar="NAME",
@@ -136,7 +137,7 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
         cells += runs.cells_of_figure(figure, datasets, options.ratio or ())
     cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
     if options.control:
-        names = [name for name in options.control if runs.CONTROLS[name] in (options.method or runs.METHODS)]
+        names = [name for name in options.control if runs.CONTROLS[name][0] in (options.method or runs.METHODS)]
         cells += runs.controls(names, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
     if not (options.table or options.figure or options.control):
         ratios = options.ratio or ([100] if set(datasets) & runs.OWN_SETUPS.keys() else CIFAR_RATIOS)
