@@ -26,8 +26,9 @@ TRAIN_COLUMNS = ("epoch_from_0", "lr", "loss", "acc1", "acc5", "criterion", "cla
 
 
 def best_epoch(history: Sequence[dict]) -> dict:
-    """The record of the best epoch: by top-1 on the test set, or, where there is a validation part, by its
-    mean class accuracy. The first one wins a tie."""
+    """The record of the best epoch: by top-1 on the test set, or, of the epochs with a validation set, by its mean
+    class accuracy. The first one wins a tie."""
+    history = [record for record in history if record.get("val")] or history  # a fork may have added the set
     return max(history, key=lambda record: (record["score"], -record["epoch"]))
 
 

@@ -7,6 +7,7 @@ and what may stand beside a published figure are derived from `affects`:
     start           the first weights and everything drawn: seed, pretrained
     schedule        lr, losses, rules and their constants; compared epoch by epoch
     optimizer       the optimizer, the batch and how batches are mixed
+    selection       which epoch counts as the best, and nothing of the training
     numerics        precision: the same experiment with other rounding errors, large enough to be named
     rounding        the same run, but not to the last bit: threads, ranks, compilation
     nothing         places, progress, what to do
@@ -30,7 +31,7 @@ from training.recipe import SCHEDULES, Recipe
 from training.registry import LOSSES, RULES, all_constants
 from utils import UsageError, number, warn
 
-KINDS = ("data", "model", "start", "schedule", "optimizer", "numerics", "rounding", "nothing")
+KINDS = ("data", "model", "start", "schedule", "optimizer", "selection", "numerics", "rounding", "nothing")
 
 
 def setting(
@@ -123,7 +124,8 @@ class Settings:
         "share of each class of the training images, one image at least, that is held out to pick the best epoch, by "
         "class mean; 0: by top-1 on the test set, as published")
     val_left_out: int = _data(0, "--val_left_out N", EPOCH,
-        "pick the best epoch on images that the imbalance has left out, up to N of a class; they are never trained on")
+        "pick the best epoch on images that the imbalance has left out, up to N of a class; they are never trained on",
+        affects="selection")
     test_fraction: float = _data(0.0, "--test_fraction G", SHARE,
         "share of the training images to test on, without val/ or test/ (default: as --val_fraction)")
     flip: str = _data("auto", "--flip", ("auto", "on", "off"),
@@ -296,11 +298,11 @@ def fields_affecting(*kinds: str) -> tuple[str, ...]:
 
 
 #: What makes a run what it is. `exp_str` only names it, as the folder's name is all that two such runs share.
-IDENTITY = fields_affecting("data", "model", "start", "schedule", "optimizer", "numerics")
+IDENTITY = fields_affecting("data", "model", "start", "schedule", "optimizer", "selection", "numerics")
 #: What a run and the checkpoint that it starts from share; the schedule is compared epoch by epoch.
 SHARED = fields_affecting("data", "model", "start", "optimizer", "numerics")
 #: What an evaluation takes from the checkpoint.
-OF_CHECKPOINT = fields_affecting("data", "model", "schedule")
+OF_CHECKPOINT = fields_affecting("data", "model", "schedule", "selection")
 
 
 # ------------------------------------------------------------------------------------------------- in files
