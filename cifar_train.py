@@ -55,7 +55,7 @@ def main(argv=None):
         # model
         torch.manual_seed(run.seed)
         build = models.CIFAR_MODELS[settings.arch]
-        model = build(train_set.num_classes, settings.use_norm, settings.feature_norm)
+        model: torch.nn.Module = build(train_set.num_classes, settings.use_norm, settings.feature_norm)
         model = on_device(model, run.device, settings.batch_norm)
         ema = Ema(model, settings.ema) if settings.ema else None
         tested = ema.module if ema else model

@@ -40,31 +40,32 @@ class Stages:
 
         torch's random state afterwards is that of (seed, epoch), for models with dropout.
         """
-        before, self._stage = self._stage, self.recipe.stage(epoch)
+        before, stage = self._stage, self.recipe.stage(epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._stage.lr
+            group["lr"] = stage.lr
         torch.manual_seed(epoch_seed(self.seed, epoch))
         if self.recipe.draws_head(epoch):
             redraw_head(self.model, self.optimizer, self.ema)
         torch.manual_seed(epoch_seed(self.seed, epoch) + distributed.rank())
-        if before is None or (before.loss, before.class_weights) != (self._stage.loss, self._stage.class_weights):
-            self._change_criterion(before)
-        if before is None or before.trains != self._stage.trains:
-            self._change_trained()
+        if before is None or (before.loss, before.class_weights) != (stage.loss, stage.class_weights):
+            if before is not None:
+                self._state = self._criterion.state_dict() if before.loss == stage.loss else {}
+            self._criterion = self._criterion_of(stage)
+        if before is None or before.trains != stage.trains:
+            self._trained = self._trained_in(stage)
+        self._stage = stage
         return self._criterion, self._trained
 
-    def _change_criterion(self, before):
-        if before is not None:
-            self._state = self._criterion.state_dict() if before.loss == self._stage.loss else {}
-        self._criterion = self.recipe.criterion(self._stage, self.class_counts)
+    def _criterion_of(self, stage):
+        criterion = self.recipe.criterion(stage, self.class_counts)
         if self._state:
-            self._criterion.load_state_dict(self._state)
-        self._criterion = self._criterion.to(next(self.model.parameters()).device)
+            criterion.load_state_dict(self._state)
+        return criterion.to(next(self.model.parameters()).device)
 
-    def _change_trained(self):
-        part = models.HeadOnly(self.model) if self._stage.trains == "head" else self.model
+    def _trained_in(self, stage):
+        part: torch.nn.Module = models.HeadOnly(self.model) if stage.trains == "head" else self.model
         part = distributed.data_parallel(part, self.sync_bn)
-        self._trained = Compiled(part) if self.compiles else part
+        return Compiled(part) if self.compiles else part
 
     def state_dict(self) -> dict:
         """The state of the criterion in force."""
