@@ -7,6 +7,7 @@ and what may stand beside a published figure are derived from `affects`:
     start           the first weights and everything drawn: seed, pretrained
     schedule        lr, losses, rules and their constants; compared epoch by epoch
     optimizer       the optimizer, the batch and how batches are mixed
+    selection       which epoch counts as the best, and nothing of the training
     numerics        precision: the same experiment with other rounding errors, large enough to be named
     rounding        the same run, but not to the last bit: threads, ranks, compilation
     nothing         places, progress, what to do
@@ -30,7 +31,7 @@ from training.recipe import SCHEDULES, Recipe
 from training.registry import LOSSES, RULES, all_constants
 from utils import UsageError, number, warn
 
-KINDS = ("data", "model", "start", "schedule", "optimizer", "numerics", "rounding", "nothing")
+KINDS = ("data", "model", "start", "schedule", "optimizer", "selection", "numerics", "rounding", "nothing")
 
 
 def setting(
@@ -123,7 +124,8 @@ class Settings:
         "share of each class of the training images, one image at least, that is held out to pick the best epoch, by "
         "class mean; 0: by top-1 on the test set, as published")
     val_left_out: int = _data(0, "--val_left_out N", EPOCH,
-        "pick the best epoch on images that the imbalance has left out, up to N of a class; they are never trained on")
+        "pick the best epoch on images that the imbalance has left out, up to N of a class; they are never trained on",
+        affects="selection")
     test_fraction: float = _data(0.0, "--test_fraction G", SHARE,
         "share of the training images to test on, without val/ or test/ (default: as --val_fraction)")
     flip: str = _data("auto", "--flip", ("auto", "on", "off"),
@@ -171,8 +173,8 @@ class Settings:
     drw_epoch: int = _method(160, "--drw_epoch E", EPOCH,
         "first epoch of the weights of DRW and DRW-IB, of DRS's sampler, of cRT's new head")
     mixup: float = _method(0.0, "--mixup A", NOT_NEGATIVE,
-        "mix each image and its target with another of the batch, shares drawn from Beta(A, A); 0: off; not with the "
-        "IB losses", affects="optimizer")
+        "mix each image and its target with another of the batch, shares drawn from Beta(A, A); 0: off",
+        affects="optimizer")
 
     epochs: int = _training(200, "--epochs N", COUNT, "number of epochs")
     start_epoch: int = _training(0, "--start-epoch E", EPOCH,
@@ -239,7 +241,12 @@ class Settings:
         "--posthoc_la", nargs="+")
     tau_norm_bias: tuple[float, ...] = _run((), "--tau_norm_bias TAU", NOT_NEGATIVE,
         "with -e: as --tau_norm, but keep the bias", nargs="+")
-    save_logits: bool = _run(False, "--save_logits", None, "with -e: write logits and targets to logits.npz")
+    save_logits: bool = _run(False, "--save_logits", None,
+        "with -e: write logits, targets, file names and class names to logits.npz")
+    predict: str | None = _run(None, "--predict DIR", None,
+        "with -e: write the classes of the unlabelled images in DIR, or of one image, to a CSV file; needs no other "
+        "data")
+    top: int = _run(1, "--top N", COUNT, "with --predict: the N likeliest classes of each image, a row each")
     export_split: str | None = _run(None, "--export_split FILE", None,
         "write the indices of the images that are trained on, one a line, and stop")
     keep_epochs: tuple[int, ...] = _run((), "--keep_epochs N", COUNT,
@@ -296,11 +303,11 @@ def fields_affecting(*kinds: str) -> tuple[str, ...]:
 
 
 #: What makes a run what it is. `exp_str` only names it, as the folder's name is all that two such runs share.
-IDENTITY = fields_affecting("data", "model", "start", "schedule", "optimizer", "numerics")
+IDENTITY = fields_affecting("data", "model", "start", "schedule", "optimizer", "selection", "numerics")
 #: What a run and the checkpoint that it starts from share; the schedule is compared epoch by epoch.
 SHARED = fields_affecting("data", "model", "start", "optimizer", "numerics")
 #: What an evaluation takes from the checkpoint.
-OF_CHECKPOINT = fields_affecting("data", "model", "schedule")
+OF_CHECKPOINT = fields_affecting("data", "model", "schedule", "selection")
 
 
 # ------------------------------------------------------------------------------------------------- in files
@@ -377,9 +384,11 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--resume auto and --overwrite exclude each other")
     if settings.evaluate and settings.export_split:
         raise UsageError("--export_split and -e exclude each other")
-    for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits"):
+    for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits", "predict"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
+    if settings.top > 1 and not settings.predict:
+        raise UsageError("--top is for --predict DIR: add it")
     corrections = [f"--{name}" for name in ("posthoc_la", "tau_norm", "tau_norm_bias") if getattr(settings, name)]
     if len(corrections) > 1:
         raise UsageError(f"{' and '.join(corrections)} exclude each other")

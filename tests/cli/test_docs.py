@@ -69,7 +69,7 @@ def check_command(script, arguments, capsys):
         assert options.command == "report" or reproduce.select(options)
         return
     if script not in SCRIPTS:
-        source = (ROOT / script).read_text() + (ROOT / "prepare_tinyimagenet.py").read_text()
+        source = (ROOT / script).read_text()
         assert [flag for flag in arguments if flag.startswith("--") and f'"{flag}"' not in source] == []
         return
     capsys.readouterr()

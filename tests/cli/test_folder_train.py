@@ -207,7 +207,7 @@ def test_evaluation_of_a_held_out_part_refuses_images_that_have_changed(held_out
     args = ["--data_dir", "images", "-e", "--resume", path, "--threads", "1", "-j", "0"]
     status, _, err = run(home, *args)
     assert status == 1
-    assert f"{path} was trained on other images of images" in messages(err)[0]
+    assert f"{path} was trained on other images than in images" in messages(err)[0]
     run_ok(home, *args, "--force")
 
 
@@ -251,7 +251,8 @@ def test_weights_of_another_number_of_classes_keep_the_new_head(folder, tmp_path
     torch.save(model.state_dict(), tmp_path / "seven.pth")
     args = ["--data_dir", folder, *RUN, "--epochs", "1", "--milestones", "--lr", "0", "--pretrained", "seven.pth"]
     args += ["-a", "resnet18"]
-    run_ok(tmp_path, *args)
+    line = "--pretrained seven.pth: 122 tensors loaded into resnet18; its last layer, fc, is new"
+    assert line in run_ok(tmp_path, *args)
     state = load_checkpoint(next((tmp_path / "checkpoint").glob("*/ckpt.pth.tar")))["state_dict"]
     assert torch.equal(state["layer4.1.conv2.weight"], model.state_dict()["layer4.1.conv2.weight"])
     assert state["fc.weight"].shape == (3, 512)
