@@ -7,15 +7,17 @@
 A file is what torch.save makes. Its checksums are those of the zip archive.
 """
 
+import argparse
 import io
 import os
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from files import write_atomically
@@ -25,6 +27,15 @@ NEWEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
 
 #: The name of a run's checkpoint; `previous` is one of older versions.
 NAME = re.compile(r"ckpt(?:\.previous|\.best|\.epoch\d+\.best|\.epoch\d+)?\.pth\.tar")
+
+#: What others keep beside their weights and what cannot run code: numpy's numbers, text and arrays, argparse's flags.
+SAFE: list[Any] = [
+    argparse.Namespace, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefdU"},
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+]  # fmt: skip
+#: Where a file may keep its weights, if not at the top.
+WEIGHTS = ("state_dict", "model_state_dict", "model")
 
 
 def epoch_name(epoch: int) -> str:
@@ -70,31 +81,54 @@ def load_newest(folder: str) -> dict | None:
         raise DataError(f"{error}; --overwrite starts again, --resume PATH --force continues another one") from None
 
 
-def load(path: str, bare: bool = False) -> dict:
-    """The dict saved at `path`, on the CPU. The file cannot run code (weights-only loading).
-
-    With `bare`, a file that is a state dict itself, as torchvision's are, comes as the `state_dict` of a dict.
+def load(path: str) -> dict:
+    """The checkpoint at `path`, on the CPU. The file cannot run code (weights-only loading).
 
     Raises:
         DataError: missing, damaged, or not a checkpoint.
     """
+    return _checked(_load(path), path)
+
+
+def load_foreign(path: str) -> dict[str, torch.Tensor]:
+    """The weights in a file that any program has saved: at the top, or below one of WEIGHTS. Loaded as by `load`.
+
+    What is no tensor, and the counter of torch's AveragedModel, is left out.
+
+    Raises:
+        DataError: missing, damaged, or without weights.
+    """
+    state = _load(path)
+    if isinstance(state, dict):
+        state = next((state[name] for name in WEIGHTS if isinstance(state.get(name), dict)), state)
+        weights = {name: part for name, part in state.items() if torch.is_tensor(part) and name != "n_averaged"}
+        if weights and all(isinstance(name, str) for name in weights):
+            return weights
+    raise DataError(f"{path} holds no weights: a state dict is wanted, or a dict with one as {' or '.join(WEIGHTS)}")
+
+
+def _load(path):
     if not os.path.isfile(path):
         raise DataError(f"no checkpoint at {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _check_sums(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+            with torch.serialization.safe_globals(SAFE):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        if unknown:
+            raise DataError(
+                f"{path} holds a {unknown[1]}, which is not loaded, as it may run code: save the weights alone, "
+                "torch.save(model.state_dict(), PATH)"
+            ) from None
         raise DataError(f"{path} is not a checkpoint, or tries to run code, or is damaged: refused") from None
     except Exception as error:  # a damaged file makes torch and zipfile raise nearly anything
         if isinstance(error, OSError) and error.filename:  # one that may not be read
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise DataError(f"{path} is damaged or not a checkpoint ({reason})") from None
-    if bare and isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
-        return {"state_dict": state}
-    return _checked(state, path)
 
 
 def _check_sums(path):
@@ -109,7 +143,8 @@ def _check_sums(path):
 #: What a checkpoint's entries are, where it has them.
 _KINDS: dict[str, Any] = {
     "epoch": int, "arch": str, "best_acc1": (int, float, torch.Tensor), "optimizer": dict, "settings": dict,
-    "history": list, "class_counts": list, "classes": list, "trained_on": list, "forced": list,
+    "history": list, "class_counts": list, "classes": list, "class_names": list, "preprocessing": dict,
+    "trained_on": list, "forced": list,
 }  # fmt: skip
 
 
@@ -129,17 +164,18 @@ def _checked(state, path):
     return state
 
 
-def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: str | None = None) -> None:
-    """Load a state dict into `model`, with or without the 'module.' prefix of DataParallel.
+def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: str | None = None) -> bool:
+    """Load a state dict into `model`, whatever wrapped the model that it is of, see `plain_names`.
 
     `new_head` is the name of a layer that is left as the model has it where the weights have another form of it (1000
-    classes, LDAM's head).
+    classes, LDAM's head). Returns whether it was left.
 
     Raises:
         DataError: names or shapes that do not fit, with the first one.
     """
-    weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     own = model.state_dict()
+    weights = plain_names(state_dict, own)
+    is_left = new_head is not None and not _has_head(own, weights, new_head + ".")
     if new_head:
         weights = _with_own_head(own, weights, new_head + ".")
     for name in [*own, *weights]:
@@ -153,15 +189,34 @@ def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: 
         model.load_state_dict(weights)
     except RuntimeError as error:  # a type of numbers that cannot be copied
         raise DataError(f"{path} does not fit this model: {str(error).splitlines()[-1].strip()}") from None
+    return is_left
+
+
+def plain_names(state_dict: Mapping[str, Any], own: Container[str]) -> dict[str, Any]:
+    """A state dict without the prefixes of torch.compile and DataParallel, or one that all names share.
+
+    >>> plain_names({"module._orig_mod.net.fc.bias": 0, "module._orig_mod.net.fc.weight": 1}, ["fc.bias", "fc.weight"])
+    {'fc.bias': 0, 'fc.weight': 1}
+    """
+    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}
+    while plain and not any(name in own for name in plain):
+        heads = {name.partition(".")[0] for name in plain}
+        if len(heads) > 1 or not all("." in name for name in plain):
+            break
+        plain = {name.partition(".")[2]: tensor for name, tensor in plain.items()}
+    return plain
+
+
+def _has_head(own, weights, prefix):
+    """Whether the weights have a layer in the model's form."""
+    names = {name for name in (*own, *weights) if name.startswith(prefix)}
+    return all(name in own and name in weights and own[name].shape == weights[name].shape for name in names)
 
 
 def _with_own_head(own, weights, prefix):
-    def head(state):
-        return {name: tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
-
-    if head(own) != head(weights):
+    if not _has_head(own, weights, prefix):
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
-        weights |= {name: own[name] for name in head(own)}
+        weights |= {name: tensor for name, tensor in own.items() if name.startswith(prefix)}
     # torchvision's older files lack batch norm's counters
     return {**{name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}, **weights}
 

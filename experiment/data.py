@@ -8,20 +8,27 @@ from experiment.resume import Start
 from experiment.settings import Settings
 from files import files_sha256, write_text
 from imbalance import count_classes, split_sha256
+from loaders.augment import CROPS
 from utils import DataError, NothingToDo, UsageError, named, warn
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run's data are: class names as the data set and as people call them, training images of each class, and
-    checksums of the chosen images and of the image files (None in memory, where torchvision checks md5)."""
+    """What a run's data are: class names as the data set and as people call them, training images of each class, the
+    indices of the images that are trained on, checksums of the images chosen (before a part of them is held out) and
+    of the image files (None in memory, where torchvision checks md5), the test images (files, or their numbers in the
+    data set), and what the model sees of an image, see `preprocessing`."""
 
     classes: list[str]
     class_names: list[str]
     class_counts: list[int]
+    indices: Sequence[int]
     split_sha256: str
     files_sha256: str | None
-    test_images: int
+    test_files: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
 
 
 def split_validation(train_set: Any, settings: Settings) -> tuple[Any, Any]:
@@ -48,10 +55,10 @@ def split_validation(train_set: Any, settings: Settings) -> tuple[Any, Any]:
     return train_set, val_set
 
 
-def export_split(train_set: Any, path: str) -> None:
+def export_split(data: Data, path: str) -> None:
     """Write the indices of the images that are trained on to a file, one a line. Raises NothingToDo."""
-    write_text(path, "".join(f"{index}\n" for index in train_set.chosen))
-    raise NothingToDo(f"{path}: indices of {len(train_set.chosen)} chosen training images, one a line")
+    write_text(path, "".join(f"{index}\n" for index in data.indices))
+    raise NothingToDo(f"{path}: indices of {len(data.indices)} chosen training images, one a line")
 
 
 def describe(chosen: Any, train_set: Any, test_set: Any) -> Data:
@@ -61,10 +68,30 @@ def describe(chosen: Any, train_set: Any, test_set: Any) -> Data:
         classes=list(train_set.classes),
         class_names=list(train_set.class_names),
         class_counts=count_classes(train_set.targets, len(train_set.classes)),
+        indices=train_set.chosen,
         split_sha256=split_sha256(chosen.chosen),
         files_sha256=files_sha256(samples) if samples else None,
-        test_images=len(test_set.targets),
+        test_files=getattr(test_set, "paths", None) or [str(index) for index in test_set.chosen],
+        mean=test_set.mean,
+        std=test_set.std,
+        image_size=test_set.image_size,
     )
+
+
+def preprocessing(settings: Settings, data_set: Any) -> dict[str, Any]:
+    """What is done to an image that is tested, in torchvision's terms; checkpoints hold it.
+
+    Args:
+        data_set: says mean, std and image_size.
+
+    Returns:
+        dict(resize, crop, mean, std, exif): the shorter side that images are resized to, the side of the central crop,
+        mean and std of the channels in [0, 1] units, whether images are turned as EXIF data say.
+    """
+    size = settings.image_size or data_set.image_size
+    resize = CROPS[settings.crop or "resized"].resize(size) if settings.image_size else size
+    mean, std = ([float(value) for value in values] for values in (data_set.mean, data_set.std))
+    return {"resize": resize, "crop": size, "mean": mean, "std": std, "exif": settings.exif}
 
 
 def check_data(data: Data, start: Start, settings: Settings) -> list[str]:

@@ -2,15 +2,15 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 import models
-from experiment import plots
-from experiment.records import to_json
+from experiment import checkpoint, plots
+from experiment.records import csv_text, to_json
 from experiment.run import Run
 from experiment.screen import print_classes, summary_line
 from files import write_atomically, write_text
@@ -22,8 +22,8 @@ from training.metrics import group_accuracy
 from training.precision import Precision
 from utils import DataError, UsageError, format_metric
 
-#: What -e writes: a folder below the run's logs, and the file of --save_logits in it.
-EVALUATION, LOGITS = "evaluate", "logits.npz"
+#: What -e writes: a folder below the run's logs, in it the file of --save_logits, and the test images it got wrong.
+EVALUATION, LOGITS, ERRORS = "evaluate", "logits.npz", "errors.csv"
 #: Equal bins of the confidence, of the expected calibration error.
 BINS = 15
 
@@ -42,7 +42,7 @@ def evaluate_checkpoint(
             finite.
     """
     settings = run.settings
-    correction = _correction(run, model, val_batches, precision)
+    correction = correct_head(run, model, val_batches, precision)
     logits, target = collect_logits(model, test_batches, precision)
     if not logits.isfinite().all():
         raise DataError(f"{run.start.path} gives logits that are not finite: its weights, or the correction, are bad")
@@ -52,8 +52,7 @@ def evaluate_checkpoint(
     print_classes(run.data.class_names, run.class_counts, result)
     ece = f"  calibration error {result['calibration_error']:.2f}"
     print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
-    folder = os.path.join(settings.log_folder, EVALUATION, *(f"{name}_{tau:g}" for name, tau in correction.items()))
-    os.makedirs(folder, exist_ok=True)
+    folder = output_folder(run, EVALUATION, correction)
     logits_path = os.path.join(folder, LOGITS)
     with contextlib.suppress(FileNotFoundError):  # of an evaluation before: not beside the figures of this one
         os.unlink(logits_path)
@@ -62,11 +61,41 @@ def evaluate_checkpoint(
     write_text(path, to_json({**where, "classes": run.data.classes, **result}))
     written = [path, *plots.of_evaluation(result, run.data.class_names, run.class_counts, folder, settings.name)]
     written += plots.of_calibration(result["calibration"], folder, settings.name)
+    files = [os.path.relpath(path, settings.data_dir) if os.sep in path else path for path in run.data.test_files]
+    written.append(os.path.join(folder, ERRORS))
+    write_text(written[-1], _errors(logits, target, files, run.data.class_names))
     if settings.save_logits:
         written.append(logits_path)
-        write_atomically(logits_path, lambda file: np.savez(file, logits=logits.float().numpy(), target=target.numpy()))
+        rows: dict[str, Any] = {"logits": logits.float().numpy(), "target": target.numpy()}
+        rows |= {"files": np.array(files), "classes": np.array(run.data.class_names)}
+        write_atomically(logits_path, lambda file: np.savez(file, **rows))
     print(f"written: {' '.join(written)}")
     return result
+
+
+def output_folder(run: Run, name: str, correction: Mapping[str, float]) -> str:
+    """The folder `name` of a checkpoint's logs, made; of a correction one below it.
+
+    The logs are those of the checkpoint's run, or, where its folders were renamed, those named as its folder.
+    """
+    settings, path = run.settings, os.path.abspath(str(run.start.path))
+    logs = os.path.join(settings.root_log, os.path.basename(os.path.dirname(path)))
+    if not checkpoint.NAME.fullmatch(os.path.basename(path)) or not os.path.isdir(logs):
+        logs = settings.log_folder
+    folder = os.path.join(logs, name, *(f"{flag}_{value:g}" for flag, value in correction.items()))
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def _errors(logits, target, files, class_names):
+    """CSV text: the images taken for another class, the one most believed in first."""
+    probability, predicted = logits.double().softmax(1).max(1)
+    order = probability.argsort(descending=True, stable=True)
+    wrong = order[predicted[order] != target[order]].tolist()
+    rows = [
+        (files[i], class_names[target[i]], class_names[predicted[i]], f"{probability[i].item():.4f}") for i in wrong
+    ]
+    return csv_text([("file", "class", "predicted", "probability"), *rows])
 
 
 @torch.no_grad()
@@ -140,14 +169,14 @@ def expected_calibration_error(rows: Sequence[dict]) -> float:
 # ------------------------------------------------------------------------------------- post-hoc corrections
 
 
-def _correction(run, model, val_batches, precision):
+def correct_head(run: Run, model: torch.nn.Module, val_batches: Any, precision: Precision) -> dict[str, float]:
     """Apply one of CORRECTIONS to the head of `model`. Returns what was applied, for the record."""
     settings = run.settings
     name = next((name for name in CORRECTIONS if getattr(settings, name)), None)
     if name is None:
         return {}
     values, apply = getattr(settings, name), CORRECTIONS[name]
-    head = model.get_submodule(models.head_name(model))
+    head: Any = model.get_submodule(models.head_name(model))
     if getattr(head, "bias", None) is None:
         raise UsageError(f"--{name} needs a linear layer with a bias: this model has LDAM's normalised head")
     weight, bias = head.weight.detach().clone(), head.bias.detach().clone()

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from files import errors_name, write_text
@@ -33,9 +33,34 @@ def best_epoch(history: Sequence[dict]) -> dict:
 
 
 def results(history: Sequence[dict]) -> dict[str, dict[str, Any]]:
-    """What a run came to: the figures of its best and of its last epoch, by these names."""
+    """What a run came to: the figures of its best and of its last epoch, and their plateau, by these names."""
     ends = {"best": best_epoch(history), "last": history[-1]}
-    return {name: {"epoch": record["epoch"], **record["test"]} for name, record in ends.items()}
+    found = {name: {"epoch": record["epoch"], **record["test"]} for name, record in ends.items()}
+    return {**found, "plateau": plateau(history)}
+
+
+def plateau(history: Sequence[dict]) -> dict[str, Any]:
+    """Means over the last tenth of the epochs, 180 to 199 of 200, counted from 0: figures that no epoch was chosen for.
+
+    Of a run whose last stage is shorter (cRT's new head), over that stage.
+
+    Returns:
+        each figure of the tests, None where an epoch lacks it; `val`: class_mean and acc1 of the validation set, where
+        there is one; `epochs`: how many they are.
+    """
+    tail = history[-max(1, len(history) // 10) :]
+    tail = [record for record in tail if {**record["stage"], "lr": 0} == {**tail[-1]["stage"], "lr": 0}]
+    tests, vals = [record["test"] for record in tail], [record.get("val") for record in tail]
+    names = [name for name, value in tests[-1].items() if value is None or isinstance(value, (int, float))]
+    found: dict[str, Any] = {"epochs": len(tail), **{name: _mean(tests, name) for name in names}}
+    if all(vals):
+        found["val"] = {name: _mean(vals, name) for name in ("class_mean", "acc1")}
+    return found
+
+
+def _mean(tests, name):
+    values = [test.get(name) for test in tests]
+    return None if None in values else sum(values) / len(values)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -68,7 +93,7 @@ class Records:
         os.makedirs(folder, exist_ok=True)
         write_text(self._path("args.json"), to_json(info["settings"], indent=1))
         for name, header, row in self._tables():
-            write_text(self._path(name), _csv([header, *(row(record) for record in self.history)]))
+            write_text(self._path(name), csv_text([header, *(row(record) for record in self.history)]))
         if self.history:
             self._write_events()
             self.write_summary(self.history)
@@ -79,7 +104,7 @@ class Records:
         with errors_name(self.folder):
             for name, _, row in self._tables():
                 with open(self._path(name), "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                    file.write(_csv([row(record)]))
+                    file.write(csv_text([row(record)]))
             self._write_events()
 
     def write_summary(self, history: Sequence[dict]) -> None:
@@ -165,7 +190,8 @@ def _cell(value):
     return "n/a" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
-def _csv(rows):
+def csv_text(rows: Iterable[Sequence]) -> str:
+    """CSV with a line feed after each row."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -28,8 +28,8 @@ from utils import UsageError
 
 #: Entries of a checkpoint that are no part's state.
 FACTS = {
-    "epoch", "arch", "best_acc1", "settings", "split_sha256", "files_sha256", "classes", "class_counts", "trained_on",
-    "forced", "history",
+    "epoch", "arch", "best_acc1", "settings", "split_sha256", "files_sha256", "classes", "class_names", "class_counts",
+    "preprocessing", "trained_on", "forced", "history",
 }  # fmt: skip
 
 

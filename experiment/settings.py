@@ -241,7 +241,12 @@ class Settings:
         "--posthoc_la", nargs="+")
     tau_norm_bias: tuple[float, ...] = _run((), "--tau_norm_bias TAU", NOT_NEGATIVE,
         "with -e: as --tau_norm, but keep the bias", nargs="+")
-    save_logits: bool = _run(False, "--save_logits", None, "with -e: write logits and targets to logits.npz")
+    save_logits: bool = _run(False, "--save_logits", None,
+        "with -e: write logits, targets, file names and class names to logits.npz")
+    predict: str | None = _run(None, "--predict DIR", None,
+        "with -e: write the classes of the unlabelled images in DIR, or of one image, to a CSV file; needs no other "
+        "data")
+    top: int = _run(1, "--top N", COUNT, "with --predict: the N likeliest classes of each image, a row each")
     export_split: str | None = _run(None, "--export_split FILE", None,
         "write the indices of the images that are trained on, one a line, and stop")
     keep_epochs: tuple[int, ...] = _run((), "--keep_epochs N", COUNT,
@@ -322,37 +327,19 @@ def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Sett
     """The Settings of a checkpoint or a record. What it lacks, being older, is as in `base` (None: the defaults).
 
     Raises:
-        ValueError: a value of a type that the setting cannot have.
+        ValueError: a loss, rule or other name that is not offered here, or milestones without their factors.
     """
-    values = {name: _as_declared(FIELDS[name], value) for name, value in record.items() if name in FIELDS}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in FIELDS
+    }
+    for name, value in values.items():
+        choices = FIELDS[name].metadata["argparse"].get("choices")
+        if choices is not None and value is not None and value not in list(choices):
+            raise ValueError(f"{name} is {value!r}")
     settings = dataclasses.replace(base or Settings(), **values, given=frozenset())
     if len(settings.milestones) != len(settings.lr_factors):
         raise ValueError(f"milestones is {settings.milestones!r} and lr_factors is {settings.lr_factors!r}")
     return settings
-
-
-def _as_declared(field, value):
-    """A value read from a file, checked as the flag checks what is given."""
-    how = field.metadata["argparse"]
-    if value is None or value == field.default:
-        return value
-    if how.get("nargs") in ("*", "+", 3):
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{field.name} is {value!r}")
-        return tuple(_one_as_declared(field.name, how, item) for item in value)
-    if isinstance(field.default, bool) != isinstance(value, bool):
-        raise ValueError(f"{field.name} is {value!r}")
-    return value if isinstance(value, bool) else _one_as_declared(field.name, how, value)
-
-
-def _one_as_declared(name, how, value):
-    try:
-        value = how["type"](str(value)) if "type" in how else value
-    except (argparse.ArgumentTypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}") from None
-    if not isinstance(value, (str, int, float)) or value not in how.get("choices", [value]):
-        raise ValueError(f"{name} is {value!r}")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------- combinations
@@ -379,9 +366,11 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--resume auto and --overwrite exclude each other")
     if settings.evaluate and settings.export_split:
         raise UsageError("--export_split and -e exclude each other")
-    for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits"):
+    for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits", "predict"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
+    if settings.top > 1 and not settings.predict:
+        raise UsageError("--top is for --predict DIR: add it")
     corrections = [f"--{name}" for name in ("posthoc_la", "tau_norm", "tau_norm_bias") if getattr(settings, name)]
     if len(corrections) > 1:
         raise UsageError(f"{' and '.join(corrections)} exclude each other")

@@ -22,10 +22,11 @@ class Augment(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """train, evaluate: the transform of any image to a square of a side in pixels. help: for a flag."""
+    """train: the transform of any image to a square of a side in pixels. resize: of that side, the shorter one that an
+    image is resized to, to be tested on its centre. help: for a flag."""
 
     train: Callable[[int], Transform]
-    evaluate: Callable[[int], Transform]
+    resize: Callable[[int], int]
     help: str
 
 
@@ -41,18 +42,19 @@ AUGMENTS = {
         _autoaugment, "the policy learned on CIFAR-10, or on ImageNet for images of 96 pixels or more"
     ),
     "trivialaugment": Augment(lambda size: v2.TrivialAugmentWide(), "1 random operation of random magnitude"),
+    "verticalflip": Augment(lambda size: v2.RandomVerticalFlip(), "half of the images upside down"),
 }
 
 #: How images of any size become squares.
 CROPS = {
     "resized": Crop(
         v2.RandomResizedCrop,
-        lambda size: v2.Compose([middle_of_strip, v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]),
+        lambda size: round(size * 256 / 224),
         "RandomResizedCrop; tested on the centre of images resized to 256/224 of that side",
     ),
     "padded": Crop(
         lambda size: v2.Compose([middle_of_strip, v2.Resize(size), v2.RandomCrop(size, padding=size // 8)]),
-        lambda size: v2.Compose([middle_of_strip, v2.Resize(size), v2.CenterCrop(size)]),
+        lambda size: size,
         "RandomCrop of the image padded by an eighth; tested whole",
     ),
 }
@@ -66,25 +68,26 @@ def middle_of_strip(image: Image) -> Image:
     return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
 
 
-def train_transform(
-    image_size: int, crop: str = "resized", flip: bool = True, augment: str = "none", vertical_flip: bool = False
-) -> Transform:
+def train_transform(image_size: int, crop: str = "resized", flip: bool = True, augment: str = "none") -> Transform:
     """Crop, flip and augmentation of a training image: (3, H, W) uint8 to (3, image_size, image_size) uint8.
 
     Args:
         image_size: side of the square that the model sees.
         crop, augment: names in `CROPS` and `AUGMENTS`.
-        flip, vertical_flip: mirror half of the images left to right, or upside down.
+        flip: mirror half of the images; drawn in any case, so that the other draws stay the same.
     """
-    steps = [CROPS[crop].train(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0)]  # drawn in any case
-    if vertical_flip:
-        steps.append(v2.RandomVerticalFlip())
+    steps = [CROPS[crop].train(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0)]
     return v2.Compose([*steps, AUGMENTS[augment].make(image_size)])
 
 
 def eval_transform(image_size: int, crop: str = "resized") -> Transform:
     """What evaluation sees of an image: (3, H, W) uint8 to (3, image_size, image_size) uint8, without draws."""
-    return CROPS[crop].evaluate(image_size)
+    return centre(CROPS[crop].resize(image_size), image_size)
+
+
+def centre(resize: int, size: int) -> Transform:
+    """The centre, `size` pixels wide and high, of an image resized to a shorter side of `resize` pixels."""
+    return v2.Compose([middle_of_strip, v2.Resize(resize), v2.CenterCrop(size)])
 
 
 def seeded(transform: Transform, image: Image, seed: int) -> Image:

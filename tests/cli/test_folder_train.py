@@ -251,7 +251,8 @@ def test_weights_of_another_number_of_classes_keep_the_new_head(folder, tmp_path
     torch.save(model.state_dict(), tmp_path / "seven.pth")
     args = ["--data_dir", folder, *RUN, "--epochs", "1", "--milestones", "--lr", "0", "--pretrained", "seven.pth"]
     args += ["-a", "resnet18"]
-    run_ok(tmp_path, *args)
+    line = "--pretrained seven.pth: 122 tensors loaded into resnet18; its last layer, fc, is new"
+    assert line in run_ok(tmp_path, *args)
     state = load_checkpoint(next((tmp_path / "checkpoint").glob("*/ckpt.pth.tar")))["state_dict"]
     assert torch.equal(state["layer4.1.conv2.weight"], model.state_dict()["layer4.1.conv2.weight"])
     assert state["fc.weight"].shape == (3, 512)

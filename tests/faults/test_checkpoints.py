@@ -1,10 +1,12 @@
 """Checkpoints: damage is noticed, nothing good is given up for a bad one, whenever a run is stopped."""
 
+import argparse
 import collections
 import contextlib
 import copy
 import errno
 import os
+import pathlib
 import random
 import re
 import signal
@@ -14,6 +16,7 @@ import sys
 import zipfile
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from script_runner import (
@@ -147,11 +150,50 @@ def test_weights_without_batch_norms_counter_are_taken_for_a_new_head_only():
     assert own.bn.num_batches_tracked == 7
 
 
-def test_bare_weights_are_taken_only_where_they_are_asked_for(tmp_path):
-    torch.save(model_of(2).state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(DataError, match="it has no 'state_dict'"):
-        checkpoint.load(tmp_path / "bare.pth")
-    assert list(checkpoint.load(tmp_path / "bare.pth", bare=True)) == ["state_dict"]
+#: What others save, of the weights of a model.
+FOREIGN = {
+    "bare": lambda weights: weights,
+    "torch.compile": lambda weights: {f"_orig_mod.{name}": w for name, w in weights.items()},
+    "DataParallel of it": lambda weights: {"state_dict": {f"module._orig_mod.{n}": w for n, w in weights.items()}},
+    "it of DataParallel": lambda weights: {"model": {f"_orig_mod.module.{n}": w for n, w in weights.items()}},
+    "a part of a larger model": lambda weights: {"model_state_dict": {f"net.body.{n}": w for n, w in weights.items()}},
+    "AveragedModel": lambda weights: {
+        "n_averaged": torch.tensor(3),
+        **{f"module.{n}": w for n, w in weights.items()},
+    },
+    "beside numpy's numbers": lambda weights: {
+        "state_dict": weights, "best": np.float64(0.9), "epoch": np.int64(3), "counts": np.array([3, 2]), "day": "x",
+    },
+    "beside argparse's flags": lambda weights: {"state_dict": weights, "args": argparse.Namespace(lr=np.float32(0.1))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_weights_of_others_are_loaded(form, tmp_path):
+    own, source = model_of(2), model_of(2).state_dict()
+    torch.save(FOREIGN[form](source), tmp_path / "file.pth")
+    assert checkpoint.load_weights(own, checkpoint.load_foreign(str(tmp_path / "file.pth")), "PATH") is False
+    assert all(torch.equal(own.state_dict()[name], source[name]) for name in source)
+
+
+def test_a_scalar_of_numpy_1_is_loaded(tmp_path):
+    torch.save({"state_dict": model_of(2).state_dict(), "best": np.float64(0.9)}, tmp_path / "two.pth")
+    with zipfile.ZipFile(tmp_path / "two.pth") as two, zipfile.ZipFile(tmp_path / "one.pth", "w") as one:
+        for name in two.namelist():
+            one.writestr(name, two.read(name).replace(b"numpy._core", b"numpy.core"))
+    assert "fc.bias" in checkpoint.load_foreign(str(tmp_path / "one.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [({"state_dict": {}, "args": argparse.Namespace(out=pathlib.Path("x"))}, "a pathlib."), ([1], "holds no weights")],
+)
+def test_what_holds_no_weights_or_may_run_code_is_refused(content, words, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(DataError, match=words):
+        checkpoint.load_foreign(str(tmp_path / "file.pth"))
+    with pytest.raises(DataError):
+        checkpoint.load(str(tmp_path / "file.pth"))
 
 
 def test_ldams_head_is_known_by_its_missing_bias():
