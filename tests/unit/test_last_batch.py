@@ -1,12 +1,11 @@
 """A batch of one image, which batch norm cannot take, on any rank."""
 
 import contextlib
-import types
 
 import pytest
 import torch
 
-from experiment.run import Run
+from experiment.checks import check_last_batch
 from utils import UsageError
 
 
@@ -20,9 +19,7 @@ from utils import UsageError
     ],
 )  # fmt: skip
 def test_batch_of_one_image_on_any_rank(size, ranks, sync_bn, refused, monkeypatch):
-    settings = types.SimpleNamespace(batch_size=size, sync_bn=sync_bn, image_size=32)
-    run = types.SimpleNamespace(settings=settings, device="cpu")
-    monkeypatch.setattr("experiment.run.distributed.world_size", lambda: ranks)
+    monkeypatch.setattr("experiment.checks.distributed.world_size", lambda: ranks)
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
     with pytest.raises(UsageError, match="of one image of 34") if refused else contextlib.nullcontext():
-        Run.check_last_batch(run, model, types.SimpleNamespace(targets=torch.zeros(34)))
+        check_last_batch(model, 34, size, 32, sync_bn)

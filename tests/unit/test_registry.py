@@ -4,12 +4,11 @@ from unittest import mock
 
 import pytest
 import torch
-from test_recipe import CONSTANTS
+from test_recipe import CONSTANTS, recipe
 
 import losses
 from training import registry
-from training.recipe import Recipe, Stage
-from training.registry import CLASS_WEIGHTS, LOSSES, RULES, SAMPLERS, LossEntry, RuleEntry
+from training.registry import CLASS_WEIGHTS, LOSSES, RULES, SAMPLERS, LossEntry, RuleEntry, Stage
 
 COUNTS = [50, 10, 5]
 
@@ -71,7 +70,7 @@ def test_every_rule_is_made_of_what_there_is():
     for name, rule in RULES.items():
         assert rule.class_weights in CLASS_WEIGHTS
         assert rule.sampler in SAMPLERS
-        assert rule.start is None or hasattr(Recipe(), rule.start)
+        assert rule.start is None or hasattr(recipe(), rule.start)
         assert rule.trains == ("head" if name == "cRT" else "all")
         assert rule.help
 
@@ -113,11 +112,12 @@ def test_a_new_loss_and_a_new_rule_are_entries():
         mock.patch.dict(CLASS_WEIGHTS, root=lambda counts, root: torch.tensor(counts) ** root),
         mock.patch.dict(RULES, Root=rule),
     ):
-        recipe = Recipe("New", "Root", start_ib_epoch=2, drw_epoch=4, constants={"power": 3.0, "root": -0.5})
-        assert [recipe.stage(e).loss for e in (1, 2, 4)] == ["CE", "New", "New"]
-        assert [recipe.stage(e).class_weights for e in (1, 2, 4)] == ["none", "none", "root"]
-        assert recipe.constants_at(2) == {"power": 3.0}
-        assert recipe.constants_at(4) == {"power": 3.0, "root": -0.5}
-        criterion = recipe.criterion(recipe.stage(4), [4, 1])
+        constants = {"power": 3.0, "root": -0.5}
+        new = recipe("New", "Root", start_ib_epoch=2, drw_epoch=4, constants=constants)
+        assert [new.stage(e).loss for e in (1, 2, 4)] == ["CE", "New", "New"]
+        assert [new.stage(e).class_weights for e in (1, 2, 4)] == ["none", "none", "root"]
+        assert new.constants_at(2) == {"power": 3.0}
+        assert new.constants_at(4) == {"power": 3.0, "root": -0.5}
+        criterion = new.criterion(new.stage(4), [4, 1])
         assert (criterion.gamma, criterion.weight.tolist()) == (3.0, [0.5, 1.0])
         assert {"power", "root"} <= set(registry.all_constants())
