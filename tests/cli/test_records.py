@@ -274,6 +274,7 @@ def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tm
     scores = [float(row["val_class_mean"]) for row in rows]
     best = scores.index(max(scores))
     summary = json.loads((folder / "summary.json").read_text())
+    assert [record["score"] for record in summary["history"]] == scores
     assert summary["best"]["epoch"] == best
     assert summary["best"]["acc1"] == float(rows[best]["acc1"])
     assert load_checkpoint(model_folder(tmp_path, imb="exp_0.1") / "ckpt.best.pth.tar")["epoch"] == best + 1
