@@ -5,18 +5,16 @@ DIR/val/<class>/*      test images, or DIR/test/<class>/*; without them a part o
 """
 
 import csv
-import filecmp
 import functools
 import os
 import struct
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from imbalance import LabelledImages
@@ -98,9 +96,7 @@ def share_to_test(
     """
     if val_list and not train_list:
         raise UsageError("--val_list needs --train_list")
-    if not os.path.isdir(data_dir):
-        raise UsageError(f"no folder {data_dir}: --data_dir names the folder that holds train/ (and val/)")
-    own = val_list or (None if train_list else _test_folder(data_dir))
+    own = _test_source(data_dir, train_list, val_list)
     if own and test_fraction:
         raise UsageError(f"--test_fraction {test_fraction:g}: the test images are those of {own}")
     if own or test_fraction or val_fraction:
@@ -134,12 +130,8 @@ def load(
     Raises:
         UsageError: an imbalance or a test part that cannot be. DataError: missing or damaged data.
     """
-    if not os.path.isdir(data_dir):
-        raise DataError(
-            f"no folder {data_dir}: --data_dir names the one with train/ and val/, or with the listed files"
-        )
+    own = _test_source(data_dir, train_list, val_list)
     has_train = train_list or os.path.isdir(os.path.join(data_dir, "train"))
-    own = val_list or (None if train_list else _test_folder(data_dir))
     if classes is not None and not has_train and (own or not test_fraction):
         test = read_list(val_list, data_dir, classes) if val_list else read_folder(own or data_dir, classes)
         train = test.subset([])
@@ -148,9 +140,15 @@ def load(
         if train.num_classes < 2:
             raise DataError(f"{train_list or data_dir} has one class, {named(train.classes)}: training needs two")
         if test_fraction:
-            train, test = _split(train, test_fraction)
+            try:
+                train, test = train.hold_out(test_fraction)
+            except ValueError as error:
+                raise UsageError(f"--test_fraction {test_fraction:g}: {error}") from None
+        elif own:
+            test = read_list(own, data_dir, train.classes) if train_list else read_folder(own, train.classes)
+            warn_of_shared(train, test, own)
         else:
-            test = _read_test_part(data_dir, train_list, own, train)
+            raise UsageError(f"no {'--val_list' if train_list else f'val/ or test/ in {data_dir}'}: see --val_fraction")
     if train.targets:
         train = train.long_tailed(imb_type, imb_factor, rand_number)
     for part in (train, test):
@@ -161,9 +159,15 @@ def load(
     return train, test
 
 
-def _test_folder(data_dir):
-    """The folder of the test images, val/ before test/; None: there is none."""
+def _test_source(data_dir, train_list, val_list):
+    """The list, or the folder, of the test images; None: there is none."""
+    if not os.path.isdir(data_dir):
+        raise UsageError(f"no folder {data_dir}: --data_dir names the one with train/ and val/, or the listed files")
+    if train_list or val_list:
+        return val_list
     found = [path for path in (os.path.join(data_dir, name) for name in ("val", "test")) if os.path.isdir(path)]
+    if len(found) == 2:
+        warn(f"{found[1]} is not used, {found[0]} is the test set: evaluate on it with -e --data_dir {found[1]}")
     return found[0] if found else None
 
 
@@ -181,30 +185,6 @@ def _training_folder(data_dir):
     return data_dir
 
 
-def _split(train, fraction):
-    alone = train.classes_of_one_image()
-    try:
-        train, test = train.hold_out(fraction)
-    except ValueError as error:
-        raise UsageError(f"--test_fraction {fraction:g}: {error}") from None
-    if alone:
-        warn(f"no test image is held out of classes that have one image: {named(alone)}")
-    return train, test
-
-
-def _read_test_part(data_dir, train_list, own, train):
-    if own is None:
-        raise UsageError(f"no {'--val_list' if train_list else f'val/ or test/ in {data_dir}'}: see --val_fraction")
-    test = read_list(own, data_dir, train.classes) if train_list else read_folder(own, train.classes)
-    warn_of_shared(train, test, own)
-    if not train_list:
-        _warn_of_training_images(train, test, _training_folder(data_dir), own)
-        unused = os.path.join(data_dir, "test")
-        if own != unused and os.path.isdir(unused):
-            warn(f"{unused} is not used, {own} is the test set: evaluate on it with -e --data_dir {unused}")
-    return test
-
-
 def warn_of_shared(train: ImageSet, test: ImageSet, source: str) -> None:
     """Warn of test images that are training images too; `source` says where the test images come from."""
     real = functools.cache(os.path.realpath)  # of folders: a look at each training image would take minutes
@@ -212,15 +192,6 @@ def warn_of_shared(train: ImageSet, test: ImageSet, source: str) -> None:
     shared = sum(os.path.realpath(path) in known for path in test.paths)
     if shared:
         warn(f"{shared} of the {len(test.paths)} images of {source} are training images too")
-
-
-def _warn_of_training_images(train, test, train_folder, folder):
-    """Warn where all test images look like copies of training images."""
-    known = set(train.paths)
-    pairs = [(path, os.path.join(train_folder, os.path.relpath(path, folder))) for path in test.paths]
-    alike = all(twin in known and os.path.getsize(path) == os.path.getsize(twin) for path, twin in pairs)
-    if pairs and alike and not os.path.samefile(*pairs[0]) and filecmp.cmp(*pairs[0], shallow=False):
-        warn(f"the images of {folder} look like training images: all have the names and sizes of images of train/")
 
 
 def warn_of_untested(train: ImageSet, test: ImageSet) -> None:
@@ -235,7 +206,7 @@ def warn_of_untested(train: ImageSet, test: ImageSet) -> None:
 
 def check_all(
     train: ImageSet, test: ImageSet, workers: int = 0, skip_damaged: bool = False
-) -> tuple[ImageSet, ImageSet]:  # fmt: skip
+) -> tuple[ImageSet, ImageSet]:
     """Decode every image of both parts, with several threads. `skip_damaged`: the parts without those that are damaged.
 
     Raises:
@@ -250,7 +221,8 @@ def check_all(
         return None
 
     paths = train.paths + test.paths
-    found = list(map_in_threads(problem, paths, workers))
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter's lock
+        found = list(pool.map(problem, paths))
     problems = [text for text in found if text]
     if not problems:
         return train, test
@@ -275,9 +247,8 @@ def check_all(
 def read_folder(folder: str, classes: Sequence[str] | None = None) -> ImageSet:
     """The images of a folder with one folder for each class, in torchvision's order.
 
-    Links to folders inside a class are not followed, and no file counts twice, whatever links lead to it. These, hidden
-    files and folders (".name" and HIDDEN), what is no regular file and what does not end as images do are skipped with
-    a warning.
+    Links to folders inside a class, hidden files and folders (".name" and HIDDEN), what is no regular file and what
+    does not end as images do are skipped with a warning.
 
     Args:
         classes: the classes of the training images, which decide the labels; None: the names of the folders, each of
@@ -288,29 +259,19 @@ def read_folder(folder: str, classes: Sequence[str] | None = None) -> ImageSet:
     """
     skipped, entries = Counter(), _entries(folder)
     folders = sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
-    skipped["hidden"] += sum(_is_hidden(entry.name) for entry in entries)
-    skipped["links that lead nowhere"] += sum(not os.path.exists(entry.path) for entry in entries)
     if not folders:
         raise DataError(f"no class folders in {folder}")
-    found = [(name, *file) for name in folders for file in _walk(os.path.join(folder, name), skipped)]
-    seen = {real for _, _, real, is_link in found if not is_link}
-    samples = []
-    for name, path, real, is_link in found:
-        if is_link and real in seen:
-            skipped["symbolic links"] += 1
-        else:
-            seen.add(real)
-            samples.append((name, path))
+    skipped["links that lead nowhere"] += sum(not os.path.exists(entry.path) for entry in entries)
+    samples = [(name, path) for name in folders for path in _walk(os.path.join(folder, name), skipped)]
     _warn_of_skipped(folder, skipped)
     _check_names(folder, [*folders, *(classes or ())])
-    empty = sorted(set(folders) - {name for name, _ in samples})
+    empty = set(folders) - {name for name, _ in samples}
     if classes is None:
         classes = folders
         if empty:
-            paths = [os.path.join(folder, name) for name in empty]
+            paths = [os.path.join(folder, name) for name in sorted(empty)]
             raise DataError(f"class folders without images: {named(paths)} (images end in {' '.join(EXTENSIONS)})")
-        _check_depth(folder, samples)
-    foreign = sorted(set(folders) - set(classes) - set(empty))
+    foreign = sorted(set(folders) - set(classes) - empty)
     if foreign:
         raise DataError(f"{folder} has classes that no training images have: {named(foreign)}")
     label = {name: k for k, name in enumerate(classes)}
@@ -324,7 +285,7 @@ def list_images(path: str) -> list[str]:
         DataError: no image, or a folder that cannot be read.
     """
     skipped: Counter = Counter()
-    paths = [path] if os.path.isfile(path) else [image for image, _, _ in _walk(path, skipped)]
+    paths = [path] if os.path.isfile(path) else list(_walk(path, skipped))
     _warn_of_skipped(path, skipped)
     if not paths:
         raise DataError(f"no images in {path} (images end in {' '.join(EXTENSIONS)})")
@@ -349,56 +310,41 @@ def _is_hidden(name):
 
 
 def _walk(class_folder, skipped):
-    """(path, real path, whether a link led there) of each image of a class, sorted by folder, then by name."""
+    """The images of a class, sorted by folder, then by name; `skipped` counts the other files."""
 
     def fail(error):
         raise DataError(f"folder {error.filename} cannot be read: {error.strerror}") from None
 
-    walk = []
+    files = []
     for parent, folders, names in os.walk(class_folder, onerror=fail):
         shown = [name for name in folders if not _is_hidden(name)]
         skipped["hidden"] += len(folders) - len(shown) + sum(map(_is_hidden, names))
         skipped["links to folders"] += sum(os.path.islink(os.path.join(parent, name)) for name in shown)
         folders[:] = shown  # os.walk descends into these
-        walk.append((parent, sorted(name for name in names if not _is_hidden(name))))
-    for parent, names in sorted(walk):
-        real = os.path.realpath(parent)
-        for name in names:
-            path = os.path.join(parent, name)
-            if not name.lower().endswith(EXTENSIONS):
-                skipped[f"files that end in {os.path.splitext(name)[1] or 'nothing'}"] += 1
-            elif not os.path.isfile(path):
-                skipped["no regular files"] += 1
-            elif os.path.islink(path):
-                yield path, os.path.realpath(path), True
-            else:
-                yield path, os.path.join(real, name), os.path.islink(class_folder)
+        files += [(parent, name) for name in names if not _is_hidden(name)]
+    for parent, name in sorted(files):
+        path = os.path.join(parent, name)
+        if not name.lower().endswith(EXTENSIONS):
+            skipped[f"files that end in {os.path.splitext(name)[1] or 'nothing'}"] += 1
+        elif not os.path.isfile(path):
+            skipped["no regular files"] += 1
+        else:
+            yield path
 
 
 def _check_names(folder, names):
     """Refuse names that look the same: a class that is called by both would be two."""
-    by_look = {}
-    for name in sorted(set(names)):
-        by_look.setdefault(unicodedata.normalize("NFC", name), []).append(name)
-    alike = [" and ".join(map(ascii, group)) for group in by_look.values() if len(group) > 1]
+    looks = Counter(unicodedata.normalize("NFC", name) for name in set(names))
+    alike = [look for look, count in looks.items() if count > 1]
     if alike:
         raise DataError(f"{folder}: classes whose names differ in Unicode normal form only: {named(alike)}; rename one")
-
-
-def _check_depth(folder, samples):
-    """Refuse a single class whose images lie in folders of their own: these are the classes."""
-    names = {name for name, _ in samples}
-    below = sorted({os.path.relpath(path, folder).split(os.sep)[1] for _, path in samples})
-    if len(names) == 1 and len(below) > 1 and not any(name.lower().endswith(EXTENSIONS) for name in below):
-        inner = os.path.join(folder, *names)
-        raise DataError(f"{folder} has one class folder; the folders in {inner} look like the classes: move them up")
 
 
 # --------------------------------------------------------------------------------------------------- lists
 
 
 def read_list(path: str | os.PathLike, root: str | os.PathLike, classes: Sequence[str] | None = None) -> ImageSet:
-    """The images of a list of files below `root`.
+    """The images of a list of files, which are relative to `root`.
 
     Lines `path label`, as the lists of ImageNet-LT and Places-LT: paths may contain spaces, labels are numbers. A list
     whose name ends in .csv has the columns `image` and `label`, and its labels may be names.
@@ -409,15 +355,12 @@ def read_list(path: str | os.PathLike, root: str | os.PathLike, classes: Sequenc
             names, which are sorted.
 
     Raises:
-        DataError: no list, a line of another form, a path outside `root`, a file that is missing or listed twice,
-            labels with gaps or that the training list does not have.
+        DataError: no list, a line of another form, a file that is missing or listed twice, labels with gaps or that
+            the training list does not have.
     """
     rows = _csv_rows(path) if os.fspath(path).lower().endswith(".csv") else _text_rows(path)
     if not rows:
         raise DataError(f"{path} lists no images")
-    outside = [name for name, _ in rows if not _is_below(name, root)]
-    if outside:
-        raise DataError(f"{path} names files outside {root}: {named(outside)}")
     paths = [os.path.normpath(os.path.join(root, name)) for name, _ in rows]
     twice = [name for name, count in Counter(paths).items() if count > 1]
     if twice:
@@ -472,11 +415,6 @@ def _is_number(text):
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def _is_below(name, root):
-    root = os.path.abspath(root)
-    return "\0" not in name and os.path.abspath(os.path.join(root, name)).startswith(os.path.join(root, ""))
-
-
 def _classes_of(path, labels):
     """The names of the classes: 0 to K - 1 of labels without gaps, or the names that are used, sorted."""
     names = set(labels)
@@ -525,15 +463,3 @@ def open_image(path: str | os.PathLike, exif: bool = False) -> Any:
         reason = str(error).replace(f" {os.fspath(path)!r}", "").rstrip(":")  # the line begins with the name
         raise DataError(f"{path} cannot be decoded ({reason})") from None
     raise DataError(f"{path} has {kind} pixels, whose range is unknown: convert it to 8 or 16 bits")
-
-
-def read_image(path: str | os.PathLike) -> npt.NDArray[np.uint8]:
-    """An image as (H, W, 3) uint8; grey ones become RGB. Raises DataError, see `open_image`."""
-    return np.asarray(open_image(path))
-
-
-def map_in_threads(function: Callable, items: Sequence, workers: int) -> Iterator:
-    """`function` of each item, in order, by `workers` threads."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter's lock
-        for start in range(0, len(items), 4096):  # in parts, so that an error ends it soon
-            yield from pool.map(function, items[start : start + 4096])

@@ -9,30 +9,26 @@ and 150 of IB, lr 0.01, x 0.1 at 30 and 180, crops of 224. What the paper leaves
 docs/datasets.md. Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run` prints the recipe.
 """
 
-import functools
-
 import torch
 
 import imbalance_inat
 import models
-from experiment.checks import check_deterministic, check_last_batch
-from experiment.data import describe, export_split, split_validation
+from experiment import checks, data
 from experiment.evaluation import evaluate_checkpoint
 from experiment.parser import parse
 from experiment.predict import predict
 from experiment.run import open_run
 from loaders.image_folder import ImageFileBatches
-from training import distributed
 from training.cuda_graph import step_graph
 from training.ema import Ema
 from training.gradients import match_gradient, needs_alpha
 from training.loop import evaluate, for_evaluation, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
-from training.precision import Precision, use_native_batch_norm
+from training.precision import Precision, on_device
 from training.recipe import Recipe
-from training.stages import Criteria, Trained, redraw_head, set_lr
-from utils import command, epoch_seed
+from training.stages import Stages
+from utils import command
 
 
 @command
@@ -53,27 +49,18 @@ def main(argv=None):
             settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number,
             settings.check_images, settings.workers, settings.skip_damaged,
         )  # fmt: skip
-        train_set, val_set = split_validation(chosen, settings)
-        if settings.export_split:
-            return export_split(train_set, settings.export_split)
-        run.use_data(describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
+        train_set, val_set = data.split_validation(chosen, settings)
+        run.use_data(data.describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
         size = settings.image_size
-        batches = functools.partial(
-            ImageFileBatches, image_size=size, batch_size=settings.batch_size, device=run.device, seed=run.seed,
-            flip=settings.flips, workers=settings.workers, rank=distributed.rank(), world_size=distributed.world_size(),
-        )  # fmt: skip
-        train_batches = batches(train_set, augment=settings.augment)
-        test_batches = for_evaluation(batches(test_set), size)
-        val_batches = for_evaluation(batches(val_set), size) if val_set else None
+        loading = {**run.loading, "image_size": size, "workers": settings.workers}
+        train_batches = ImageFileBatches(train_set, augment=settings.augment, **loading)
+        test_batches = for_evaluation(ImageFileBatches(test_set, **loading), size)
+        val_batches = for_evaluation(ImageFileBatches(val_set, **loading), size) if val_set else None
 
         # model
         torch.manual_seed(run.seed)
-        model = models.torchvision_model(
-            settings.arch, train_set.num_classes, use_norm=settings.use_norm, feature_norm=settings.feature_norm
-        )
-        model = model.to(run.device).to(memory_format=torch.channels_last)
-        if settings.batch_norm == "native":
-            use_native_batch_norm(model)
+        model = models.torchvision_model(settings.arch, train_set.num_classes, settings.use_norm, settings.feature_norm)
+        model = on_device(model, run.device, settings.batch_norm)
         ema = Ema(model, settings.ema) if settings.ema else None
         tested = ema.module if ema else model
         precision = Precision(settings.amp, run.device.type)
@@ -81,33 +68,25 @@ def main(argv=None):
             run.restore(model=model, ema=ema)
             return evaluate_checkpoint(run, tested, test_batches, val_batches, precision)
 
-        # optimizer, loss
+        # optimizer, loss, schedule
         optimizer = make_optimizer(settings.optimizer, model, settings.lr, vars(settings))
-        criteria = Criteria(recipe, run.class_counts, run.device)
-        mixup = Mixup(settings.mixup, train_set.num_classes, run.seed) if settings.mixup else None
-        check_last_batch(model, len(train_set.targets), settings.batch_size, size, settings.sync_bn)
-        check_deterministic(model, size)
-        run.restore(model=model, optimizer=optimizer, criterion=criteria, scaler=precision, ema=ema)
-
-        # training
-        trained = Trained(model, settings.sync_bn, settings.compile)
+        stages = Stages(recipe, model, optimizer, run.class_counts, run.seed, ema, settings.sync_bn, settings.compile)
+        mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
         graph = step_graph(run.device, settings.amp, settings.cuda_graph)
+        checks.check_model(model, size, len(train_set.targets), settings)
+        run.restore(model=model, optimizer=optimizer, criterion=stages, scaler=precision, ema=ema)
+
         for epoch in run.epochs():
             stage = recipe.stage(epoch)
-            set_lr(optimizer, stage.lr)
-            if recipe.draws_head(epoch):
-                redraw_head(model, optimizer, ema, epoch_seed(run.seed, epoch))
-            torch.manual_seed(epoch_seed(run.seed, epoch) + distributed.rank())  # for models with dropout
+            criterion, trained = stages.begin(epoch)  # with its lr; cRT: a new head
             rates = recipe.image_rates(stage, run.class_counts, train_batches.targets)
-            images = train_batches.train_epoch(epoch, rates)
-            if mixup:
-                images = mixup.mix(images, epoch)
-            criterion, gradient = criteria.of(stage), None
+            gradient = None
             if needs_alpha(criterion):  # --alpha auto, before its first epoch
                 gradient = match_gradient(model, train_batches.train_epoch(epoch, rates), criterion, precision)
             train = train_one_epoch(
-                trained.of(stage), images, criterion, optimizer, train_set.num_classes, precision,
-                run.on_batch(len(train_batches), stage.lr), graph, after_step=ema.update if ema else None,
+                trained, mixup.mix(train_batches.train_epoch(epoch, rates), epoch), criterion, optimizer,
+                train_set.num_classes, precision, run.on_batch(len(train_batches), stage.lr), graph,
+                after_step=ema.update if ema else None,
             )  # fmt: skip
             test = evaluate(tested, test_batches.eval_epoch(), run.class_counts, precision)
             val = evaluate(tested, val_batches.eval_epoch(), run.class_counts, precision) if val_batches else None

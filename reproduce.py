@@ -15,7 +15,6 @@ flags after `--` go to the training scripts. --method also takes the name of any
 import argparse
 import contextlib
 import io
-import json
 import os
 import shlex
 import sys
@@ -35,7 +34,6 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="print the runs as commands, one a line")
     _add_selection(listing)
-    listing.add_argument("--json", action="store_true", help="as JSON, with what each run is and shares")
     running = commands.add_parser("run", help="train them; finished ones are skipped, broken ones continue")
     _add_selection(running)
     _add_execution(running)
@@ -66,7 +64,8 @@ def _add_selection(parser):
         "--control", nargs="+", choices=list(runs.CONTROLS), default=[],
         help="what the paper lacks, for the data and ratios given. ib-lr: CE with the lr of the IB phase; l1-auto: "
         "the IB loss at the size of CE; weights-only: class weights without the factor, at the size of CE; "
-        "weights-at-ib: the same at the size of the IB loss; detached: no gradient through the factor",
+        "weights-at-ib: the same at the size of the IB loss; detached: no gradient through the factor; "
+        "factor: the nine arms of docs/factor.md",
     )  # fmt: skip
     add(
         "--dataset", nargs="+", metavar="NAME",
@@ -136,7 +135,7 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
         cells += runs.cells_of_figure(figure, datasets, options.ratio or ())
     cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
     if options.control:
-        names = [name for name in options.control if runs.CONTROLS[name] in (options.method or runs.METHODS)]
+        names = [name for name in options.control if runs.CONTROLS[name][0] in (options.method or runs.METHODS)]
         cells += runs.controls(names, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
     if not (options.table or options.figure or options.control):
         ratios = options.ratio or ([100] if set(datasets) & runs.OWN_SETUPS.keys() else CIFAR_RATIOS)
@@ -214,29 +213,14 @@ def _add_folder(options):
 
 def list_runs(options: argparse.Namespace) -> None:
     """Print the commands; each is complete in itself and continues where it was stopped."""
-    chosen, out = select(options), options.out
-    shared = {run: run.fork_epoch for run in chosen}
+    chosen = select(options)
     if options.extra:  # the check imports torch
-        from paper import driver, records
+        from paper import driver
 
         driver.check_extra(chosen, options.extra)
-        asked = {run: records.command_settings(run, tuple(options.extra)) for run in chosen}
-        shared = {run: run.fork_epoch_with(vars(settings)) for run, settings in asked.items()}
-    lines = [["python", *run.argv(out), "--resume", "auto", *options.extra] for run in chosen]
-    if not options.json:
-        with contextlib.suppress(BrokenPipeError):  # `| head`
-            print("\n".join(shlex.join(line) for line in lines), flush=True)
-        return
-    content = [
-        {
-            "name": run.name, "dataset": run.dataset, "imb_type": run.imb_type, "ratio": run.ratio,
-            "method": run.method, "variant": run.variant, "seed": run.seed, "subset": run.subset,
-            "protocol": run.protocol, "command": line, "shared_epochs_with": run.trunk.name,
-            "shared_epochs": shared[run],
-        }
-        for run, line in zip(chosen, lines, strict=True)
-    ]  # fmt: skip
-    print(json.dumps(content, indent=1))
+    with contextlib.suppress(BrokenPipeError):  # `| head`
+        for run in chosen:
+            print(shlex.join(["python", *run.argv(options.out), "--resume", "auto", *options.extra]), flush=True)
 
 
 def run_runs(options: argparse.Namespace) -> None:
@@ -256,11 +240,10 @@ def run_runs(options: argparse.Namespace) -> None:
     print(_what_is_about_to_start(chosen, options), flush=True)
     with run_lock(lock, patience=0):  # one driver at a time
         work = driver.Driver(
-            chosen, options.out, options.results or os.path.join(options.out, "results"), _executor(options, lock),
-            options.extra, options.threads,
+            chosen, options.out, _results(options), _executor(options, lock), options.extra, options.threads,
         )  # fmt: skip
         failed = work.run()
-    print(work.view.status())
+    print(work.status())
     for run in failed:
         print(f"failed: {run.name}: {_last_line(work.output(run))} ({work.output(run)})")
     if failed:
@@ -271,27 +254,26 @@ def _what_is_about_to_start(chosen, options):
     """'10 runs, 300 epochs to train ...': with what they share counted once, and a time where a record tells one."""
     from paper import records
 
-    asked = {run: vars(records.command_settings(run, tuple(options.extra))) for run in chosen}
-    families: dict = {}
+    epochs, shared = 0, {}
     for run in chosen:
-        families.setdefault(run.family, []).append(run)
-    epochs = 0
-    for of in families.values():
-        shared = [min(run.fork_epoch_with(asked[run]), asked[run]["epochs"]) for run in of]
-        epochs += sum(asked[run]["epochs"] - fork for run, fork in zip(of, shared, strict=True)) + max(shared)
-    defaults = "" if options.ratio or options.table or options.figure or options.control else _ratios(chosen)
-    done, _ = records.read(options.results or os.path.join(options.out, "results"))
+        settings = vars(records.command_settings(run, tuple(options.extra)))
+        fork = min(run.fork_epoch_with(settings), settings["epochs"])
+        epochs += settings["epochs"] - fork
+        shared[run.family] = max(fork, shared.get(run.family, 0))
+    epochs += sum(shared.values())
+    ratios = " ".join(map(str, sorted({run.ratio for run in chosen}, reverse=True)))
+    is_asked = options.ratio or options.table or options.figure or options.control or " " not in ratios
+    defaults = "" if is_asked else f" (ratios {ratios}: --ratio restricts them)"
+    done, _ = records.read(_results(options))
     seconds = [epoch["seconds"] for _, record in done for epoch in record["history"]]
-    jobs = options.jobs or 1
-    time = "the time shows after the first epochs"
+    jobs, time = options.jobs or 1, "the time shows after the first epochs"
     if seconds:
         time = f"about {duration(epochs * sum(seconds) / len(seconds) / jobs)} at the pace of the records in --results"
     return f"{len(chosen)} runs{defaults}, {epochs} epochs in all, shared ones once, {jobs} at a time; {time}"
 
 
-def _ratios(chosen):
-    ratios = sorted({run.ratio for run in chosen}, reverse=True)
-    return f" (ratios {' '.join(map(str, ratios))}: --ratio restricts them)" if len(ratios) > 1 else ""
+def _results(options):
+    return options.results or os.path.join(options.out, "results")
 
 
 def _executor(options, folder):

@@ -17,7 +17,7 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from imbalance import class_counts
-from paper import driver, runs
+from paper import driver, executors, runs
 
 #: Steps a second of a card that eight runs share -> of one run alone: seen for 274, predicted for the others.
 ALONE = {274: 195, 700: 310, 1500: 570}
@@ -30,11 +30,13 @@ def steps_of(run: runs.Run) -> int:
     return math.ceil(sum(class_counts(IMAGES[run.dataset], run.imb_type, 1 / run.ratio)) / run.setup.batch_size)
 
 
-class Cards:
+class Cards(executors.Executor):
     """An executor (`paper/executors.py`) whose runs take no time but that of `clock`, in seconds."""
 
     def __init__(self, cards: int, rate: int, options: argparse.Namespace) -> None:
-        self.jobs, self.rate, self.options = options.jobs * cards, rate, options
+        super().__init__(options.jobs * cards, threads=1)
+        self.places = options.jobs * cards
+        self.rate, self.options = rate, options
         self.on: list[dict] = [{} for _ in range(cards)]  # of each card: run -> [seconds of start-up, epochs] left
         self.clock = 0.0
         self.spent: dict[str, float] = collections.defaultdict(float)  # seconds of cards by kind
@@ -43,7 +45,7 @@ class Cards:
         self.driver: Schedule
 
     def room(self):
-        return sum(map(len, self.on)) < self.jobs
+        return sum(map(len, self.on)) < self.places
 
     def start(self, run, command, log):
         fork = self.driver.fork_point(run)

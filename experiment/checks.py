@@ -4,9 +4,16 @@ import copy
 
 import torch
 
+from experiment.settings import Settings
 from loaders import batch_slices
 from training import distributed
 from utils import UsageError
+
+
+def check_model(model: torch.nn.Module, image_size: int, images: int, settings: Settings) -> None:
+    """The two checks below, for so many training images."""
+    check_last_batch(model, images, settings.batch_size, image_size, settings.sync_bn)
+    check_deterministic(model, image_size)
 
 
 def check_last_batch(

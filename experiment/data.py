@@ -14,13 +14,15 @@ from utils import DataError, NothingToDo, UsageError, named, warn
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run's data are: class names as the data set and as people call them, training images of each class,
-    checksums of the chosen images and of the image files (None in memory, where torchvision checks md5), the test
-    images (files, or their numbers in the data set), and what the model sees of an image, see `preprocessing`."""
+    """What a run's data are: class names as the data set and as people call them, training images of each class, the
+    indices of the images that are trained on, checksums of the images chosen (before a part of them is held out) and
+    of the image files (None in memory, where torchvision checks md5), the test images (files, or their numbers in the
+    data set), and what the model sees of an image, see `preprocessing`."""
 
     classes: list[str]
     class_names: list[str]
     class_counts: list[int]
+    indices: Sequence[int]
     split_sha256: str
     files_sha256: str | None
     test_files: list[str]
@@ -53,10 +55,10 @@ def split_validation(train_set: Any, settings: Settings) -> tuple[Any, Any]:
     return train_set, val_set
 
 
-def export_split(train_set: Any, path: str) -> None:
+def export_split(data: Data, path: str) -> None:
     """Write the indices of the images that are trained on to a file, one a line. Raises NothingToDo."""
-    write_text(path, "".join(f"{index}\n" for index in train_set.chosen))
-    raise NothingToDo(f"{path}: indices of {len(train_set.chosen)} chosen training images, one a line")
+    write_text(path, "".join(f"{index}\n" for index in data.indices))
+    raise NothingToDo(f"{path}: indices of {len(data.indices)} chosen training images, one a line")
 
 
 def describe(chosen: Any, train_set: Any, test_set: Any) -> Data:
@@ -66,6 +68,7 @@ def describe(chosen: Any, train_set: Any, test_set: Any) -> Data:
         classes=list(train_set.classes),
         class_names=list(train_set.class_names),
         class_counts=count_classes(train_set.targets, len(train_set.classes)),
+        indices=train_set.chosen,
         split_sha256=split_sha256(chosen.chosen),
         files_sha256=files_sha256(samples) if samples else None,
         test_files=getattr(test_set, "paths", None) or [str(index) for index in test_set.chosen],

@@ -74,6 +74,7 @@ SCRIPTS = {
     ),
 }  # fmt: skip
 
+_UNSET = object()  # what a flag that is not given leaves in its place
 GROUPS = ("data", "model", "method", "training", "run")
 
 
@@ -96,19 +97,15 @@ def build_parser(script: str, description: str | None = None) -> Parser:
             how |= {"choices": archs}
             named = "any of torchvision's classifiers" if len(archs) > 10 else ", ".join(archs)
             how |= {"help": f"{named} (default: %(default)s)"}
+        elif name == "pretrained" and of.has_imagenet_weights:
+            how |= {
+                "const": "imagenet",
+                "help": "start from ImageNet's weights, or a checkpoint (default: %(default)s)",
+            }
         elif name == "pretrained":
-            how |= _pretrained(of)
+            how |= {"const": "published", "metavar": "none|PATH", "help": "start from the weights of this checkpoint"}
         groups[field.metadata["group"]].add_argument(*flags, **how)
     return parser
-
-
-def _pretrained(of):
-    if of.has_imagenet_weights:
-        return {
-            "const": "imagenet",
-            "help": "start from ImageNet's weights, or from a checkpoint (default: %(default)s)",
-        }
-    return {"const": "published", "metavar": "none|PATH", "help": "start from the weights of this checkpoint"}
 
 
 def parse(script: str, argv: Sequence[str] | None = None, description: str | None = None) -> Settings:
@@ -122,7 +119,8 @@ def parse(script: str, argv: Sequence[str] | None = None, description: str | Non
     """
     parser = build_parser(script, description)
     values = vars(parser.parse_args(argv))
-    given = _given(parser, argv)
+    unset = argparse.Namespace(**{action.dest: _UNSET for action in parser._actions})
+    given = frozenset(name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not _UNSET)
     for name, value in RECIPES[values.get("recipe") or "official"].items():
         if name not in given:
             values[name] = value
@@ -150,15 +148,3 @@ def _name_of_folder(path):
         raise UsageError(
             f"--data_dir {path}: its name cannot be part of the run's: choose one with --dataset"
         ) from None
-
-
-def _given(parser, argv):
-    """Names of the settings that the command line gives."""
-    twin = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    for action in parser._actions:
-        if action.dest != "help":
-            how = {"nargs": 0} if action.nargs == 0 else {"nargs": action.nargs}
-            kind = "store_const" if action.nargs == 0 else "store"
-            extra = {} if kind == "store_const" else how
-            twin.add_argument(*action.option_strings, dest=action.dest, action=kind, **extra)
-    return frozenset(vars(twin.parse_args(argv)))

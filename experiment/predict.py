@@ -2,6 +2,7 @@
 
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from experiment.evaluation import correct_head, output_folder
 from experiment.records import csv_text
 from experiment.run import Run
 from files import write_text
-from imbalance_folder import ImageSet, list_images, map_in_threads, open_image
+from imbalance_folder import ImageSet, list_images, open_image
 from loaders.augment import centre
 from loaders.transforms import normalise
 from training import distributed
@@ -56,7 +57,8 @@ def predict(run: Run) -> None:
     rows, shown = [], 0
     for start in range(0, len(paths), settings.batch_size):
         part = paths[start : start + settings.batch_size]
-        found = list(zip(part, map_in_threads(read, part, settings.workers), strict=True))
+        with ThreadPoolExecutor(max(1, settings.workers)) as pool:
+            found = list(zip(part, pool.map(read, part), strict=True))
         for _, image in found:
             if isinstance(image, DataError):
                 warn(f"left out: {image}")

@@ -26,15 +26,41 @@ TRAIN_COLUMNS = ("epoch_from_0", "lr", "loss", "acc1", "acc5", "criterion", "cla
 
 
 def best_epoch(history: Sequence[dict]) -> dict:
-    """The record of the best epoch: by top-1 on the test set, or, where there is a validation part, by its
-    mean class accuracy. The first one wins a tie."""
+    """The record of the best epoch: by top-1 on the test set, or, of the epochs with a validation set, by its mean
+    class accuracy. The first one wins a tie."""
+    history = [record for record in history if record.get("val")] or history  # a fork may have added the set
     return max(history, key=lambda record: (record["score"], -record["epoch"]))
 
 
 def results(history: Sequence[dict]) -> dict[str, dict[str, Any]]:
-    """What a run came to: the figures of its best and of its last epoch, by these names."""
+    """What a run came to: the figures of its best and of its last epoch, and their plateau, by these names."""
     ends = {"best": best_epoch(history), "last": history[-1]}
-    return {name: {"epoch": record["epoch"], **record["test"]} for name, record in ends.items()}
+    found = {name: {"epoch": record["epoch"], **record["test"]} for name, record in ends.items()}
+    return {**found, "plateau": plateau(history)}
+
+
+def plateau(history: Sequence[dict]) -> dict[str, Any]:
+    """Means over the last tenth of the epochs, 180 to 199 of 200, counted from 0: figures that no epoch was chosen for.
+
+    Of a run whose last stage is shorter (cRT's new head), over that stage.
+
+    Returns:
+        each figure of the tests, None where an epoch lacks it; `val`: class_mean and acc1 of the validation set, where
+        there is one; `epochs`: how many they are.
+    """
+    tail = history[-max(1, len(history) // 10) :]
+    tail = [record for record in tail if {**record["stage"], "lr": 0} == {**tail[-1]["stage"], "lr": 0}]
+    tests, vals = [record["test"] for record in tail], [record.get("val") for record in tail]
+    names = [name for name, value in tests[-1].items() if value is None or isinstance(value, (int, float))]
+    found: dict[str, Any] = {"epochs": len(tail), **{name: _mean(tests, name) for name in names}}
+    if all(vals):
+        found["val"] = {name: _mean(vals, name) for name in ("class_mean", "acc1")}
+    return found
+
+
+def _mean(tests, name):
+    values = [test.get(name) for test in tests]
+    return None if None in values else sum(values) / len(values)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

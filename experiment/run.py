@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import pathlib
 import shutil
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 
 import models
 from experiment import checkpoint, plots, provenance
-from experiment.data import Data, check_data, preprocessing
+from experiment.data import Data, check_data, export_split, preprocessing
 from experiment.records import Records, best_epoch
 from experiment.resume import Start, find_evaluated, find_start
 from experiment.screen import Progress, print_classes, summary_line
@@ -128,15 +129,26 @@ class Run:
         self._written_at = -math.inf
         self.progress: Any = None
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What every loader is told, see `loaders.Batches`."""
+        return {
+            "batch_size": self.settings.batch_size, "device": self.device, "seed": self.seed,
+            "flip": self.settings.flips, "rank": distributed.rank(), "world_size": distributed.world_size(),
+        }  # fmt: skip
+
     # ---------------------------------------------------------------------------------------- before training
 
     def use_data(self, data: Data) -> None:
         """Compare the data with the checkpoint's.
 
         Raises:
-            UsageError, DataError: see `data.check_data`. NothingToDo: the folder holds this run, finished.
+            UsageError, DataError: see `data.check_data`. NothingToDo: the folder holds this run, finished; or
+                --export_split has written the indices of the images.
         """
         settings, start = self.settings, self.start
+        if settings.export_split:
+            export_split(data, settings.export_split)
         self.data, self.class_counts = data, data.class_counts
         self.forced += check_data(data, start, settings)
         if start.is_finished:
@@ -270,7 +282,7 @@ class Run:
 
         The best one comes first and the newest last, so that what the newest tells is true after a kill, too.
         """
-        if self._records is None or self._unwritten is None:
+        if self._unwritten is None:
             return
         state, folder = self._unwritten, self.settings.model_folder
         if self._unwritten_best is not None:
@@ -278,7 +290,8 @@ class Run:
             self._unwritten_best = None
         self._keep(state)
         checkpoint.save(folder, [checkpoint.NEWEST], state)
-        self._records.write_summary(state["history"])
+        if self._records is not None:
+            self._records.write_summary(state["history"])
         self._unwritten, self._written_at = None, time.monotonic()
 
     def _keep(self, state):
@@ -326,14 +339,11 @@ class Run:
             _empty(settings.log_folder)
             _empty(settings.model_folder)
         if start.path is not None and not start.is_own:
-            _remove(os.path.join(settings.model_folder, checkpoint.BEST))
-            if best is not None:
-                checkpoint.save(settings.model_folder, [checkpoint.BEST], best)
-            state = {**start.checkpoint, "settings": self.info["settings"], "forced": self.forced}
-            state |= {name: self.info[name] for name in ("classes", "class_counts")}
+            pathlib.Path(settings.model_folder, checkpoint.BEST).unlink(missing_ok=True)
             if start.history:
-                self._keep(state)
-                checkpoint.save(settings.model_folder, [checkpoint.NEWEST], state)
+                mine = {name: self.info[name] for name in ("settings", "forced", "classes", "class_counts")}
+                self._unwritten, self._unwritten_best = {**start.checkpoint, **mine}, best
+                self.write()
         self._records = Records(settings.log_folder, self.data.class_names, self.info, self.history)
         self._written_at = time.monotonic()
 
@@ -394,11 +404,6 @@ def _empty(folder):
             shutil.rmtree(entry.path)
         elif not entry.name.startswith("."):
             os.unlink(entry.path)
-
-
-def _remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def _load_pretrained(settings, model):

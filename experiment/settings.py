@@ -7,6 +7,7 @@ and what may stand beside a published figure are derived from `affects`:
     start           the first weights and everything drawn: seed, pretrained
     schedule        lr, losses, rules and their constants; compared epoch by epoch
     optimizer       the optimizer, the batch and how batches are mixed
+    selection       which epoch counts as the best, and nothing of the training
     numerics        precision: the same experiment with other rounding errors, large enough to be named
     rounding        the same run, but not to the last bit: threads, ranks, compilation
     nothing         places, progress, what to do
@@ -30,7 +31,7 @@ from training.recipe import SCHEDULES, Recipe
 from training.registry import LOSSES, RULES, all_constants
 from utils import UsageError, number, warn
 
-KINDS = ("data", "model", "start", "schedule", "optimizer", "numerics", "rounding", "nothing")
+KINDS = ("data", "model", "start", "schedule", "optimizer", "selection", "numerics", "rounding", "nothing")
 
 
 def setting(
@@ -123,7 +124,8 @@ class Settings:
         "share of each class of the training images, one image at least, that is held out to pick the best epoch, by "
         "class mean; 0: by top-1 on the test set, as published")
     val_left_out: int = _data(0, "--val_left_out N", EPOCH,
-        "pick the best epoch on images that the imbalance has left out, up to N of a class; they are never trained on")
+        "pick the best epoch on images that the imbalance has left out, up to N of a class; they are never trained on",
+        affects="selection")
     test_fraction: float = _data(0.0, "--test_fraction G", SHARE,
         "share of the training images to test on, without val/ or test/ (default: as --val_fraction)")
     flip: str = _data("auto", "--flip", ("auto", "on", "off"),
@@ -171,8 +173,8 @@ class Settings:
     drw_epoch: int = _method(160, "--drw_epoch E", EPOCH,
         "first epoch of the weights of DRW and DRW-IB, of DRS's sampler, of cRT's new head")
     mixup: float = _method(0.0, "--mixup A", NOT_NEGATIVE,
-        "mix each image and its target with another of the batch, shares drawn from Beta(A, A); 0: off; not with the "
-        "IB losses", affects="optimizer")
+        "mix each image and its target with another of the batch, shares drawn from Beta(A, A); 0: off",
+        affects="optimizer")
 
     epochs: int = _training(200, "--epochs N", COUNT, "number of epochs")
     start_epoch: int = _training(0, "--start-epoch E", EPOCH,
@@ -301,11 +303,11 @@ def fields_affecting(*kinds: str) -> tuple[str, ...]:
 
 
 #: What makes a run what it is. `exp_str` only names it, as the folder's name is all that two such runs share.
-IDENTITY = fields_affecting("data", "model", "start", "schedule", "optimizer", "numerics")
+IDENTITY = fields_affecting("data", "model", "start", "schedule", "optimizer", "selection", "numerics")
 #: What a run and the checkpoint that it starts from share; the schedule is compared epoch by epoch.
 SHARED = fields_affecting("data", "model", "start", "optimizer", "numerics")
 #: What an evaluation takes from the checkpoint.
-OF_CHECKPOINT = fields_affecting("data", "model", "schedule")
+OF_CHECKPOINT = fields_affecting("data", "model", "schedule", "selection")
 
 
 # ------------------------------------------------------------------------------------------------- in files
@@ -325,37 +327,19 @@ def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Sett
     """The Settings of a checkpoint or a record. What it lacks, being older, is as in `base` (None: the defaults).
 
     Raises:
-        ValueError: a value of a type that the setting cannot have.
+        ValueError: a loss, rule or other name that is not offered here, or milestones without their factors.
     """
-    values = {name: _as_declared(FIELDS[name], value) for name, value in record.items() if name in FIELDS}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in FIELDS
+    }
+    for name, value in values.items():
+        choices = FIELDS[name].metadata["argparse"].get("choices")
+        if choices is not None and value is not None and value not in list(choices):
+            raise ValueError(f"{name} is {value!r}")
     settings = dataclasses.replace(base or Settings(), **values, given=frozenset())
     if len(settings.milestones) != len(settings.lr_factors):
         raise ValueError(f"milestones is {settings.milestones!r} and lr_factors is {settings.lr_factors!r}")
     return settings
-
-
-def _as_declared(field, value):
-    """A value read from a file, checked as the flag checks what is given."""
-    how = field.metadata["argparse"]
-    if value is None or value == field.default:
-        return value
-    if how.get("nargs") in ("*", "+", 3):
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{field.name} is {value!r}")
-        return tuple(_one_as_declared(field.name, how, item) for item in value)
-    if isinstance(field.default, bool) != isinstance(value, bool):
-        raise ValueError(f"{field.name} is {value!r}")
-    return value if isinstance(value, bool) else _one_as_declared(field.name, how, value)
-
-
-def _one_as_declared(name, how, value):
-    try:
-        value = how["type"](str(value)) if "type" in how else value
-    except (argparse.ArgumentTypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}") from None
-    if not isinstance(value, (str, int, float)) or value not in how.get("choices", [value]):
-        raise ValueError(f"{name} is {value!r}")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------- combinations

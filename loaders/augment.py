@@ -42,6 +42,7 @@ AUGMENTS = {
         _autoaugment, "the policy learned on CIFAR-10, or on ImageNet for images of 96 pixels or more"
     ),
     "trivialaugment": Augment(lambda size: v2.TrivialAugmentWide(), "1 random operation of random magnitude"),
+    "verticalflip": Augment(lambda size: v2.RandomVerticalFlip(), "half of the images upside down"),
 }
 
 #: How images of any size become squares.
@@ -67,19 +68,15 @@ def middle_of_strip(image: Image) -> Image:
     return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
 
 
-def train_transform(
-    image_size: int, crop: str = "resized", flip: bool = True, augment: str = "none", vertical_flip: bool = False
-) -> Transform:
+def train_transform(image_size: int, crop: str = "resized", flip: bool = True, augment: str = "none") -> Transform:
     """Crop, flip and augmentation of a training image: (3, H, W) uint8 to (3, image_size, image_size) uint8.
 
     Args:
         image_size: side of the square that the model sees.
         crop, augment: names in `CROPS` and `AUGMENTS`.
-        flip, vertical_flip: mirror half of the images left to right, or upside down.
+        flip: mirror half of the images; drawn in any case, so that the other draws stay the same.
     """
-    steps = [CROPS[crop].train(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0)]  # drawn in any case
-    if vertical_flip:
-        steps.append(v2.RandomVerticalFlip())
+    steps = [CROPS[crop].train(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0)]
     return v2.Compose([*steps, AUGMENTS[augment].make(image_size)])
 
 

@@ -2,6 +2,7 @@
 and augment; batches are normalised on the device."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from imbalance_folder import map_in_threads, open_image
+from imbalance_folder import open_image
 from loaders import Batches, sampled_order
 from loaders.augment import eval_transform, seeded, train_transform
 from utils import DataError, epoch_generator
@@ -50,7 +51,7 @@ class ImageFileBatches(Batches):
             torchvision's ImageFolder has them.
         image_size: side of the square that the model sees.
         workers: processes that decode; 0: this one.
-        crop, augment, vertical_flip: see `loaders.augment.train_transform`.
+        crop, augment: see `loaders.augment.train_transform`.
         The others: see `loaders.Batches`.
 
     Iterating raises DataError for a file that cannot be decoded, and for a worker that dies.
@@ -60,12 +61,12 @@ class ImageFileBatches(Batches):
 
     def __init__(
         self, dataset: Any, batch_size: int, device: torch.device | str = "cpu", seed: int = 0, image_size: int = 224,
-        crop: str = "resized", workers: int = 0, flip: bool | None = None, augment: str = "none",
-        vertical_flip: bool = False, rank: int = 0, world_size: int = 1,
+        crop: str = "resized", workers: int = 0, flip: bool | None = None, augment: str = "none", rank: int = 0,
+        world_size: int = 1,
     ) -> None:  # fmt: skip
         super().__init__(dataset, batch_size, device, seed, image_size, flip, rank, world_size)
         self._plan: list[list] = []  # the (index, seed) pairs of each batch of an epoch; the loader reads it anew
-        train = train_transform(image_size, crop, self.flip, augment, vertical_flip)
+        train = train_transform(image_size, crop, self.flip, augment)
         sources: Any = getattr(dataset, "data", None)
         if sources is None:
             sources = [path for path, _ in dataset.samples]
@@ -126,6 +127,7 @@ def decode(paths: Sequence[str], image_size: int, workers: int = 1) -> np.ndarra
         return functional.resize(image, [image_size, image_size]).permute(1, 2, 0).numpy()
 
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
-    for number, image in enumerate(map_in_threads(one, paths, workers)):
-        images[number] = image
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter's lock
+        for number, image in enumerate(pool.map(one, paths)):
+            images[number] = image
     return images

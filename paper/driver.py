@@ -8,9 +8,8 @@ is written when a run has ended well.
 import collections
 import os
 import pathlib
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from experiment import checkpoint
@@ -61,10 +60,9 @@ class Driver:
         self, runs: Sequence[Run], out: str | pathlib.Path, results: str | pathlib.Path, executor: executors.Executor,
         extra: Sequence[str] = (), threads: int = 1, stream: TextIO | None = None,
     ) -> None:  # fmt: skip
-        self.runs, self.executor = runs, executor
+        self.runs, self.executor, self.stream = runs, executor, stream
         self.out, self.results = pathlib.Path(out).resolve(), pathlib.Path(results).resolve()
         self.extra, self.threads = list(extra), threads
-        self.view = View(self, stream or sys.stdout)
         self.families: dict[tuple, list[Run]] = collections.defaultdict(list)
         for run in runs:
             self.families[run.family].append(run)
@@ -72,27 +70,53 @@ class Driver:
         for folder in (self.out / "output", self.results):
             folder.mkdir(parents=True, exist_ok=True)
         self.state = {run: DONE if self._is_recorded(run) else WAITING for run in runs}
+        self.started = self.shown = time.monotonic()
+        self.left_at_start = self._epochs_left()
 
     def run(self) -> list[Run]:
         """Train all that is not done. Returns the runs that failed."""
         try:
-            while True:
-                for run in self._ready():
-                    self._start(run)
-                if not self._in(WAITING, RUNNING):
-                    break
+            while self._in(WAITING, RUNNING):
+                for run in self._in(WAITING):
+                    if self.executor.room() and not self._must_wait(run):
+                        self._start(run)
                 for run, status in self.executor.wait(1.0):
                     self._ended(run, status)
-                self.view.update()
+                if time.monotonic() - self.shown > SECONDS_BETWEEN_LINES:
+                    self.shown = time.monotonic()
+                    self._print(self.status())
         finally:
             self.executor.stop()
         return self._in(FAILED)
+
+    def status(self) -> str:
+        """'3 of 24 done, 0 failed, 20 waiting, 1:02:03 to go; running: NAME (epoch 7 of 40)'."""
+        count, left = collections.Counter(self.state.values()), self._epochs_left()
+        trained = self.left_at_start - left
+        time_left = duration((time.monotonic() - self.started) / trained * left) if trained > 0 else "unknown time"
+        running = [f"{run.name} (epoch {self._epochs_done(run)} of {self.epochs(run)})" for run in self._in(RUNNING)]
+        text = f"{count[DONE]} of {len(self.runs)} done, {count[FAILED]} failed, {count[WAITING]} waiting"
+        return f"{text}, {time_left} to go; running: {', '.join(running) or 'none'}"
+
+    def _print(self, text):
+        print(text, file=self.stream, flush=True)
+
+    def _epochs_left(self):
+        """Epochs to train, those that runs share once."""
+        left = 0
+        for run in self._in(WAITING, RUNNING):
+            done = self._epochs_done(run)
+            trunk = max(self.families[run.family], key=self.fork_epoch)
+            if not done and self.forks(run) and (trunk is not run or self.fork_point(run)):
+                done = self.fork_epoch(run)  # another run trains them, or has trained them
+            left += self.epochs(run) - done
+        return left
 
     # ------------------------------------------------------------------------------------ what comes next
 
     def _is_recorded(self, run):
         """Whether there is a record of this run; a line where what is there is none."""
-        path = self._record(run)
+        path = self.results / f"{run.name}.json"
         if not path.exists():
             return False
         try:
@@ -105,16 +129,8 @@ class Driver:
             reason = ", ".join(f"{name} {value}" for name, value in differs)
             reason = reason or f"seed {settings.seed}" * (settings.seed != run.seed)
         if reason:
-            self.view.line(f"{path} is not the record of this run ({reason}): the run is looked at again")
+            self._print(f"{path} is not the record of this run ({reason}): the run is looked at again")
         return not reason
-
-    def _ready(self) -> Iterator[Run]:
-        """Runs to start now, one by one while there is room."""
-        for run in self.runs:
-            if not self.executor.room():
-                return
-            if self.state[run] == WAITING and not self._must_wait(run):
-                yield run
 
     def _must_wait(self, run):
         """Whether another run of its family is to train the epochs that they share."""
@@ -141,10 +157,8 @@ class Driver:
 
     def fork_point(self, run: Run) -> pathlib.Path | None:
         """The checkpoint of another run of its family after the epochs that they share, or None."""
-        if not self.forks(run):
-            return None
         epoch = self.fork_epoch(run)
-        for other in [*self.families[run.family], run.trunk]:
+        for other in [*self.families[run.family], run.trunk] if self.forks(run) else ():
             folder = self._model_folder(other)
             path = folder / checkpoint.epoch_name(epoch)
             # one of the two is written last
@@ -166,27 +180,27 @@ class Driver:
         self.state[run] = RUNNING
         command = self.command(run)
         fork = command[command.index("--resume") + 1]
-        self.view.line(f"start  {run.name}" + (f", from {os.path.relpath(fork, self.out)}" if fork != "auto" else ""))
+        self._print(f"start  {run.name}" + (f", from {os.path.relpath(fork, self.out)}" if fork != "auto" else ""))
         self.executor.start(run, command, str(self.output(run)))
 
     def _ended(self, run, status):
         if status == 0:
-            records.collect(self.out / "log" / run.name / "summary.json", self._record(run))
+            records.collect(self.out / "log" / run.name / "summary.json", self.results / f"{run.name}.json")
             self.state[run] = DONE
-            self.view.line(f"done   {run.name}")
+            self._print(f"done   {run.name}")
         elif status is executors.LOST and self.losses[run] < MAX_LOSSES:
             self.losses[run] += 1
             self.state[run] = WAITING
-            self.view.line(f"lost   {run.name}, with its machine; it continues elsewhere")
+            self._print(f"lost   {run.name}, with its machine; it continues elsewhere")
         else:
-            # those that wait for its epochs would train them anew now; the next time it is continued first
+            # those that wait for its epochs would train them again now; the next time it is continued first
             others = self.families[run.family] if self._is_begun(run) and self._trunk(run) is run else ()
             waiting = [other for other in others if self.state[other] == WAITING and self._must_wait(other)]
             self.state[run] = FAILED
-            self.view.line(f"failed {run.name}")
+            self._print(f"failed {run.name}")
             for other in waiting:
                 self.state[other] = FAILED
-                self.view.line(f"failed {other.name}: it continues from {run.name}")
+                self._print(f"failed {other.name}: it continues from {run.name}")
 
     # -------------------------------------------------------------------------------------------- places
 
@@ -195,9 +209,6 @@ class Driver:
 
     def _in(self, *states):
         return [run for run in self.runs if self.state[run] in states]
-
-    def _record(self, run):
-        return self.results / f"{run.name}.json"
 
     def _model_folder(self, run):
         return self.out / "checkpoint" / run.name
@@ -209,68 +220,7 @@ class Driver:
         """The file of what the run prints."""
         return self.out / "output" / f"{run.name}.txt"
 
-    def epochs_done(self, run: Run) -> int:
+    def _epochs_done(self, run):
         """Epochs in the run's log, those before its fork included."""
-        try:
-            with open(self.out / "log" / run.name / "log_test.csv", "rb") as file:
-                return max(sum(1 for _ in file) - 1, 0)
-        except OSError:
-            return 0
-
-
-class View:
-    """What runs, what is left, and for how long: a line that is rewritten on a terminal, a line a minute elsewhere."""
-
-    def __init__(self, driver, stream):
-        self.driver, self.stream, self.is_terminal = driver, stream, stream.isatty()
-        self.started = self.shown = time.monotonic()
-        self.at_start = None
-
-    def line(self, text: str) -> None:
-        clear = "\r\033[K" if self.is_terminal else ""
-        print(f"{clear}{text}", file=self.stream, flush=True)
-
-    def update(self) -> None:
-        now = time.monotonic()
-        if self.at_start is None:
-            self.at_start = self._left()
-        if not self.is_terminal and now - self.shown < SECONDS_BETWEEN_LINES:
-            return
-        self.shown = now
-        if self.is_terminal:
-            width = os.get_terminal_size(self.stream.fileno()).columns
-            print(f"\r\033[K{self.status()[: width - 1]}", end="", file=self.stream, flush=True)
-        else:
-            self.line(self.status())
-
-    def status(self) -> str:
-        """'3 of 24 done, 0 failed, 20 left, 1:02:03 to go; running: NAME (epoch 7 of 40)'."""
-        driver = self.driver
-        count = collections.Counter(driver.state.values())
-        text = f"{count[DONE]} of {len(driver.runs)} done, {count[FAILED]} failed, {count[WAITING]} waiting"
-        text += f", {self._time_left()} to go"
-        running = [
-            f"{run.name} (epoch {driver.epochs_done(run)} of {driver.epochs(run)})"
-            for run, state in driver.state.items()
-            if state == RUNNING
-        ]
-        return f"{text}; running: {', '.join(running) or 'none'}"
-
-    def _time_left(self):
-        """From the epochs that this driver has seen trained, whatever ran beside each other."""
-        left = self._left()
-        trained = (self.at_start or left) - left
-        return duration((time.monotonic() - self.started) / trained * left) if trained > 0 else "unknown time"
-
-    def _left(self):
-        return sum(self._epochs_left(run) for run in self.driver.runs)
-
-    def _epochs_left(self, run):
-        driver = self.driver
-        if driver.state[run] in (DONE, FAILED):
-            return 0
-        done = driver.epochs_done(run)
-        trunk = max(driver.families[run.family], key=driver.fork_epoch)
-        if not done and driver.forks(run) and (trunk is not run or driver.fork_point(run)):
-            done = driver.fork_epoch(run)  # another run trains them, or has trained them
-        return driver.epochs(run) - done
+        path = self.out / "log" / run.name / "log_test.csv"
+        return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from utils import UsageError, warn
 
@@ -24,20 +24,36 @@ LOST = None
 PR_SET_PDEATHSIG = 1
 
 
-class Executor(Protocol):
-    """Where runs are trained. A key names a run, whatever it is."""
+class Executor:
+    """Where runs are trained, `jobs` at a time (None: as many as fit). A key names a run, whatever it is."""
+
+    def __init__(self, jobs: int | None, threads: int) -> None:
+        self.jobs, self.threads = jobs, threads
+        self.running: dict[Any, Any] = {}
 
     def room(self) -> bool:
         """Whether another run can start now."""
+        return self.jobs is None or len(self.running) < self.jobs
 
     def start(self, key: Any, command: Sequence[str], log: str) -> None:
         """Start `python command`, its output appended to the file `log`."""
+        raise NotImplementedError
 
     def wait(self, seconds: float) -> list[tuple[Any, int | None]]:
         """(key, exit status) of what has ended, at once where something has; LOST where the machine went away."""
+        deadline = time.monotonic() + seconds
+        while not (ended := self._ended()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for key, _ in ended:
+            del self.running[key]
+        return ended
+
+    def _ended(self) -> list[tuple[Any, int | None]]:
+        raise NotImplementedError
 
     def stop(self) -> None:
         """End what runs."""
+        raise NotImplementedError
 
 
 def start_child(
@@ -77,8 +93,8 @@ def visible_cards() -> list[str]:
     return [name.strip() for name in names.split(",")][:count]
 
 
-class Local:
-    """Up to `jobs` child processes at a time, each with `threads` CPU threads, spread evenly over GPUs.
+class Local(Executor):
+    """Child processes with `threads` CPU threads each, spread evenly over GPUs.
 
     Args:
         cards: GPUs as CUDA_VISIBLE_DEVICES names them; each child sees one. Empty: children see what this process sees.
@@ -89,15 +105,12 @@ class Local:
     def __init__(
         self, jobs: int, threads: int, cards: Sequence[str] = (), out: str | os.PathLike | None = None
     ) -> None:
-        self.jobs, self.threads, self.cards = jobs, threads, list(cards)
-        self.running: dict[Hashable, subprocess.Popen] = {}
-        self.card_of: dict[Hashable, str] = {}
+        super().__init__(jobs, threads)
+        self.cards = list(cards)
+        self.card_of: dict[Any, str] = {}
         self.mps = None
         if out is not None and 0 < len(self.cards) < jobs and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ:
             self.mps = Mps.start(os.path.join(out, "mps"), self.cards)
-
-    def room(self) -> bool:
-        return len(self.running) < self.jobs
 
     def start(self, key: Any, command: Sequence[str], log: str) -> None:
         variables = dict(self.mps.variables) if self.mps else {}
@@ -107,15 +120,8 @@ class Local:
             variables["CUDA_VISIBLE_DEVICES"] = self.mps.name_of(card) if self.mps else card
         self.running[key] = start_child(command, os.getcwd(), self.threads, log, variables)
 
-    def wait(self, seconds: float) -> list[tuple[Any, int | None]]:
-        deadline = time.monotonic() + seconds
-        while True:
-            ended = [(key, process.returncode) for key, process in self.running.items() if process.poll() is not None]
-            if ended or time.monotonic() > deadline:
-                for key, _ in ended:
-                    del self.running[key]
-                return ended
-            time.sleep(0.1)
+    def _ended(self):
+        return [(key, process.returncode) for key, process in self.running.items() if process.poll() is not None]
 
     def stop(self) -> None:
         for process in self.running.values():
@@ -187,7 +193,7 @@ def _ray_task(command, folder, threads, log):
     return start_child(command, folder, threads, log).wait()
 
 
-class Ray:
+class Ray(Executor):
     """Runs as tasks of a Ray cluster; code, data and `log` lie in folders that all machines share.
 
     Args:
@@ -204,8 +210,8 @@ class Ray:
             import ray
         except ImportError:
             raise UsageError("--executor ray needs Ray: pip install -r requirements-ray.txt") from None
-        self.ray, self.threads, self.jobs = ray, threads, jobs
-        self.running: dict[Any, Any] = {}
+        super().__init__(jobs, threads)
+        self.ray = ray
         # the workers need not find this module: it is sent to them
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         handler = signal.getsignal(signal.SIGTERM)
@@ -217,21 +223,14 @@ class Ray:
         # no retries by Ray: a lost run starts with another command, from its newest checkpoint
         self.task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_ray_task)
 
-    def room(self) -> bool:
-        return self.jobs is None or len(self.running) < self.jobs
-
     def start(self, key: Any, command: Sequence[str], log: str) -> None:
-        self.running[self.task.remote(command, os.getcwd(), self.threads, log)] = key
+        self.running[key] = self.task.remote(command, os.getcwd(), self.threads, log)
 
-    def wait(self, seconds: float) -> list[tuple[Any, int | None]]:
-        if not self.running:
-            return []
-        deadline = time.monotonic() + seconds
-        while True:
-            ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=0)
-            if ready or time.monotonic() > deadline:
-                return [(self.running.pop(reference), self._status(reference)) for reference in ready]
-            time.sleep(0.1)  # a signal comes here: Ray's own wait turns SIGTERM into Ctrl-C
+    def _ended(self):
+        """Without waiting: Ray's own wait turns SIGTERM into Ctrl-C."""
+        references = list(self.running.values())
+        ready = self.ray.wait(references, num_returns=len(references), timeout=0)[0] if references else []
+        return [(key, self._status(reference)) for key, reference in self.running.items() if reference in ready]
 
     def _status(self, reference):
         try:
@@ -242,6 +241,6 @@ class Ray:
             return LOST
 
     def stop(self) -> None:
-        for reference in self.running:
+        for reference in self.running.values():
             self.ray.cancel(reference, force=True)
         self.ray.shutdown()

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiment import checkpoint, plots
 from paper import records, runs, style
-from paper.rows import DATASETS, Row, Rows, title, values
+from paper.rows import DATASETS, Row, Rows, published, title, values
 
 #: Class names stand on the axis up to this many classes; beyond, many, medium and few.
 MOST_NAMED = 20
@@ -73,7 +73,7 @@ def _methods(panel, where, to, name):
     """Above: the second phase, epoch by epoch; below: accuracy over class size, or of the groups."""
     _, figure, (above, below) = style.subplots(2, height=4.5)
     first = next(iter(panel.values()))[0]
-    classes, published = len(first["class_counts"]), []
+    classes, printed = len(first["class_counts"]), []
     metric = next(iter(panel)).metric
     begin = _second_phase(panel)
     for i, (row, found) in enumerate(panel.items()):
@@ -81,10 +81,10 @@ def _methods(panel, where, to, name):
         if row.difference:  # an own data set: what sets it apart
             look["label"] += ", " + ", ".join(value for _, value in row.difference)
         _curve(above, found, metric, look, begin, i)
-        level = _published(row)
+        level = published(row)
         if level is not None:
             above.axhline(level, color=look["color"], linestyle=":", linewidth=1)
-            published.append(f"{style.name_of(row.run.method, row.run.variant)} {level}")
+            printed.append(f"{style.name_of(row.run.method, row.run.variant)} {level}")
         if classes <= MOST_NAMED:
             _over_class_size(below, found, look)
         else:
@@ -100,7 +100,7 @@ def _methods(panel, where, to, name):
     several = {len(found) for found in panel.values() if len(found) > 1}
     caption += "; band: ± one sample standard deviation" if several else ""
     caption += f"; dashed: the second phase starts after epoch {begin_of_ib(panel)}" if begin_of_ib(panel) else ""
-    caption += f"; dotted: published ({', '.join(published)})" if published else ""
+    caption += f"; dotted: published ({', '.join(printed)})" if printed else ""
     caption += ". Below: accuracy of each class over its training images, last epoch" if classes <= MOST_NAMED else (
         ". Below: accuracy of the groups over the last tenth of the epochs"
     )  # fmt: skip
@@ -148,21 +148,13 @@ def _frame(axes, panel, metric, begin):
     shown = sorted(
         epoch["test"][metric] for found in panel.values() for record in found for epoch in record["history"][begin:]
     )
-    levels = [level for row in panel if (level := _published(row)) is not None]
+    levels = [level for row in panel if (level := published(row)) is not None]
     low, high = min([shown[len(shown) // 8], *levels]), max([shown[-1], *levels])
     axes.set_ylim(low - 0.1 * (high - low) - 0.2, high + 0.1 * (high - low) + 0.2)
     axes.xaxis.get_major_locator().set_params(integer=True)
     start = begin_of_ib(panel)
     if start > begin:
         axes.axvline(start + 0.5, color="black", linestyle="--", linewidth=0.8)
-
-
-def _published(row):
-    """The figure of the paper's Table 4 or 5 for the row, None where there is none of the same experiment."""
-    if row.run.protocol != "full" or row.difference:
-        return None
-    cells = [c for c in runs.published() if c["table"] in "45" and c["same_experiment"] and row.run in runs.runs_of(c)]
-    return cells[0]["value"] if cells else None
 
 
 def _over_class_size(axes, found, look):

@@ -9,19 +9,17 @@ A table stands below a comment that names its kind and, for each folder of resul
 
 import collections
 import functools
-import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable
-from statistics import fmean, stdev
 from typing import Any
 
-from paper import records, report, rows, runs
+from paper import records, report, rows
+from paper.rows import WHEN, Row, gaps, values
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 MARKED = re.compile(r"<!-- table (.+)\n((?:.+\n)+?)-->\n((?:\|.*\n)*)")
-ENDPOINTS = ("best", "plateau", "last")
+GROUPS = ("class_mean", "many", "medium", "few")
 
 
 def made_again(page: str) -> str:
@@ -30,11 +28,7 @@ def made_again(page: str) -> str:
     def make(found):
         kind, *base = found[1].split(" over ")
         named = [line.split(": ") for line in found[2].splitlines()]
-        chosen = [(label, folder) for folder, labels in named for label in labels.split("; ")]
-        heads, lines = apart(named) if kind == "apart" else KINDS[kind](chosen, *base)
-        data = [] if kind == "apart" else [_data(folder, label) for label, folder in chosen]
-        if len(set(data)) > 1:  # a column that tells the folders apart
-            heads, lines = ["data", *heads], [[name, *line] for name, line in zip(data, lines, strict=True)]
+        heads, lines = apart(named) if kind == "apart" else _of_rows(kind, named, *base)
         return "\n".join([f"<!-- table {found[1]}", f"{found[2]}-->", *report.table(heads, lines)])
 
     return MARKED.sub(make, page)
@@ -44,96 +38,48 @@ def apart(named):
     """How far two runs are apart: each line of the marker names what differs, and the files of two records."""
     lines = []
     for what, paths in named:
-        one, other = (json.loads((RESULTS / f"{path}.json").read_text()) for path in paths.split("; "))
-        lines.append([what, *(f"{abs(reached(one, when) - reached(other, when)):.2f}" for when in ENDPOINTS)])
-    return ["what differs", *ENDPOINTS], lines
+        both: Any = tuple(records.load(RESULTS / f"{path}.json") for path in paths.split("; "))
+        lines.append([what, *(f"{abs(gaps([both], when, 'acc1')[0]):.2f}" for when in WHEN)])
+    return ["what differs", *WHEN], lines
 
 
-def _data(folder, label):
-    record = of_folder(folder)[label][0]
-    machine = record["device"].removeprefix("NVIDIA ").replace("cpu", "CPU")
-    return f"{rows.DATASETS[record['settings']['dataset']]}, {machine}"
+def _of_rows(kind, named, base=None):
+    """Heads and lines of the rows that a marker names; a column tells the data apart where they differ."""
+    heads = {
+        "accuracy": ["method", "published", "n", *WHEN],
+        "groups": ["plateau", "n", "class mean", "many", "medium", "few"],
+        "gain": [f"minus {base}", "published", "n", *WHEN],
+    }[kind]
+    lines, data = [], []
+    for folder, label in [(folder, label) for folder, labels in named for label in labels.split("; ")]:
+        here = of_folder(folder)
+        row, found = here[label]
+        printed, whens = rows.published(row), [(when, "acc1") for when in WHEN]
+        both: Any = found
+        if kind == "groups":
+            whens = [("plateau", name) for name in GROUPS]
+        elif kind == "gain":
+            base_row, _ = here.get(base, (row, []))
+            both = rows.pairs(dict(here.values()), row, base_row) if base in here else []
+            of_base = rows.published(base_row)
+            printed = None if printed is None or of_base is None else printed - of_base
+        sign = "+" if kind == "gain" else ""
+        cells = [] if kind == "groups" else ["" if printed is None else f"{printed:{sign}.2f}"]
+        figures = [gaps(both, *when) if sign else values(both, *when) for when in whens]
+        lines.append([label, *cells, len(both), *(report.mean_and_spread(of, sign=sign) for of in figures)])
+        machine = found[0]["device"].removeprefix("NVIDIA ").replace("cpu", "CPU")
+        data.append(f"{rows.DATASETS[row.run.dataset]}, {machine}")
+    if len(set(data)) > 1:
+        heads, lines = ["data", *heads], [[name, *line] for name, line in zip(data, lines, strict=True)]
+    return heads, lines
 
 
 @functools.cache
-def of_folder(folder: str) -> dict[str, list[dict]]:
-    """{row: its records, one a seed} of a folder of results/, for the data and the ratio of most of its rows."""
+def of_folder(folder: str) -> dict[str, tuple[Row, list[dict[str, Any]]]]:
+    """{label: row and its records} of a folder of results/, for the data and the ratio of most of its rows."""
     found = rows.group(records.read(RESULTS / folder)[0])[0]
     place = collections.Counter(row.place for row in found).most_common(1)[0][0]
-    return {row.label: of_seeds for row, of_seeds in found.items() if row.place == place}
-
-
-def reached(record: dict, when: str, name: str = "acc1") -> Any:
-    """A figure of the best or the last epoch, or its mean over the last tenth of the epochs (when: 'plateau').
-
-    Percent; None for a group without classes.
-    """
-    if when != "plateau":
-        return record[when][name]
-    figures = [epoch["test"][name] for epoch in record["history"][-max(1, len(record["history"]) // 10) :]]
-    return None if None in figures else fmean(figures)
-
-
-def shown(values: list, sign: str = "") -> str:
-    """Mean, and ± sample standard deviation of two or more."""
-    if not values or None in values:
-        return "n/a"
-    return f"{fmean(values):{sign}.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def accuracy(chosen):
-    """Top-1 of each row beside Table 4's."""
-    lines = []
-    for label, folder in chosen:
-        found = of_folder(folder)[label]
-        figures = [shown([reached(record, when) for record in found]) for when in ENDPOINTS]
-        lines.append([label, published(label, found[0]), len(found), *figures])
-    return ["method", "published", "n", *ENDPOINTS], lines
-
-
-def groups(chosen):
-    """The groups of classes, on the plateau."""
-    lines = []
-    for label, folder in chosen:
-        found = of_folder(folder)[label]
-        names = ("class_mean", "many", "medium", "few")
-        lines.append([label, len(found), *(shown([reached(r, "plateau", name) for r in found]) for name in names)])
-    return ["plateau", "n", "class mean", "many", "medium", "few"], lines
-
-
-def gain(chosen, base):
-    """Top-1 of each row minus that of `base`, seed by seed, where both share their first phase."""
-    lines = []
-    for label, folder in chosen:
-        found, others = of_folder(folder)[label], of_folder(folder).get(base, [])
-        pairs = [(one, other) for one in found for other in others if share_first_phase(one, other)]
-        figures = [shown([reached(one, w) - reached(other, w) for one, other in pairs], "+") for w in ENDPOINTS]
-        both = [published(name, found[0]) for name in (label, base)]
-        lines.append([label, "" if "" in both else f"{float(both[0]) - float(both[1]):+.2f}", len(pairs), *figures])
-    return [f"minus {base}", "published", "n", *ENDPOINTS], lines
-
-
-KINDS: dict[str, Callable[..., tuple[list, list]]] = {"accuracy": accuracy, "groups": groups, "gain": gain}
-
-
-def published(label: str, record: dict) -> str:
-    """What the authors print in Table 4 for the method, in the data and the length of the record, or ''."""
-    settings = record["settings"]
-    if settings["epochs"] != runs.SETUPS[settings["dataset"]].epochs:
-        return ""
-    place = (settings["dataset"], settings["imb_type"], round(1 / settings["imb_factor"]))
-    for cell in runs.published():
-        same = (cell["dataset"], cell["imb_type"], cell["ratio"]) == place and cell["whose"] == "authors"
-        if same and cell["table"] == "4" and runs.titled(cell["method"], cell["variant"]) == label:
-            return f"{cell['value']:.2f}"
-    return ""
-
-
-def share_first_phase(one: dict, other: dict) -> bool:
-    """Whether the test figures of the epochs before the later loss agree: one is a fork of the other's first phase."""
-    start = min(record["settings"]["start_ib_epoch"] for record in (one, other))
-    first, second = ([epoch["test"]["acc1"] for epoch in record["history"][:start]] for record in (one, other))
-    return first == second
+    return {row.label: (row, of_seeds) for row, of_seeds in found.items() if row.place == place}
 
 
 if __name__ == "__main__":

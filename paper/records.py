@@ -21,7 +21,9 @@ from training.recipe import Recipe
 TEST_FIGURES = ("loss", "acc1", "acc5", "class_mean", "many", "medium", "few")
 KEYS = {"settings", "classes", "class_counts", "group_rule", "epochs_done", "best", "last", "history"}
 #: Settings that are compared one by one; `num_classes` follows from the data set, seeds are told apart elsewhere.
-COMPARED = sorted({*fields_affecting("data", "model", "start", "optimizer", "numerics")} - {"num_classes", "seed"})
+COMPARED = sorted(
+    {*fields_affecting("data", "model", "start", "optimizer", "selection", "numerics")} - {"num_classes", "seed"}
+)
 #: Settings that are compared by what they do in each epoch.
 SCHEDULE = fields_affecting("schedule")
 #: Precision, and batch norm over each process's images alone: named, but no other experiment.

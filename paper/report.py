@@ -19,7 +19,7 @@ from typing import Any
 from experiment.provenance import lengths
 from files import write_text
 from paper import figures, records, runs, statistics
-from paper.rows import WHEN, Row, Rows, first_phases, group, one_image, pairs, title, values
+from paper.rows import WHEN, Row, Rows, first_phases, gaps, group, one_image, pairs, title, values
 from utils import DataError, warn
 
 TABLES = {
@@ -92,13 +92,13 @@ def write(
     return list(map(str, written))
 
 
-def mean_and_spread(of_seeds: Sequence[float | None], digits: int = 2) -> str:
-    """'78.17 ± 0.57', one value alone, 'n/a' where a value is missing."""
+def mean_and_spread(of_seeds: Sequence[float | None], digits: int = 2, sign: str = "") -> str:
+    """'78.17 ± 0.57', one value alone, 'n/a' where a value is missing; sign '+' shows it."""
     known = [value for value in of_seeds if value is not None]
     if not known or len(known) < len(of_seeds):
         return "n/a" if of_seeds else ""
     spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{fmean(known):.{digits}f}{spread}"
+    return f"{fmean(known):{sign}.{digits}f}{spread}"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
@@ -120,16 +120,14 @@ def against_the_paper(rows: Rows, margin: float = statistics.MARGIN) -> list[str
         if not cells:
             nothing.append(heading)
             continue
-        lines, sentences = [], []
+        lines = []
         for cell, run in cells:
             matching = [row for row in rows if _stands_beside(row, run)]
             for row in dict.fromkeys([Row(run), *matching]):
-                line, sentence = _compared(cell, row, rows.get(row, []), margin)
-                lines.append(line)
-                sentences += sentence
+                lines.append(_compared(cell, row, rows.get(row, []), margin))
         heads = ["data", "type", "ratio", "method", "published", "n", "best", "difference", "verdict", "plateau"]
         heads += ["difference", "verdict", "last", "difference"]
-        parts += [f"### {heading}", "", *table(heads, lines), *sentences, *_gains(cells, rows, margin), *_notes(cells)]
+        parts += [f"### {heading}", "", *table(heads, lines), *_gains(cells, rows, margin), *_notes(cells)]
     if nothing:
         parts += ["Of these nothing has run at full length:", "", *(f"- {heading}" for heading in nothing), ""]
     return parts
@@ -140,88 +138,65 @@ def _stands_beside(row, run):
 
 
 def _compared(cell, row, found, margin):
-    """A line of the table, and a sentence for a row with a verdict."""
+    """A line of the table."""
     metric = METRICS[cell["metric"]]
     spread = f" ± {cell['spread']}" if cell["spread"] else ""
     line = [cell["dataset"], cell["imb_type"], cell["ratio"], row.label]
     line.append(f"{cell['value']}{spread} ({cell['whose']}{', top-5' if metric == 'acc5' else ''})")
     if not found:
-        return [*line, *[""] * 9], []
+        return [*line, *[""] * 9]
     line.append(len(found))
     is_judged = cell["same_experiment"] and not row.difference
-    verdicts = {}
     for when in WHEN:
         ours = values(found, when, metric)
         differences = [value - cell["value"] for value in ours]
         line += [mean_and_spread(ours), f"{fmean(ours) - cell['value']:+.2f}"]
         if when in JUDGED:
-            verdicts[when] = statistics.against(differences, margin, one_image(found))
-            line.append(_verdict(verdicts[when]) if is_judged else "not judged")
-    said = [_sentence(verdicts, row.label, cell["value"], margin), ""] if is_judged and len(found) > 1 else []
-    return line, said
+            line.append(_verdict(differences, margin, found) if is_judged else "not judged")
+    return line
 
 
-def _verdict(result):
+def _verdict(differences, margin, found):
+    result = statistics.against(differences, margin, one_image(found))
     if result.verdict != statistics.NOT_KNOWN:
         return result.verdict
     return f"not known ({result.seeds or f'over {statistics.MOST_SEEDS}'} seeds would decide)"
 
 
-def _sentence(verdicts, label, published, margin):
-    """'IB: its best epochs agree with 78.26 within ± 1; its plateau is 3.0 lower (n = 3).'"""
-    said = []
-    for when, result in verdicts.items():
-        what, is_, agrees = ("best epochs", "are", "agree") if when == "best" else ("plateau", "is", "agrees")
-        if result.verdict == statistics.AGREES:
-            said.append(f"its {what} {agrees} with {published} within ± {margin:g}")
-        elif result.verdict in (statistics.HIGHER, statistics.LOWER):
-            said.append(f"its {what} {is_} {abs(result.mean):.1f} {result.verdict} than {published}")
-        else:
-            said.append(f"whether its {what} {agrees} with {published} is not known")
-    return f"- {label}: {'; '.join(said)} (n = {verdicts['best'].n})."
-
-
 def _gains(cells, rows, margin):
     """Our gain over CE, seed by seed, beside the published one, where both figures are of one author."""
-    base = {(c["dataset"], c["imb_type"], c["ratio"], c["metric"], c["whose"]): (c, r) for c, r in cells if _is_ce(r)}
-    lines, sentences = [], []
+    base = {_place(cell, run): (cell, Row(run)) for cell, run in cells if _is_ce(run)}
+    lines = []
     for cell, run in cells:
-        key = tuple(cell[name] for name in ("dataset", "imb_type", "ratio", "metric", "whose"))
         row = Row(run)
-        if key not in base or _is_ce(run) or row not in rows or not cell["same_experiment"]:
+        of_ce, ce = base.get(_place(cell, run), (cell, row))
+        if _is_ce(run) or ce == row or not {row, ce} <= rows.keys():
             continue
-        of_ce, ce_run = base[key]
-        ce = Row(ce_run)
-        both = pairs(rows, row, ce) if ce in rows and of_ce["same_experiment"] else []
+        if not (cell["same_experiment"] and of_ce["same_experiment"]):
+            continue
+        both = pairs(rows, row, ce)
         if not both:
             continue
-        published, metric = cell["value"] - of_ce["value"], METRICS[cell["metric"]]
-        line, verdicts = [*key[:3], f"{row.label} minus CE", f"{published:+.2f}", len(both)], {}
+        published = cell["value"] - of_ce["value"]
+        line = [run.dataset, run.imb_type, run.ratio, f"{row.label} minus CE", f"{published:+.2f}", len(both)]
         for when in WHEN:
-            mine, theirs = (values([pair[i] for pair in both], when, metric) for i in (0, 1))
-            gains = [one - other for one, other in zip(mine, theirs, strict=True)]
-            line.append(_signed(gains))
+            gained = gaps(both, when, METRICS[cell["metric"]])
+            line.append(mean_and_spread(gained, sign="+"))
             if when in JUDGED:
-                differences = [gain - published for gain in gains]
-                verdicts[when] = statistics.against(differences, margin, one_image(rows[row]))
-                line.append(_verdict(verdicts[when]))
+                line.append(_verdict([gain - published for gain in gained], margin, rows[row]))
         lines.append(line)
-        if len(both) > 1:
-            label = f"{row.label}, gain over CE"
-            sentences += [_sentence(verdicts, label, f"{published:+.2f}", margin), ""]
     if not lines:
         return []
     heads = ["data", "type", "ratio", "gain", "published", "n", "best", "verdict", "plateau", "verdict", "last"]
-    text = "The gain over CE, seed by seed within one first phase, one statistic for both:"
-    return [text, "", *table(heads, lines), *sentences]
+    return ["The gain over CE, seed by seed within one first phase, one statistic for both:", "", *table(heads, lines)]
+
+
+def _place(cell, run):
+    return *(cell[name] for name in ("dataset", "imb_type", "ratio", "metric", "whose")), run.variant
 
 
 def _is_ce(run):
     return run.method == "CE" and run.variant in ("", "paper-lr")
-
-
-def _signed(gains):
-    return f"{fmean(gains):+.2f}" + (f" ± {stdev(gains):.2f}" if len(gains) > 1 else "")
 
 
 def _notes(cells):
@@ -314,31 +289,23 @@ def _chosen_pairs(here, all_pairs):
 
 def _pairs(here, all_pairs):
     """Ours against ours: two rows that differ in the method alone, over the seeds that both have."""
-    gaps, resolution = {}, one_image(record for found in here.values() for record in found)
-    for one, other in _chosen_pairs(here, all_pairs):
-        both = pairs(here, one, other)
-        if both:
-            mine, theirs = ([pair[i] for pair in both] for i in (0, 1))
-            gaps[one, other] = {
-                when: [
-                    a - b for a, b in zip(*(values(of, when, one.metric) for of in (mine, theirs)), strict=True)
-                ]
-                for when in JUDGED
-            }  # fmt: skip
-    if not gaps:
+    both = {(one, other): pairs(here, one, other) for one, other in _chosen_pairs(here, all_pairs)}
+    both = {rows: found for rows, found in both.items() if found}
+    if not both:
         return []
-    found = statistics.family({pair: gap["plateau"] for pair, gap in gaps.items()}, resolution=resolution)
+    metric, resolution = next(iter(here)).metric, one_image(record for found in here.values() for record in found)
+    on_plateau = {rows: gaps(found, "plateau", metric) for rows, found in both.items()}
     lines = []
-    for (one, other), contrast in found.items():
-        line = [f"{one.label} minus {other.label}", contrast.n, _signed(gaps[one, other]["best"])]
-        line.append(_signed(gaps[one, other]["plateau"]))
+    for rows, contrast in statistics.family(on_plateau, resolution=resolution).items():
+        line = [f"{rows[0].label} minus {rows[1].label}", contrast.n]
+        line += [mean_and_spread(of, sign="+") for of in (gaps(both[rows], "best", metric), on_plateau[rows])]
         interval = "" if contrast.interval is None else "{:+.2f} to {:+.2f}".format(*contrast.interval)
         lines.append([*line, interval, "" if math.isnan(contrast.p) else f"{contrast.p:.3f}", contrast.verdict])
-    what = NAMES[next(iter(here)).metric]
-    text = f"Ours against ours: difference of {what} over the seeds that both have, paired t-test on the plateau. p is"
-    text += " Holm's for the whole table."
+    text = (
+        f"Ours against ours: difference of {NAMES[metric]} over the seeds that both have, paired t-test on the plateau."
+    )
     heads = ["", "seeds", "best", "plateau", "95 % interval", "p", "verdict"]
-    return [text, "", *table(heads, lines)]
+    return [f"{text} p is Holm's for the whole table.", "", *table(heads, lines)]
 
 
 # ------------------------------------------------------------------------------------------- for other programs

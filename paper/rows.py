@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from paper import records, runs
@@ -106,6 +106,20 @@ def values(found: Iterable[dict[str, Any]], when: str, metric: str) -> list[Any]
     return [(records.plateau(record) if when == "plateau" else record[when]).get(metric) for record in found]
 
 
+def gaps(both: Sequence[tuple[dict[str, Any], dict[str, Any]]], when: str, metric: str) -> list[float]:
+    """The first minus the second of each pair of records."""
+    mine, theirs = (values([pair[i] for pair in both], when, metric) for i in (0, 1))
+    return [one - other for one, other in zip(mine, theirs, strict=True)]
+
+
+def published(row: Row) -> float | None:
+    """The figure of the paper's Table 4 or 5 for the row, None where there is none of the same experiment."""
+    if row.run.protocol != "full" or row.difference:
+        return None
+    cells = (c for c in runs.published() if c["table"] in "45" and c["same_experiment"] and row.run in runs.runs_of(c))
+    return next((cell["value"] for cell in cells), None)
+
+
 def by_seed(found: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The records by their seeds."""
     return {record["settings"]["seed"]: record for record in found}
@@ -123,18 +137,13 @@ def share_first_phase(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """False for two runs that both start with plain CE whose figures differ: neither is a fork of the other's first
     phase. True for methods that differ from the first epoch on."""
     for mine, theirs in zip(one["history"], other["history"], strict=False):
-        if (
-            not (_is_plain(mine["stage"]) and _is_plain(theirs["stage"]))
-            or mine["stage"]["lr"] != theirs["stage"]["lr"]
-        ):
+        stages = (mine["stage"], theirs["stage"])
+        is_plain = all(s["loss"] == "CE" and s["class_weights"] == s["sampler"] == "none" for s in stages)
+        if not is_plain or stages[0]["lr"] != stages[1]["lr"]:
             return True
         if mine["test"]["acc1"] != theirs["test"]["acc1"]:
             return False
     return True
-
-
-def _is_plain(stage):
-    return stage["loss"] == "CE" and stage["class_weights"] == stage["sampler"] == "none"
 
 
 def pairs(found: Rows, one: Row, other: Row) -> list[tuple[dict[str, Any], dict[str, Any]]]:

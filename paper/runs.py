@@ -87,28 +87,53 @@ HEAD_EPOCHS = 10
 #: Fig. 3: epochs at which the IB phase starts, of 200.
 STARTS = (0, 20, 40, 60, 80, 100, 120)
 
+#: Size of the gradient beside CE's -> settings; each of these arms of docs/factor.md is run at each.
+GRADIENTS = {"third": 1 / 3, "1": 1.0, "3": 3.0}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "weights": ("class weights", {"ib_norm": "none"}),
+    "attached": ("factor attached", {}),
+    "detached": ("factor detached", {"detach_ib": True}),
+}
+FACTOR = {
+    f"{arm}-grad{name}": {**changes, "alpha": "auto", "auto_target": "gradient", "auto_ratio": ratio}
+    for arm, (_, changes) in ARMS.items()
+    for name, ratio in GRADIENTS.items()
+}
+#: What a variant is called where its own name says too little.
+TITLES = {
+    f"{arm}-grad{name}": f"{title}, gradient x {name.replace('third', '1/3')}"
+    for arm, (title, _) in ARMS.items()
+    for name in GRADIENTS
+}
+
 #: variant -> the settings in which it differs from its method; lengths as in the full protocol. `ib-lr`, the lr of the
 #: IB phase for CE, depends on the data set: see `Run.changes`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "ib-lr": {},
-    "l1-auto": {"alpha": "auto"},
-    "l2-auto": {"ib_norm": "l2", "alpha": "auto"},
-    "linf-auto": {"ib_norm": "linf", "alpha": "auto"},
+    "l1-auto": {"alpha": "auto", "auto_target": "ce"},
+    "l2-auto": {"ib_norm": "l2", "alpha": "auto", "auto_target": "ce"},
+    "linf-auto": {"ib_norm": "linf", "alpha": "auto", "auto_target": "ce"},
     "eps1e-8": {"epsilon": 1e-8},
     "eps1e-2": {"epsilon": 1e-2},
     "no-factor": {"ib_norm": "none"},
-    "weights-only": {"ib_norm": "none", "alpha": "auto"},
+    "weights-only": {"ib_norm": "none", "alpha": "auto", "auto_target": "ce"},
     "weights-at-ib": {"ib_norm": "none", "alpha": "auto", "auto_target": "ib"},
     "detached": {"detach_ib": True},
+    **FACTOR,
     **{f"start{start:03d}": {"start_ib_epoch": start} for start in STARTS if start != 100},
     "paper-lr": {"recipe": "paper", "milestones": (50, 90), "lr_factors": (0.1, 0.1), "ib_lr_factor": 1.0},
     "ldam-recipe": {"recipe": "ldam", "epochs": 120},
 }
 
-#: What the paper lacks: CE with the lr of the IB phase; two by two, {IB factor, class weights alone} x {loss at the
-#: size of CE, loss at the size that IB with alpha 1000 has}, of which IB itself is one; no gradient through the factor.
-CONTROLS = {"ib-lr": "CE", "l1-auto": "IB", "weights-only": "IB", "weights-at-ib": "IB", "detached": "IB"}
+#: What the paper lacks, name -> (method, variants): CE with the lr of the IB phase; two by two, {IB factor, class
+#: weights alone} x {loss at the size of CE, loss at the size that IB with alpha 1000 has}, of which IB itself is one;
+#: no gradient through the factor; the arms of docs/factor.md.
+CONTROLS = {
+    "ib-lr": ("CE", ["ib-lr"]),
+    **{name: ("IB", [name]) for name in ("l1-auto", "weights-only", "weights-at-ib", "detached")},
+    "factor": ("IB", list(FACTOR)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +269,7 @@ def name_of_method(loss: str, rule: str) -> str:
 
 def titled(method: str, variant: str) -> str:
     """'IB (detached)'."""
-    return f"{method} ({variant})" if variant else method
+    return f"{method} ({TITLES.get(variant, variant)})" if variant else method
 
 
 def _flag(name, value):
@@ -346,9 +371,10 @@ def controls(names: Iterable[str], cells: Iterable[Run]) -> list[Run]:
     """The controls `names` in the data set, imbalance and ratio of each of `cells`."""
     found = []
     for cell in cells:
-        for name in names:
-            is_plain = name == "ib-lr" and cell.setup.ib_lr_factor == 1  # CE has IB's lr as it is
-            found.append(dataclasses.replace(cell, method=CONTROLS[name], variant="" if is_plain else name))
+        for method, variants in map(CONTROLS.__getitem__, names):
+            for variant in variants:
+                is_plain = variant == "ib-lr" and cell.setup.ib_lr_factor == 1  # CE has IB's lr as it is
+                found.append(dataclasses.replace(cell, method=method, variant="" if is_plain else variant))
     return list(dict.fromkeys(found))
 
 

@@ -1,10 +1,9 @@
 """What a difference between runs shows: intervals of its mean over seeds, from Student's t. Pure.
 
-Everything is taken of what is compared: a list of differences, one a seed. Ours against a published figure: our
-accuracy of each seed minus that figure, or our gain over CE of each seed minus the published gain. Ours against ours:
-the paired differences over the seeds that both have, so that a first phase which two methods share cancels. No spread
-is borrowed from another cell. A published figure counts as a number; that it is one run, with an error of its own that
-nobody knows, is what the margin stands for.
+The input is a list of differences, one a seed. Ours against a published figure: our accuracy of each seed minus that
+figure, or our gain over CE of each seed minus the published gain. Ours against ours: paired differences over the seeds
+that both have, so that a shared first phase cancels. No spread is borrowed from another cell. A published figure counts
+as a number; its own error, which nobody knows, is what the margin stands for.
 
 Equivalence is shown by two one-sided tests (Schuirmann, 1987): the 90 % interval lies inside the margin. Holm's
 adjustment: Holm, 'A simple sequentially rejective multiple test procedure', 1979.
@@ -28,32 +27,22 @@ MARGIN, PAIRED_MARGIN = 1.0, 0.5
 MOST_SEEDS = 100
 
 AGREES, HIGHER, LOWER = "agrees", "higher", "lower"
-ADDS, TAKES_AWAY = "adds", "takes away"
 NOT_KNOWN, ONE_SEED = "not known", "one seed"
 
 
-class Against(NamedTuple):
-    """Ours against a published figure: seeds, mean difference, its 95 % interval, a verdict.
+class Contrast(NamedTuple):
+    """What differences show: seeds, mean, its 95 % interval, and a verdict, see `against` and `paired`.
 
-    verdict: 'agrees', 'higher', 'lower', 'not known', or 'one seed'; seeds: how many would decide, None where that is
-    more than MOST_SEEDS, or where a verdict stands or no spread is known.
+    p: of 'no difference', of `paired` alone; NaN for one seed. seeds: how many would decide, where `against` says 'not
+    known'; None where that is more than MOST_SEEDS.
     """
 
     n: int
     mean: float
     interval: tuple[float, float] | None
     verdict: str
+    p: float = math.nan
     seeds: int | None = None
-
-
-class Contrast(NamedTuple):
-    """Ours against ours, paired over seeds. p: of 'no difference', NaN for one seed; see `paired`."""
-
-    n: int
-    mean: float
-    interval: tuple[float, float] | None
-    p: float
-    verdict: str
 
 
 @functools.cache
@@ -66,21 +55,17 @@ def quantile(n: int, level: float) -> float:
     return float(student.ppf(1 - level / 2, n - 1))
 
 
-def half_width(differences: Sequence[float], level: float, resolution: float = 0.0) -> float:
-    """Half the width of the interval of the mean at 1 - `level`; at least `resolution`, what one image is worth."""
-    n = len(differences)
-    return max(quantile(n, level) * _spread(differences) / math.sqrt(n), resolution)
+def _summary(differences, resolution):
+    """Mean, sample standard deviation, and half the widths of the 95 % and the 90 % interval."""
+    n, mean = len(differences), float(np.mean(differences))
+    if n < 2:
+        return mean, math.nan, math.nan, math.nan
+    spread = float(np.std(differences, ddof=1))
+    halves = [max(quantile(n, level) * spread / math.sqrt(n), resolution) for level in (LEVEL, 2 * LEVEL)]
+    return mean, spread, *halves
 
 
-def _mean(differences):
-    return float(np.mean(differences))
-
-
-def _spread(differences):
-    return float(np.std(differences, ddof=1))
-
-
-def against(differences: Sequence[float], margin: float = MARGIN, resolution: float = 0.0) -> Against:
+def against(differences: Sequence[float], margin: float = MARGIN, resolution: float = 0.0) -> Contrast:
     """What differences to a published figure show, one a seed, in percent points.
 
     'agrees': the 90 % interval of the mean lies inside ± margin. 'higher', 'lower': the 95 % interval lies outside of
@@ -89,16 +74,17 @@ def against(differences: Sequence[float], margin: float = MARGIN, resolution: fl
     Args:
         resolution: what one test image is worth. No interval is narrower to either side.
     """
-    n, mean = len(differences), _mean(differences)
+    n, (mean, spread, half, half_90) = len(differences), _summary(differences, resolution)
     if n < 2:
-        return Against(n, mean, None, ONE_SEED)
-    half = half_width(differences, LEVEL, resolution)
-    interval = (mean - half, mean + half)
-    if abs(mean) + half_width(differences, 2 * LEVEL, resolution) < margin:
-        return Against(n, mean, interval, AGREES)
-    if abs(mean) - half > margin:
-        return Against(n, mean, interval, HIGHER if mean > 0 else LOWER)
-    return Against(n, mean, interval, NOT_KNOWN, seeds_to_decide(abs(mean) - margin, _spread(differences)))
+        return Contrast(n, mean, None, ONE_SEED)
+    verdict, seeds = NOT_KNOWN, None
+    if abs(mean) + half_90 < margin:
+        verdict = AGREES
+    elif abs(mean) - half > margin:
+        verdict = HIGHER if mean > 0 else LOWER
+    else:
+        seeds = seeds_to_decide(abs(mean) - margin, spread)
+    return Contrast(n, mean, (mean - half, mean + half), verdict, seeds=seeds)
 
 
 def seeds_to_decide(distance: float, spread: float) -> int | None:
@@ -111,10 +97,8 @@ def seeds_to_decide(distance: float, spread: float) -> int | None:
     (3, 4, None)
     """
     level = LEVEL if distance > 0 else 2 * LEVEL
-    for n in range(3, MOST_SEEDS + 1):
-        if quantile(n, level) * spread / math.sqrt(n) < abs(distance):
-            return n
-    return None
+    enough = (n for n in range(3, MOST_SEEDS + 1) if quantile(n, level) * spread / math.sqrt(n) < abs(distance))
+    return next(enough, None)
 
 
 def paired(differences: Sequence[float], margin: float = PAIRED_MARGIN, resolution: float = 0.0) -> Contrast:
@@ -123,29 +107,37 @@ def paired(differences: Sequence[float], margin: float = PAIRED_MARGIN, resoluti
     'equal within ±margin': the 90 % interval of the mean lies inside ± margin. Else 'adds' or 'takes away': the 95 %
     interval leaves 0. Else 'not known'; 'one seed' for a single difference. For several contrasts, see `family`.
     """
-    n, mean = len(differences), _mean(differences)
-    if n < 2:
-        return Contrast(n, mean, None, math.nan, ONE_SEED)
-    half = half_width(differences, LEVEL, resolution)
-    contrast = Contrast(n, mean, (mean - half, mean + half), _p_value(differences, resolution), NOT_KNOWN)
-    return contrast._replace(verdict=_of_pair(contrast, differences, margin, resolution))
+    return family({"": differences}, margin, resolution)[""]
+
+
+def family(
+    contrasts: Mapping[Key, Sequence[float]], margin: float = PAIRED_MARGIN, resolution: float = 0.0
+) -> dict[Key, Contrast]:
+    """`paired` for several contrasts that are read together: p is Holm's, and 'adds' needs it below 5 % too.
+
+    Intervals and equivalences are not adjusted.
+    """
+    ps = holm([_p_value(differences, resolution) for differences in contrasts.values()])
+    found = {}
+    for (name, differences), p in zip(contrasts.items(), ps, strict=True):
+        n, (mean, _, half, half_90) = len(differences), _summary(differences, resolution)
+        verdict = NOT_KNOWN if n > 1 else ONE_SEED
+        if abs(mean) + half_90 < margin:
+            verdict = f"equal within ±{margin:g}"
+        elif p < LEVEL and abs(mean) > half:
+            verdict = "adds" if mean > 0 else "takes away"
+        found[name] = Contrast(n, mean, (mean - half, mean + half) if n > 1 else None, verdict, p)
+    return found
 
 
 def _p_value(differences, resolution):
-    """Of the paired t-test; 1 where the mean is no more than one image."""
-    n, mean, spread = len(differences), abs(_mean(differences)), _spread(differences)
-    if mean <= resolution:
+    """Of the paired t-test; 1 where the mean is no more than one image, NaN for one seed."""
+    n, (mean, spread, *_) = len(differences), _summary(differences, resolution)
+    if n < 2:
+        return math.nan
+    if abs(mean) <= resolution:
         return 1.0
-    return float(2 * student.sf(mean / spread * math.sqrt(n), n - 1)) if spread else 0.0
-
-
-def _of_pair(contrast, differences, margin, resolution):
-    if abs(contrast.mean) + half_width(differences, 2 * LEVEL, resolution) < margin:
-        return f"equal within ±{margin:g}"
-    low, high = contrast.interval
-    if contrast.p < LEVEL and not low <= 0 <= high:
-        return ADDS if contrast.mean > 0 else TAKES_AWAY
-    return NOT_KNOWN
+    return float(2 * student.sf(abs(mean) / spread * math.sqrt(n), n - 1)) if spread else 0.0
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -160,21 +152,3 @@ def holm(ps: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(order) - rank) * ps[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def family(
-    contrasts: Mapping[Key, Sequence[float]], margin: float = PAIRED_MARGIN, resolution: float = 0.0
-) -> dict[Key, Contrast]:
-    """`paired` for several contrasts that are read together: p is Holm's, and 'adds' needs it below 5 % too.
-
-    Intervals and equivalences are not adjusted.
-    """
-    found = {name: paired(differences, margin, resolution) for name, differences in contrasts.items()}
-    adjusted = {
-        name: contrast._replace(p=p)
-        for (name, contrast), p in zip(found.items(), holm([c.p for c in found.values()]), strict=True)
-    }
-    return {
-        name: c if c.n < 2 else c._replace(verdict=_of_pair(c, contrasts[name], margin, resolution))
-        for name, c in adjusted.items()
-    }

@@ -40,7 +40,11 @@ OTHERS = [("#56b4e9", "<"), ("#7f6000", ">"), ("#4b0082", "h"), ("#9b2226", "d")
 
 def name_of(method: str, variant: str = "") -> str:
     """The name of a method in figures: never an internal one."""
-    return METHODS.get((method, variant), (runs.titled(method, variant.replace("-", " ")), "", ""))[0]
+    return METHODS.get((method, variant), (_titled(method, variant), "", ""))[0]
+
+
+def _titled(method, variant):
+    return runs.TITLES.get(variant) or runs.titled(method, variant.replace("-", " "))
 
 
 def of(method: str, variant: str = "", nth: int = 0) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """mixup (Zhang et al., ICLR 2018): each image is mixed with another one of its batch, and so is its target."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Mixup:
     """Mixes batches. A batch's share and its pairs come from (seed, epoch, the batch's number) alone.
 
     Args:
-        alpha: of Beta(alpha, alpha), from which the share of the first image of a pair is drawn; over 0.
+        alpha: of Beta(alpha, alpha), from which the share of the first image of a pair is drawn; 0: nothing is mixed.
         num_classes: K.
         seed: of the run.
     """
@@ -19,10 +21,11 @@ class Mixup:
     def __init__(self, alpha: float, num_classes: int, seed: int) -> None:
         self.alpha, self.num_classes, self.seed = alpha, num_classes, seed
 
-    def mix(
-        self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], epoch: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def mix(self, batches: Batches, epoch: int) -> Batches:
         """Images (N, 3, H, W) and soft targets (N, K) of batches of images and labels (N,)."""
+        return self._mixed(batches, epoch) if self.alpha else batches
+
+    def _mixed(self, batches, epoch):
         for number, (images, target) in enumerate(batches):
             generator = np.random.default_rng([self.seed, epoch, number])
             share = generator.beta(self.alpha, self.alpha)

@@ -77,6 +77,13 @@ class NativeBatchNorm2d(torch.nn.BatchNorm2d):
         )  # fmt: skip
 
 
+def on_device(model: torch.nn.Module, device: torch.device, batch_norm: str = "cudnn") -> torch.nn.Module:
+    """The model as it is trained: on the device, channels last; batch_norm: 'cudnn' or 'native'."""
+    if batch_norm == "native":
+        use_native_batch_norm(model)
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
 def use_native_batch_norm(model: torch.nn.Module) -> None:
     """--batch_norm native: let the BatchNorm2d layers of `model` be NativeBatchNorm2d; in place, state unchanged."""
     for part in model.modules():

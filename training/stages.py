@@ -1,4 +1,4 @@
-"""What changes from stage to stage of a recipe: the criterion, and the part of the model that is trained."""
+"""A recipe put in force, epoch by epoch: learning rate, criterion, and the part of the model that is trained."""
 
 from typing import Any
 
@@ -10,33 +10,62 @@ from training.ema import Ema
 from training.precision import Compiled
 from training.recipe import Recipe
 from training.registry import Stage
+from utils import epoch_seed
 
 
-class Criteria:
-    """The criterion of each stage; made anew where the loss or its class weights change.
+class Stages:
+    """What changes from stage to stage of `recipe`.
 
     Its state is that of the criterion in force. A loss that goes on with other class weights keeps its state, so the
     alpha of an IB loss is set once.
+
+    Args:
+        seed: of the run.
+        sync_bn, compiles: of the module that is trained, whose weights are the model's own.
     """
 
-    def __init__(self, recipe: Recipe, class_counts: list[int], device: torch.device) -> None:
-        self.recipe, self.class_counts, self.device = recipe, class_counts, device
+    def __init__(
+        self, recipe: Recipe, model: torch.nn.Module, optimizer: torch.optim.Optimizer, class_counts: list[int],
+        seed: int = 0, ema: Ema | None = None, sync_bn: bool = False, compiles: bool = False,
+    ) -> None:  # fmt: skip
+        self.recipe, self.model, self.optimizer, self.class_counts = recipe, model, optimizer, class_counts
+        self.seed, self.ema, self.sync_bn, self.compiles = seed, ema, sync_bn, compiles
         self._stage: Stage | None = None
         self._criterion: Any = None
         self._state: dict = {}
+        self._trained: torch.nn.Module = model
 
-    def of(self, stage: Stage) -> Any:
-        """The criterion of `stage`, on the device."""
-        before, self._stage = self._stage, stage
-        if before is not None and (stage.loss, stage.class_weights) == (before.loss, before.class_weights):
-            return self._criterion
-        if before is not None:
-            self._state = self._criterion.state_dict() if stage.loss == before.loss else {}
-        self._criterion = self.recipe.criterion(stage, self.class_counts)
+    def begin(self, epoch: int) -> tuple[Any, torch.nn.Module]:
+        """Put the stage of `epoch` in force. Returns (criterion, the module to train).
+
+        torch's random state afterwards is that of (seed, epoch), for models with dropout.
+        """
+        before, stage = self._stage, self.recipe.stage(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = stage.lr
+        torch.manual_seed(epoch_seed(self.seed, epoch))
+        if self.recipe.draws_head(epoch):
+            redraw_head(self.model, self.optimizer, self.ema)
+        torch.manual_seed(epoch_seed(self.seed, epoch) + distributed.rank())
+        if before is None or (before.loss, before.class_weights) != (stage.loss, stage.class_weights):
+            if before is not None:
+                self._state = self._criterion.state_dict() if before.loss == stage.loss else {}
+            self._criterion = self._criterion_of(stage)
+        if before is None or before.trains != stage.trains:
+            self._trained = self._trained_in(stage)
+        self._stage = stage
+        return self._criterion, self._trained
+
+    def _criterion_of(self, stage):
+        criterion = self.recipe.criterion(stage, self.class_counts)
         if self._state:
-            self._criterion.load_state_dict(self._state)
-        self._criterion = self._criterion.to(self.device)
-        return self._criterion
+            criterion.load_state_dict(self._state)
+        return criterion.to(next(self.model.parameters()).device)
+
+    def _trained_in(self, stage):
+        part: torch.nn.Module = models.HeadOnly(self.model) if stage.trains == "head" else self.model
+        part = distributed.data_parallel(part, self.sync_bn)
+        return Compiled(part) if self.compiles else part
 
     def state_dict(self) -> dict:
         """The state of the criterion in force."""
@@ -47,40 +76,12 @@ class Criteria:
         self._state = state
 
 
-class Trained:
-    """What a stage trains, all of the model or its head: gradients over all ranks, compiled if asked for.
-
-    The weights are the model's own.
-    """
-
-    def __init__(self, model: torch.nn.Module, sync_bn: bool, compiles: bool) -> None:
-        self.model, self.sync_bn, self.compiles = model, sync_bn, compiles
-        self._trains: str | None = None
-        self._wrapped = model
-
-    def of(self, stage: Stage) -> torch.nn.Module:
-        """The module that an epoch of `stage` trains."""
-        if stage.trains != self._trains:
-            self._trains = stage.trains
-            part = models.HeadOnly(self.model) if stage.trains == "head" else self.model
-            part = distributed.data_parallel(part, self.sync_bn)
-            self._wrapped = Compiled(part) if self.compiles else part
-        return self._wrapped
-
-
-def redraw_head(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, seed: int) -> None:
-    """Give the model a head that has learnt nothing: weights from `seed`, its optimizer state zero; on every rank."""
+def redraw_head(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> None:
+    """Give the model a head that has learnt nothing: weights from torch's random state, its optimizer state zero."""
     head: Any = model.get_submodule(models.head_name(model))
-    torch.manual_seed(seed)
     models.redraw(head)
     for parameter in head.parameters():
         for value in optimizer.state.get(parameter, {}).values():
             value.zero_()
     if ema is not None:
         ema.restart()
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Train with this learning rate from now on."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr

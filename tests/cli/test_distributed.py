@@ -8,9 +8,6 @@ import torch
 from image_runs import make_inat
 from script_runner import DIGITS, REPOSITORY, environment, load_checkpoint, messages, read_csv, read_logs
 
-import losses
-from loaders import batch_slices
-
 DRIVER = REPOSITORY / "tests" / "helpers" / "distributed_run.py"
 #: 309 images in batches of 44: seven of them and a last one of a single image, of which the second rank has none.
 #: Three epochs are 24 steps, the last sixteen with the IB loss.
@@ -33,37 +30,6 @@ def weights(cwd, name):
 
 
 # ------------------------------------------------------------------------------------ the parts of a batch
-
-
-@pytest.mark.parametrize(("ranks", "items"), [(1, 5), (2, 1), (3, 44), (5, 4), (2, 0)])
-def test_parts_are_even_and_leave_nothing_out(ranks, items):
-    parts = [
-        range(items)[slices] for rank in range(ranks) for slices in batch_slices(items, max(items, 1), rank, ranks)
-    ]
-    assert [i for part in parts for i in part] == list(range(items))
-    assert not items or max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("loss", ["CE", "Focal", "LDAM", "IB", "IBFocal", "BS", "LA", "VS"])
-def test_per_sample_losses_put_a_loss_together_from_parts(loss, weighted):
-    torch.manual_seed(0)
-    counts, weight = [5, 3, 2], torch.tensor([0.5, 1.0, 1.5]) if weighted else None
-    criterion = {
-        "CE": lambda: losses.CrossEntropyLoss(weight),
-        "Focal": lambda: losses.FocalLoss(weight, 1.0),
-        "LDAM": lambda: losses.LDAMLoss(counts, weight=weight),
-        "IB": lambda: losses.IBLoss(weight),
-        "IBFocal": lambda: losses.IB_FocalLoss(weight, gamma=1.0),
-        "BS": lambda: losses.BalancedSoftmaxLoss(counts, weight),
-        "LA": lambda: losses.LogitAdjustedLoss(counts, 0.7, weight),
-        "VS": lambda: losses.VSLoss(counts, 0.3, 0.7, weight),
-    }[loss]()
-    inputs = [torch.randn(9, 3), torch.tensor([0, 1, 2] * 3), torch.rand(9, 1) + 1]
-    inputs = inputs if criterion.needs_features else inputs[:2]
-    parts = [criterion.per_sample(*(x[rows] for x in inputs)) for rows in (slice(0, 4), slice(4, 9))]
-    together = sum(loss.sum() for loss, _ in parts) / sum(count.sum() for _, count in parts)
-    torch.testing.assert_close(together, criterion(*inputs))
 
 
 # ----------------------------------------------------------------------------------------- real processes

@@ -207,7 +207,7 @@ def test_evaluation_of_a_held_out_part_refuses_images_that_have_changed(held_out
     args = ["--data_dir", "images", "-e", "--resume", path, "--threads", "1", "-j", "0"]
     status, _, err = run(home, *args)
     assert status == 1
-    assert f"{path} was trained on other images of images" in messages(err)[0]
+    assert f"{path} was trained on other images than in images" in messages(err)[0]
     run_ok(home, *args, "--force")
 
 

@@ -199,3 +199,17 @@ def test_a_new_figure_does_not_break_a_fork_from_an_older_checkpoint(ce_run, tmp
     assert last["worst"] == min(last["per_class"]) == float(rows[-1]["worst"])
     assert [step for step, _ in scalars(log)["test/worst"]] == [2, 3, 4]
     assert f"worst {last['worst']:.2f}" in out
+
+
+def test_a_fork_may_add_left_out_images_and_chooses_among_its_own_epochs(ce_run, tmp_path, capsys):
+    """They change nothing of the training; epochs that were not scored on them do not compete."""
+    args = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    run_ok([*args, "--exp_str", "plain"], tmp_path, capsys)
+    run_ok([*args, "--exp_str", "scored", "--val_left_out", "5"], tmp_path, capsys)
+    plain, scored = (model_folder(tmp_path, "IB", exp=e) for e in ("plain", "scored"))
+    assert_same_weights(plain / "ckpt.pth.tar", scored / "ckpt.pth.tar")
+    history = load_checkpoint(scored / "ckpt.pth.tar")["history"]
+    assert [bool(record["val"]) for record in history] == [False, False, True, True, True]
+    best = load_checkpoint(scored / "ckpt.best.pth.tar")["epoch"] - 1
+    scores = {record["epoch"]: record["val"]["class_mean"] for record in history if record["val"]}
+    assert best == max(scores, key=lambda epoch: scores[epoch])

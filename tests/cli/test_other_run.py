@@ -126,7 +126,8 @@ def test_logs_of_this_run_without_its_checkpoints_are_not_written_over(tmp_path,
 
 @pytest.mark.parametrize("flags", [["--alpha", "1000"], ["--ib_norm", "l2"], ["--epsilon", "0.1"]])
 def test_another_constant_of_the_loss_by_force_starts_without_the_calibrated_alpha(flags, tmp_path, capsys):
-    args = [*FIVE, *TINY, "--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto"]
+    auto = ["--alpha", "auto", "--auto_target", "ce"]
+    args = [*FIVE, *TINY, "--loss_type", "IB", "--train_rule", "IBReweight", *auto]
     path = model_folder(tmp_path, "IB", "IBReweight") / "ckpt.pth.tar"
     break_off(args, tmp_path, capsys, after=4)
     batches = load_checkpoint(path)["criterion"]["auto.sums"][2] / 2  # of two epochs

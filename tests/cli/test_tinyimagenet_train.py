@@ -17,8 +17,8 @@ from tinyimagenet_maker import FOLDER, SUBSET, make_layout, pack
 from torch import nn
 from torchvision.models import WeightsEnum
 
+import imbalance_tinyimagenet as tiny
 import models
-import prepare_tinyimagenet as prepare
 import tinyimage_train
 from experiment.parser import parse
 from models.resnet_cifar import NormedLinear
@@ -76,14 +76,14 @@ def raw(tmp_path_factory):
     """The archive of 200 classes."""
     root = tmp_path_factory.mktemp("raw")
     make_layout(root, classes=200, train=3, val=1)
-    return pack(root, root / prepare.ARCHIVE)
+    return pack(root, root / tiny.ARCHIVE)
 
 
 @pytest.fixture(scope="module")
 def data(raw, tmp_path_factory):
     """A data folder that is arranged, and its images decoded, by the first run."""
     folder = tmp_path_factory.mktemp("work") / "data"
-    prepare.arrange(folder, raw)
+    tiny.arrange(folder, raw)
     return folder
 
 
@@ -308,7 +308,7 @@ def test_usage_errors(work):
 
 
 def test_no_data_and_no_network(tmp_path):
-    with mock.patch.object(prepare, "URL", "file:///nowhere/tiny-imagenet-200.zip"):
+    with mock.patch.object(tiny, "URL", "file:///nowhere/tiny-imagenet-200.zip"):
         line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
     for text in ("cannot be downloaded", "tiny-imagenet-200.zip", "--zip PATH"):
         assert text in line
@@ -339,7 +339,7 @@ def test_damaged_data(data, tmp_path):
 @pytest.mark.skipif(not SUBSET.exists(), reason=f"no {SUBSET.name} in ../shared/data")
 def test_real_subset(tmp_path):
     """Real images: two epochs of CE, one of IB, evaluation, resume."""
-    prepare.arrange(tmp_path / "data", SUBSET)
+    tiny.arrange(tmp_path / "data", SUBSET)
     args = [*RUN, *IB, *NO_WEIGHTS, "--imb_factor", "0.1"]
     out = run_ok(tmp_path, *args)
     assert "total 692" in out

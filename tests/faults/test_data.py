@@ -89,7 +89,7 @@ def test_a_missing_image_is_named(trained, tmp_path):
     (home / "images" / "train" / "class2" / "1.jpg").unlink()
     status, _, err = continue_run(home)
     assert status == 1
-    assert "was trained on other images of images" in messages(err)[0]
+    assert "was trained on other images than in images" in messages(err)[0]
 
 
 def test_another_choice_of_images_is_refused_at_resume(tmp_path, capsys):
@@ -100,5 +100,5 @@ def test_another_choice_of_images_is_refused_at_resume(tmp_path, capsys):
     more = [*TWO_EPOCHS, *TINY, "--exp_str", "again", "--resume", path]
     status, _, err = run_main(more, tmp_path, capsys)
     assert (status, len(messages(err))) == (1, 1)
-    assert "was trained on other images of" in err
+    assert "was trained on other images than in" in err
     run_ok([*more, "--force"], tmp_path, capsys)

@@ -104,7 +104,7 @@ def test_each_epoch_and_seed_mixes_anew_and_the_same_one_alike():
     assert not torch.equal(mixed(0, 1), mixed(1, 1))
 
 
-@pytest.mark.parametrize("loss", ["CrossEntropyLoss", "FocalLoss"])
+@pytest.mark.parametrize("loss", ["CrossEntropyLoss", "FocalLoss", "IBLoss"])
 def test_a_mixed_epoch_has_the_loss_of_its_soft_targets(loss):
     criterion, source = getattr(losses, loss)(), batches(2)
     torch.manual_seed(0)
@@ -113,6 +113,6 @@ def test_a_mixed_epoch_has_the_loss_of_its_soft_targets(loss):
     found = train_one_epoch(model, Mixup(0.4, 10, 0).mix(source, 0), criterion, optimizer, 10)["loss"]
     torch.manual_seed(0)
     model = tiny().train()
-    mixed = Mixup(0.4, 10, 0).mix(source, 0)
-    expected = sum(criterion(model(images)[0], soft).item() for images, soft in mixed) / 2
+    outputs = [(model(images), soft) for images, soft in Mixup(0.4, 10, 0).mix(source, 0)]
+    expected = sum(criterion(logits, soft, features).item() for (logits, features), soft in outputs) / 2
     assert found == pytest.approx(expected, rel=1e-5)

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import imbalance
-from imbalance_folder import load, open_image, read_folder, read_image, read_list, share_to_test
+from imbalance_folder import load, open_image, read_folder, read_list, share_to_test
 from utils import DataError, UsageError
 
 COUNTS = (12, 7, 4)
@@ -70,31 +70,15 @@ def test_natural_imbalance_is_kept_and_another_one_made(source):
         tailed.left_out(2)
 
 
-def test_no_image_counts_twice_whatever_links_lead_to_it(data, train, tmp_path, capsys):
-    before = read_folder(str(train)).paths
-    for number in range(3):
-        save(tmp_path / "elsewhere" / f"{number}.jpg", 60 + number)
-    folder = train / "class0"
-    (folder / "self").symlink_to(".")
-    (folder / "up").symlink_to("../..")
-    (folder / "out").symlink_to(tmp_path / "elsewhere")
-    (folder / "0a.jpg").symlink_to("../class1/0.jpg")  # comes before the file itself
-    (folder / "a.jpg").symlink_to(tmp_path / "elsewhere" / "0.jpg")  # one image more
-    (folder / "b.jpg").symlink_to(tmp_path / "elsewhere" / "0.jpg")  # the same again
-    assert sorted(read_folder(str(train)).paths) == sorted([*before, str(folder / "a.jpg")])
-    line = f"warning: skipped in {train}: links to folders: 3, symbolic links: 2\n"
-    assert capsys.readouterr().err == line
-
-
-@pytest.mark.parametrize("target", ["class0", "elsewhere"])
-def test_a_class_may_be_a_link_out_of_the_tree_but_not_into_it(train, tmp_path, target, capsys):
+def test_links_to_images_and_to_classes_are_followed_but_none_to_a_folder_in_a_class(train, tmp_path, capsys):
     shutil.move(train / "class2", tmp_path / "elsewhere")
     (train / "class2").symlink_to(tmp_path / "elsewhere")
     assert counts(train) == list(COUNTS)
-    assert capsys.readouterr().err == ""
-    (train / "class3").symlink_to(tmp_path / "elsewhere" if target == "elsewhere" else target)
-    with pytest.raises(DataError, match=r"class folders without images: .*class3 "):
-        read_folder(str(train))
+    (train / "class0" / "self").symlink_to(".")
+    (train / "class0" / "out").symlink_to(tmp_path / "elsewhere")
+    (train / "class0" / "a.jpg").symlink_to(tmp_path / "elsewhere" / "0.jpg")
+    assert counts(train) == [COUNTS[0] + 1, *COUNTS[1:]]
+    assert capsys.readouterr().err == f"warning: skipped in {train}: links to folders: 2\n"
 
 
 def test_what_is_skipped_is_counted(train, capsys):
@@ -108,7 +92,7 @@ def test_what_is_skipped_is_counted(train, capsys):
     (folder / "gone.jpg").symlink_to("nowhere")
     (train / "class3").symlink_to("nowhere")
     assert counts(train) == list(COUNTS)
-    parts = "hidden: 5, links that lead nowhere: 1, files that end in .gif: 2, no regular files: 2"
+    parts = "links that lead nowhere: 1, hidden: 4, files that end in .gif: 2, no regular files: 2"
     assert capsys.readouterr().err == f"warning: skipped in {train}: {parts}\n"
 
 
@@ -118,13 +102,8 @@ def test_other_endings_are_read(train, capsys):
     Image.open(train / "class2" / "2.jpg").save(train / "class2" / "2.avif")
     found = read_folder(str(train))
     assert found.get_cls_num_list() == [12, 7, 5]
-    assert [read_image(path).shape for path in found.paths[-5:]] == [(8, 8, 3)] * 5
+    assert [open_image(path).size for path in found.paths[-5:]] == [(8, 8)] * 5
     assert capsys.readouterr().err == ""
-
-
-def one_folder_deeper(train):
-    shutil.move(train, train.parent / "images")
-    shutil.move(train.parent / "images", train / "images")
 
 
 @pytest.mark.parametrize(
@@ -133,13 +112,12 @@ def one_folder_deeper(train):
         (shutil.rmtree, "folder .*train cannot be read: No such file"),
         (lambda train: [shutil.rmtree(train / f"class{k}") for k in range(3)], "no class folders in"),
         (lambda train: (train / "empty").mkdir(), r"class folders without images: .*/empty \(images end in \.jpg"),
-        (one_folder_deeper, "has one class folder; the folders in .*/train/images look like the classes: move them up"),
         (
             lambda train: save(train / "caf\u00e9/0.jpg") or save(train / "cafe\u0301/0.jpg"),
-            r"names differ in Unicode normal form only: 'cafe\\u0301' and 'caf\\xe9'; rename one",
+            "names differ in Unicode normal form only: caf\u00e9; rename one",
         ),
     ],
-    ids=["no folder", "no classes", "empty class", "one too deep", "unicode"],
+    ids=["no folder", "no classes", "empty class", "unicode"],
 )  # fmt: skip
 def test_folders_that_cannot_be_trained_on(train, change, message):
     change(train)
@@ -222,17 +200,6 @@ def test_test_images_that_are_training_images_are_counted(data, capsys):
     assert capsys.readouterr().err == line.replace("4 of the 8", "23 of the 23")
 
 
-def test_a_copy_of_train_as_val_is_a_warning(data, capsys):
-    shutil.rmtree(data / "val")
-    shutil.copytree(data / "train", data / "val")
-    load(str(data))
-    assert "look like training images: all have the names and sizes of images of train/" in capsys.readouterr().err
-    first = data / "val" / "class0" / "0.jpg"
-    first.write_bytes(first.read_bytes()[:-1] + b"x")  # names and sizes alone: bitmaps share them
-    load(str(data))
-    assert capsys.readouterr().err == ""
-
-
 def test_three_parts_of_one_folder(data):
     """--val_fraction without val/: what is tested on neither trains nor chooses the epoch."""
     shutil.rmtree(data / "val")
@@ -278,7 +245,7 @@ def test_classes_of_one_image_have_no_test_image_and_are_named(data, capsys):
     keep_one("class1")
     train, test = load(str(data), test_fraction=0.5)
     assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 1, 2], [6, 0, 2])
-    assert "no test image is held out of classes that have one image: class1\n" in capsys.readouterr().err
+    assert "no test image of 1 classes, whose accuracy is n/a: class1\n" in capsys.readouterr().err
     keep_one("class0")
     keep_one("class2")
     with pytest.raises(UsageError, match=r"--test_fraction 0.5: no class has two images"):
@@ -398,9 +365,7 @@ def test_images_of_both_lists_and_classes_without_a_test_image_are_named(listed,
         ("train/class0/0.jpg -1", "line 24: .*is not 'path label'"),
         ("train/class0/0.jpg " + "9" * 5000, "line 24: .*is not 'path label'"),
         ("0", "line 24: .*is not 'path label'"),
-        ("../../secret.jpg 0", r"names files outside .*data: \.\./\.\./secret\.jpg"),
-        ("../data2/a.jpg 0", "names files outside"),
-        ("train/no\0name.jpg 0", r"names files outside .*no\\x00name"),
+        ("train/no\0name.jpg 0", r"1 of 24 files are missing .*no\\x00name"),
         ("train/class0/none.jpg 0", "1 of 24 files are missing .*none.jpg"),
         ("train/pipe.jpg 0", "1 of 24 files are missing .*pipe.jpg"),
         ("train/class0/../class0/1.jpg 0", "duplicated files: .*train/class0/1.jpg"),
@@ -450,7 +415,7 @@ def test_16_bit_images_are_scaled(tmp_path, name):
         Image.frombytes("I;16B", (8, 8), levels.astype(">u2").tobytes()).save(tmp_path / name)
     else:
         Image.fromarray(levels).save(tmp_path / name)
-    found = read_image(tmp_path / name)
+    found = np.asarray(open_image(tmp_path / name))
     assert found.shape == (8, 8, 3)
     assert np.array_equal(found[..., 1], levels // 256)
     assert len(np.unique(found)) == 64
@@ -472,7 +437,7 @@ def test_grey_and_transparent_images_become_rgb_as_torchvision_makes_them(tmp_pa
     for name, image in (("grey", levels[..., 0]), ("alpha", levels), ("grey alpha", levels[..., :2])):
         path = tmp_path / f"{name}.png"
         Image.fromarray(image).save(path)
-        assert np.array_equal(read_image(path), np.asarray(pil_loader(str(path)))), name
+        assert np.array_equal(open_image(path), np.asarray(pil_loader(str(path)))), name
 
 
 def test_images_that_cannot_be_used_are_named_once(tmp_path, monkeypatch):

@@ -101,7 +101,6 @@ def test_best_and_plateau_are_judged_apart_with_the_spread_of_their_differences(
     row = cells(table_4, "cifar10", "exp", "100", "IB")
     assert row[4:9] == ["78.26 (authors)", "3", "78.23 ± 0.25", "-0.03", "agrees"]
     assert row[9:] == ["75.23 ± 0.25", "-3.03", "lower", "75.23 ± 0.25", "-3.03"]
-    assert "- IB: its best epochs agree with 78.26 within ± 1; its plateau is 3.0 lower than 78.26 (n = 3)." in table_4
     assert set(cells(table_4, "cifar10", "exp", "100", "CE")[5:]) == {""}, "blank where nothing was run"
     assert "| cifar100 |" not in table_4, "only where something has run"
     assert cells(section(text, "### Table 2"), "cifar10", "exp", "100", "IB")[4] == "78.17 ± 0.57 (authors)"
@@ -135,7 +134,6 @@ def test_the_gain_over_ce_is_judged_seed_by_seed(write_record, tmp_path, capsys)
     text = section(written(tmp_path, capsys), "### Table 4")
     row = cells(text, "cifar10", "exp", "100", "IB minus CE")
     assert row[4:] == ["+7.39", "3", "+7.40 ± 0.10", "agrees", "+4.10 ± 0.10", "lower", "+4.10 ± 0.10"]
-    assert "- IB, gain over CE: its best epochs agree with +7.39" in text
 
 
 def test_a_row_of_another_first_phase_is_marked_and_not_compared(write_record, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import collections
 import importlib
-import json
 import pathlib
 import shlex
 import subprocess
@@ -171,13 +170,27 @@ def test_short_is_a_fifth_with_the_same_warm_up(capsys):
 @pytest.mark.parametrize("dataset", runs.SETUPS)
 def test_every_control_passes_its_dry_run_with_the_lr_of_ib(dataset, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for control in runs.CONTROLS:
-        (line,) = listed("--control", control, "--dataset", dataset, "--protocol", "short", capsys=capsys)
+    for line in listed("--control", *runs.CONTROLS, "--dataset", dataset, "--protocol", "short", capsys=capsys):
         rows = dry_run(line, capsys)[1:]
         imb_type = flag(line, "--imb_type")
         ib = stages(Run(dataset, imb_type, 1 if imb_type == "none" else 100, "IB", protocol="short"))
         assert [float(row.split(",")[1]) for row in rows] == [stage.lr for stage in ib]
-        assert {row.split(",")[2] for row in rows} == ({"CE"} if control == "ib-lr" else {"CE", "IB"})
+        assert {row.split(",")[2] for row in rows} == ({"CE"} if flag(line, "--loss_type") == "CE" else {"CE", "IB"})
+
+
+def test_the_factor_is_nine_arms_of_one_first_phase(capsys):
+    lines = listed("--control", "factor", capsys=capsys)
+    settings = [parse("cifar_train.py", line[2:]) for line in lines]
+    arms = {(s.ib_norm, s.detach_ib, s.auto_ratio) for s in settings}
+    assert arms == {
+        (norm, detach, ratio)
+        for norm, detach in (("none", False), ("l1", False), ("l1", True))
+        for ratio in (1 / 3, 1.0, 3.0)
+    }
+    assert {(s.alpha, s.auto_target) for s in settings} == {("auto", "gradient")}
+    found = runs.controls(["factor"], [Run("cifar10", "exp", 100, "CE")])
+    assert {(run.trunk.method, run.fork_epoch) for run in found} == {("CE", 100)}
+    assert found[0].title == "IB (class weights, gradient x 1/3)"
 
 
 def test_the_two_by_two_is_what_it_says(capsys):
@@ -250,15 +263,6 @@ def test_what_is_not_imbalanced_is_listed_once(capsys):
 def test_a_ratio_beyond_the_largest_class_is_left_out(capsys):
     lines = listed("--dataset", "digits", "--method", "CE", capsys=capsys)
     assert [flag(line, "--imb_factor") for line in lines] == ["0.01", "0.02", "0.05", "0.1"]
-
-
-def test_json_has_the_same_commands(capsys):
-    lines = listed("--table", 2, capsys=capsys)
-    reproduce.main(["list", "--table", "2", "--json"])
-    content = json.loads(capsys.readouterr().out)
-    assert [entry["command"] for entry in content] == lines
-    assert {entry["shared_epochs_with"] for entry in content} == {Run("cifar10", "exp", 100, "CE").name}
-    assert {entry["shared_epochs"] for entry in content} == {100}
 
 
 def test_list_is_quick_and_imports_no_torch():

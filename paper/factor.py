@@ -1,0 +1,224 @@
+"""The experiment on the influence factor (docs/factor.md): the ratio that each arm takes, the contrasts, the figure.
+
+    python -m paper.factor results/factor_cifar10 --data_dir data
+
+prints the tables from the records below the folder, and writes factor.png and factor.pdf there.
+"""
+
+import argparse
+import itertools
+import pathlib
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+from paper import records, statistics, style
+from paper.report import table
+
+#: Arm -> its name, colour and marker.
+ARMS = {
+    "W": ("class weights alone", "#0072b2", "^"),
+    "A": ("factor attached", "#d55e00", "s"),
+    "D": ("factor detached", "#009e73", "D"),
+}
+CONTRASTS = (("A", "W"), ("D", "W"), ("A", "D"))
+#: The gain of IB over CE, Table 4, long-tailed, ratio 100.
+PUBLISHED_GAIN = {"cifar10": 7.39, "cifar100": 4.09}
+#: Bounds of the bins of p, the probability of the true class.
+BINS = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
+
+
+class Place(NamedTuple):
+    """What a run of the experiment is. arm: a key of ARMS, or 'CE', 'CE, lr of IB', 'IB'; ratio: of its gradient to
+    CE's, 0 for the last three; epochs: the length; seed."""
+
+    arm: str
+    ratio: float
+    epochs: int
+    seed: int = 0
+
+
+Found = dict[Place, dict[str, Any]]
+
+
+def place_of(record: dict[str, Any]) -> Place | None:
+    """The place of a record in the experiment, None for a run that is no part of it."""
+    settings = records.settings_of(record["settings"])
+    rest = settings.epochs, settings.seed or 0
+    if (settings.loss_type, settings.train_rule) == ("CE", "None"):
+        return Place("CE" if len(settings.milestones) < 3 else "CE, lr of IB", 0.0, *rest)
+    if (settings.loss_type, settings.train_rule) != ("IB", "IBReweight"):
+        return None
+    if settings.alpha == 1000 and settings.ib_norm == "l1" and not settings.detach_ib:
+        return Place("IB", 0.0, *rest)
+    if settings.alpha != "auto" or settings.auto_target != "gradient":
+        return None
+    arm = "W" if settings.ib_norm == "none" else "D" if settings.detach_ib else "A"
+    return Place(arm, settings.auto_ratio, *rest)
+
+
+def read(folder: str | pathlib.Path) -> Found:
+    """The records of the experiment below `folder`, by their places."""
+    placed = [(place_of(record), record) for _, record in records.read(folder)[0]]
+    return {place: record for place, record in placed if place is not None}
+
+
+def plateau(record: dict[str, Any], part: str = "test", figure: str = "acc1") -> float:
+    """Mean of a figure over the last tenth of the epochs, in percent; part: 'test', or 'val': the left-out images."""
+    history = record["history"]
+    tail = history[-max(1, len(history) // 10) :]
+    return fmean(epoch[part][figure] for epoch in tail if epoch.get(part))
+
+
+def choose(found: Found) -> dict[str, float]:
+    """The ratio that each arm takes: the best plateau on the left-out images in the shortest runs of seed 0; of equal
+    ones the smaller."""
+    epochs = min((place.epochs for place in found if place.arm in ARMS), default=0)
+    pilot = {place: record for place, record in found.items() if (place.epochs, place.seed) == (epochs, 0)}
+    scores = {(p.arm, p.ratio): plateau(r, "val", "class_mean") for p, r in pilot.items() if p.arm in ARMS}
+    return {
+        arm: max(sorted(ratio for a, ratio in scores if a == arm), key=lambda ratio: scores[arm, ratio])
+        for arm in sorted({arm for arm, _ in scores})
+    }
+
+
+def differences(found: Found, one: Place, other: Place) -> list[float]:
+    """Plateau of `one` minus that of `other` for each seed that both have; the seeds in the places do not count."""
+    seeds = sorted({place.seed for place in found})
+    pairs = [(one._replace(seed=seed), other._replace(seed=seed)) for seed in seeds]
+    return [plateau(found[a]) - plateau(found[b]) for a, b in pairs if a in found and b in found]
+
+
+def contrasts(found: Found, dataset: str) -> dict[str, statistics.Contrast]:
+    """The contrasts of docs/factor.md that have runs, with Holm's p, by name."""
+    chosen, named = choose(found), {}
+    lengths = sorted({place.epochs for place in found if place.arm in ARMS})
+    for a, b in CONTRASTS:
+        if {a, b} <= chosen.keys():
+            places = (Place(arm, chosen[arm], lengths[-1]) for arm in (a, b))
+            named[f"{a} - {b}, at the chosen ratios"] = differences(found, *places)
+    for a, b in CONTRASTS:
+        of_lengths = [differences(found, Place(a, 1.0, n), Place(b, 1.0, n)) for n in lengths]
+        named[f"{a} - {b}, at ratio 1"] = max(of_lengths, key=len, default=[])
+    longest = max((place.epochs for place in found if place.arm == "IB"), default=0)
+    gains = differences(found, Place("IB", 0.0, longest), Place("CE", 0.0, longest))
+    gain = PUBLISHED_GAIN[dataset]
+    named[f"IB - CE, minus the published {gain}"] = [value - gain for value in gains]
+    return statistics.family({name: values for name, values in named.items() if values})
+
+
+def tables(found: Found, dataset: str) -> list[str]:
+    """Markdown: what each run reached, and the contrasts."""
+    lines = []
+    for place, record in sorted(found.items()):
+        gradients = [epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")]
+        measured = [_figure(gradients[0][name]) if gradients else "" for name in ("ce", "loss", "ratio", "again")]
+        left_out = _figure(plateau(record, "val", "class_mean")) if record["history"][-1].get("val") else ""
+        reached = [_figure(value) for value in (record["best"]["acc1"], plateau(record), record["last"]["acc1"])]
+        lines.append([place.arm, place.seed, place.epochs, *measured, left_out, *reached])
+    heads = ["arm", "seed", "epochs", "gradient of CE", "of the loss", "ratio", "measured again"]
+    rows = [
+        [name, c.n, f"{c.mean:+.2f}", f"{c.interval[0]:+.2f} to {c.interval[1]:+.2f}", f"{c.p:.3f}", c.verdict]
+        if c.interval
+        else [name, c.n, f"{c.mean:+.2f}", "", "", c.verdict]
+        for name, c in contrasts(found, dataset).items()
+    ]
+    return [
+        *table([*heads, "left-out plateau", "best", "plateau", "last"], lines),
+        *table(["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"], rows),
+    ]
+
+
+def _figure(value):
+    return "" if value is None else f"{value:.2f}"
+
+
+# ------------------------------------------------------------------------- where in p the gradient comes from
+
+
+def gradient_shares(
+    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], criterion: Any
+) -> list[float]:
+    """The share of each bin of p (`BINS`) in the sum of the images' gradients, in percent.
+
+    The gradient of an image is that of its loss in the last layer's weights, through the logits: the L1 norm of the
+    gradient in the logits, times |h|. The model is in evaluation mode.
+    """
+    model.eval()
+    sums = torch.zeros(len(BINS) - 1, dtype=torch.float64)
+    bounds = torch.tensor(BINS[1:-1], dtype=torch.float64)
+    for images, target in batches:
+        with torch.no_grad():
+            logits, features = model(images)
+        logits, features = logits.double().requires_grad_(), features.double()
+        loss, _ = criterion.per_sample(logits, target, features)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        p = logits.detach().softmax(1).gather(1, target[:, None]).flatten()
+        sums.index_add_(0, torch.bucketize(p, bounds, right=True), gradient.abs().sum(1) * features.flatten())
+    return (100 * sums / sums.sum()).tolist()
+
+
+def draw(found: Found, shares: dict[str, list[float]], to: pathlib.Path) -> pathlib.Path | None:
+    """factor.png and factor.pdf: accuracy against the ratio of the gradients, an arm a line, and the shares by p."""
+    pyplot, figure, axes = style.subplots(2, 1, height=4.6, layout="constrained")
+    if pyplot is None:
+        return None
+    for offset, (arm, (name, color, marker)) in enumerate(ARMS.items()):
+        points = sorted((place.ratio, plateau(record)) for place, record in found.items() if place.arm == arm)
+        ratios = sorted({ratio for ratio, _ in points})
+        means = [fmean(value for at, value in points if at == ratio) for ratio in ratios]
+        axes[0].plot(ratios, means, color=color, label=name)
+        axes[0].plot([ratio for ratio, _ in points], [value for _, value in points], marker, color=color, ms=4)
+        if arm in shares:
+            places = [i + 0.27 * (offset - 1) for i in range(len(BINS) - 1)]
+            axes[1].bar(places, shares[arm], 0.25, color=color, label=name)
+    axes[0].set(xscale="log", xlabel="gradient beside that of CE", ylabel="test top-1, plateau [%]")
+    axes[0].set_xticks([1 / 3, 1, 3], ["1/3", "1", "3"])
+    axes[0].minorticks_off()
+    axes[0].legend(fontsize=7)
+    names = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(BINS)]
+    axes[1].set_xticks(range(len(names)), names, fontsize=6)
+    axes[1].set(xlabel="p of the true class, training images", ylabel="share of the gradient [%]")
+    return style.save(figure, to, "factor")
+
+
+def shares_of_arms(path: str, data_dir: str) -> dict[str, list[float]]:
+    """`gradient_shares` of the three arms for a checkpoint of cifar_train.py, on its training images."""
+    import imbalance_cifar
+    import models
+    from experiment import checkpoint
+    from loaders.in_memory import InMemoryBatches
+    from losses import IBLoss, inverse_frequency_weights
+
+    state = checkpoint.load(path)
+    settings = records.settings_of(state["settings"])
+    data, _ = imbalance_cifar.load(
+        settings.dataset, data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
+    )
+    model = models.CIFAR_MODELS[settings.arch](data.num_classes)
+    checkpoint.load_weights(model, state["state_dict"], path)
+    weight, batches = inverse_frequency_weights(data.get_cls_num_list()), InMemoryBatches(data, settings.batch_size)
+    losses = {"W": IBLoss(weight, norm="none"), "A": IBLoss(weight), "D": IBLoss(weight, detach=True)}
+    return {arm: gradient_shares(model, batches.eval_epoch(), loss) for arm, loss in losses.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="paper.factor", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path, help="of the records; the figure goes there")
+    parser.add_argument("--checkpoint", help="from which the second phases start, for the shares of the gradient")
+    parser.add_argument("--data_dir", default="./data", help="default: %(default)s")
+    options = parser.parse_args(argv)
+    found = read(options.folder)
+    if not found:
+        parser.error(f"no record of the experiment in {options.folder}")
+    print("\n".join(tables(found, next(iter(found.values()))["settings"]["dataset"])))
+    shares = shares_of_arms(options.checkpoint, options.data_dir) if options.checkpoint else {}
+    for arm, parts in shares.items():
+        print(f"{arm}: " + ", ".join(f"{part:.1f} %" for part in parts))
+    draw(found, shares, options.folder)
+
+
+if __name__ == "__main__":
+    main()
