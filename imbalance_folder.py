@@ -9,6 +9,7 @@ import functools
 import os
 import struct
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,10 @@ PARTS = ("train", "training", "val", "valid", "validation", "test", "testing", "
 CSV_HEADER = ("image", "label")
 #: Largest share of damaged images that is left out.
 MAX_DAMAGED = 0.05
+
+
+# Pillow's own warning from 89 megapixels on does not name the file; from 179 on it refuses
+warnings.filterwarnings("ignore", "Image size .* exceeds limit")
 
 
 class ImageSet(LabelledImages):
@@ -451,6 +456,8 @@ def open_image(path: str | os.PathLike, exif: bool = False) -> Any:
             # a PNG or PGM of mode I is what older versions of Pillow make of 16 bits
             if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # the same colours, without Pillow's warning
             if image.mode not in ("I", "F"):
                 return image.convert("RGB")
             kind = "float" if image.mode == "F" else "32-bit"

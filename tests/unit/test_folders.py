@@ -463,3 +463,10 @@ def test_images_that_cannot_be_used_are_named_once(tmp_path, monkeypatch):
         DataError, match=r"huge.png has over 4 megapixels, .*: make it smaller, or leave it out with --"
     ):
         open_image(tmp_path / "huge.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency_is_decoded_without_a_warning(tmp_path):
+    palette = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert("P")
+    palette.save(tmp_path / "a.png", transparency=bytes([0, 128]))
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(palette.convert("RGB")))

@@ -1,0 +1,136 @@
+"""--predict, and docs/production.md: its code gives what -e gives, and its ONNX file too."""
+
+import csv
+import os
+import pathlib
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from image_runs import RUN, make_folder, run, run_ok
+from script_runner import messages
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "results"))
+import weights as weights_script
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "production.md").read_text()
+PLAIN, ONNX = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+NAMES = ["cat, tabby", "dog \N{DOG FACE}", "emu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder of a run that -e --save_logits has evaluated, checkpoint): a comma and an emoji in its class names."""
+    folder = tmp_path_factory.mktemp("production")
+    data = make_folder(folder / "animals", names=NAMES)
+    run_ok(folder, "--data_dir", data, *RUN)
+    (path,) = folder.glob("checkpoint/*/ckpt.pth.tar")
+    run_ok(folder, "-e", "--save_logits", "--resume", path, "--data_dir", data, "-j", "0")
+    return folder, path
+
+
+def saved(folder):
+    (path,) = folder.glob("log/*/evaluate/logits.npz")
+    with np.load(path) as content:
+        return dict(content)
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_logits_have_names_and_the_errors_are_listed(trained):
+    folder, _ = trained
+    content = saved(folder)
+    assert content["files"][0] == os.path.join("val", NAMES[0], "0.jpg")
+    assert content["classes"].tolist() == NAMES
+    probabilities = torch.from_numpy(content["logits"]).softmax(1).numpy()
+    wrong = np.flatnonzero(probabilities.argmax(1) != content["target"])
+    rows = rows_of(next(folder.glob("log/*/evaluate/errors.csv")))
+    assert {row["file"] for row in rows} == set(content["files"][wrong])
+    believed = [float(row["probability"]) for row in rows]
+    assert believed == sorted(believed, reverse=True)
+    for row in rows:
+        at = content["files"].tolist().index(row["file"])
+        assert row["class"] == NAMES[content["target"][at]]
+        assert row["predicted"] == NAMES[probabilities[at].argmax()]
+
+
+def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
+    """From a slim checkpoint, without the training images; a damaged image is named and left out."""
+    folder, path = trained
+    content = saved(folder)
+    expected = torch.from_numpy(content["logits"]).softmax(1).numpy()
+    new = tmp_path / "new"
+    for number, name in enumerate(content["files"]):
+        (new / "deep").mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "animals" / name, new / "deep" / f"{number:02d}.jpg")
+    (new / "broken.jpg").write_text("<html>")
+    slim = weights_script.slim(str(path), tmp_path / "weights.pth.tar")
+    status, out, err = run(tmp_path, "-e", "--resume", slim, "--predict", "new", "--top", "2", "-j", "0")
+    assert status == 0
+    assert "warning: left out: new/broken.jpg cannot be decoded" in err
+    assert "9 images, 1 left out" in out
+    rows = rows_of(next(tmp_path.glob("log/*/predict/new.csv")))
+    assert [row["file"] for row in rows[::2]] == [f"deep/{number:02d}.jpg" for number in range(9)]
+    for number in range(9):
+        likeliest = expected[number].argsort()[::-1][:2]
+        pair = rows[2 * number : 2 * number + 2]
+        assert [row["class"] for row in pair] == [NAMES[k] for k in likeliest]
+        found = [float(row["probability"]) for row in pair]
+        assert found == pytest.approx(expected[number][likeliest].tolist(), abs=2e-5)
+
+
+def test_the_pages_code_and_its_onnx_file_give_the_evaluations_logits(trained, tmp_path, monkeypatch, capsys):
+    folder, path = trained
+    monkeypatch.chdir(tmp_path)
+    content = saved(folder)
+    images = [folder / "animals" / name for name in content["files"]]
+    shutil.copy(images[0], "image.jpg")
+    names: dict = {}
+    exec(PLAIN.replace("checkpoint/NAME/ckpt.best.pth.tar", str(path)), names)
+    assert capsys.readouterr().out.startswith(NAMES[content["logits"][0].argmax()])
+    transform, opened = names["transform"], [names["PIL"].Image.open(image) for image in images]
+    batch = torch.stack([transform(image.convert("RGB")) for image in opened])
+    with torch.inference_mode():
+        logits = names["model"](batch).numpy()
+    np.testing.assert_allclose(logits, content["logits"], rtol=1e-4, atol=1e-4)
+
+    onnxruntime = pytest.importorskip("onnxruntime")
+    exec(ONNX, names)
+    session = onnxruntime.InferenceSession("model.onnx")
+    for size in (1, len(images)):
+        (found,) = session.run(["logits"], {"images": batch[:size].numpy()})
+        np.testing.assert_allclose(found, logits[:size], rtol=1e-3, atol=1e-3)
+
+
+def test_an_evaluation_follows_folders_that_were_renamed(trained, tmp_path):
+    folder, path = trained
+    work = shutil.copytree(folder, tmp_path / "work")
+    for kind in ("log", "checkpoint"):
+        (work / kind / path.parent.name).rename(work / kind / "best_so_far")
+    out = run_ok(work, "-e", "--resume", "checkpoint/best_so_far/ckpt.pth.tar", "--data_dir", "animals", "-j", "0")
+    assert "written: log/best_so_far/evaluate/" in out
+    assert [entry.name for entry in (work / "log").iterdir()] == ["best_so_far"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--predict", "empty"], 1, "no images in empty"),
+        (["--predict", "nowhere"], 1, "nowhere cannot be read"),
+        (["--top", "2"], 2, "--top is for --predict"),
+        (["--predict", ".", "--tau_norm", "1", "2"], 2, "--tau_norm with several values"),
+    ],
+)
+def test_what_cannot_be_predicted_is_said_in_a_line(flags, status, words, trained, tmp_path):
+    _, path = trained
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one.jpg").touch()
+    got, _, err = run(tmp_path, "-e", "--resume", path, *flags)
+    (line,) = messages(err)
+    assert (got, words in line) == (status, True), line
