@@ -227,6 +227,8 @@ def changed(name, value):
         return "cifar100" if value == "cifar10" else "cifar10"
     if name in ("arch", "pretrained", "train_list", "val_list"):
         return "other"
+    if name in ("mean", "std"):
+        return [0.4, 0.5, 0.6]
     if name == "flip":  # auto: on for these
         return "off"
     if choices:
