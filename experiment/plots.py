@@ -57,12 +57,6 @@ def of_evaluation(
     return written
 
 
-def of_history(history: Sequence[dict], start_ib_epoch: int, folder: str, title: str = "") -> list[str]:
-    """curves.png from a run's records. Returns the paths."""
-    pyplot = load_pyplot()
-    return [] if pyplot is None else [_curves(pyplot, history, start_ib_epoch, folder, title)]
-
-
 def of_calibration(rows: Sequence[dict], folder: str, title: str = "") -> list[str]:
     """calibration.png: accuracy over confidence, from `evaluation.reliability`. Returns the paths."""
     pyplot = load_pyplot()
@@ -146,8 +140,14 @@ def _class_accuracy(pyplot, per_class, names, class_counts, folder, title):
     return _saved(pyplot, figure, folder, "class_accuracy.png")
 
 
-def _curves(pyplot, history, start_ib_epoch, folder, title):
-    """Test CE, the training criterion and the accuracies, each on axes of its own: the losses are not comparable."""
+def of_history(history: Sequence[dict], start_ib_epoch: int, folder: str, title: str = "") -> list[str]:
+    """curves.png from a run's records: test CE, the training criterion and the accuracies, each on axes of its own.
+
+    The losses are not comparable. Returns the paths.
+    """
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return []
     epochs = [record["epoch"] + 1 for record in history]
     figure, (test, train, accuracy) = pyplot.subplots(3, 1, figsize=(WIDTH, 5.2), sharex=True)
     for axes, part, name in ((test, "test", "test loss (CE)"), (train, "train", "training criterion")):
@@ -172,7 +172,7 @@ def _curves(pyplot, history, start_ib_epoch, folder, title):
         test.annotate("IB starts", (start_ib_epoch + 0.5, 1), (3, -1), **where)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(label(title), fontsize=6)
-    return _saved(pyplot, figure, folder, "curves.png")
+    return [_saved(pyplot, figure, folder, "curves.png")]
 
 
 def _saved(pyplot, figure, folder, name):

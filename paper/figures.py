@@ -129,14 +129,7 @@ def _curve(axes, found, metric, look, begin, nth):
     seeds = [[epoch["test"][metric] for epoch in record["history"]] for record in found]
     curves = list(zip(*seeds, strict=False))[begin:]
     epochs, means = range(begin + 1, begin + 1 + len(curves)), [fmean(curve) for curve in curves]
-    axes.plot(
-        epochs,
-        means,
-        color=look["color"],
-        label=look["label"],
-        marker=look["marker"],
-        markevery=(2 + 2 * nth, max(len(means) // 6, 1)),
-    )
+    axes.plot(epochs, means, **look, markevery=(2 + 2 * nth, max(len(means) // 6, 1)))
     if len(found) > 1:
         spread = [stdev(curve) for curve in curves]
         low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
@@ -242,16 +235,12 @@ def of_influence(found: dict[str, Any], to: pathlib.Path) -> pathlib.Path:
 
 def _weight_norms(folder, to):
     """The length of each class's weight vector, of the weight files of a folder."""
-    paths = [path for path in sorted((folder / "weights").glob("*.pth.tar")) if path.name != "phase_one.pth.tar"]
     found = {}
-    for path in paths:
+    for path in sorted((folder / "weights").glob("*.pth.tar")):
         state = checkpoint.load(path)
-        if "settings" in state and "class_counts" in state:
-            run, difference = records.describe(state["settings"])
-            found[Row(run, difference)] = (
-                state["class_counts"],
-                class_norms(state["state_dict"], len(state["class_counts"])),
-            )
+        if path.name != "phase_one.pth.tar" and "settings" in state and "class_counts" in state:
+            sizes = state["class_counts"]
+            found[Row(*records.describe(state["settings"]))] = sizes, class_norms(state["state_dict"], len(sizes))
     found = dict(list(found.items())[: style.MOST_IN_A_PANEL])
     if not found:
         return {}
@@ -278,15 +267,13 @@ def class_norms(state_dict: dict[str, Any], classes: int) -> list[float]:
 
 
 def _confusion(folder, to):
-    """The confusion matrix of every evaluation whose file is named after a method, side by side two by two."""
-    found = {}
+    """The confusion matrix of every evaluation whose file is named after a method."""
+    captions = {}
     for method in ("CE", "IB", "IB+CB", "IB+Focal"):
         path = folder / "evaluations" / f"{method}.json"
         result = json.loads(path.read_text()) if path.is_file() else {}
-        if result.get("confusion") and len(result["confusion"]) <= MOST_NAMED:
-            found[method] = result
-    captions = {}
-    for method, result in found.items():
+        if not result.get("confusion") or len(result["confusion"]) > MOST_NAMED:
+            continue
         _, figure, axes = style.subplots(height=style.WIDTH)
         plots.draw_confusion(axes, result["confusion"], result["classes"])
         axes.set_title(f"{style.name_of(method)}, percent of the true class")

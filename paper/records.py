@@ -43,17 +43,12 @@ class Difference(NamedTuple):
 
 
 def collect(summary: str | pathlib.Path, path: str | pathlib.Path) -> None:
-    """Write the small form of a run's summary.json to `path`: figures rounded, class accuracies best and last only."""
-    write_text(path, json.dumps(small(json.loads(pathlib.Path(summary).read_text()))) + "\n")
-
-
-def small(summary: dict[str, Any]) -> dict[str, Any]:
-    """The small form of a summary, a dict of the same shape: no lists in the history, no settings of a place."""
-    places = fields_affecting("nothing")
-    settings = {name: value for name, value in summary["settings"].items() if name not in places}
-    return rounded(
-        {**summary, "settings": settings, "history": [_without_lists(epoch) for epoch in summary["history"]]}
-    )
+    """Write the small form of a run's summary.json to `path`: figures rounded, no lists in the history (classes: best
+    and last only), no settings of a place."""
+    whole, places = json.loads(pathlib.Path(summary).read_text()), fields_affecting("nothing")
+    settings = {name: value for name, value in whole["settings"].items() if name not in places}
+    small = {**whole, "settings": settings, "history": [_without_lists(epoch) for epoch in whole["history"]]}
+    write_text(path, json.dumps(rounded(small)) + "\n")
 
 
 def _without_lists(epoch):
@@ -193,13 +188,8 @@ def _differences_of_data(run, record):
         is_whole = (len(counts), sum(counts)) == (setup.classes, setup.train_images)
     else:
         available = [(setup.train_images or 0) // setup.classes] * setup.classes
-        try:
-            is_whole = counts == class_counts(available, run.imb_type, 1 / run.ratio)
-        except ValueError:  # a ratio that empties classes
-            is_whole = False
-    differs = []
-    if not is_whole and not record["settings"].get("val_fraction"):
-        differs.append(Difference("data", text))
+        is_whole = run.ratio <= available[0] and counts == class_counts(available, run.imb_type, 1 / run.ratio)
+    differs = [] if is_whole or record["settings"].get("val_fraction") else [Difference("data", text)]
     if record.get("test_images", setup.test_images) != setup.test_images:
         differs.append(Difference("data", f"{record['test_images']} test images"))
     return tuple(differs)

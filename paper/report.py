@@ -370,9 +370,8 @@ def runs_and_commands(rows: Rows) -> list[str]:
             used = [record["versions"], *(part["versions"] for part in record.get("trained_on", ()))]
             in_tf32 = amp == "none" and any(part.get("tf32") == "on" for part in used)  # the convolutions, on a GPU
             precision = "TF32" if in_tf32 else "float32" if amp == "none" else amp
-            lines.append(
-                [record["name"], record["settings"]["seed"], precision, machine, f"{hours:.2f}", _commit(record)]
-            )
+            commit = _parts(record, "code", _commit)
+            lines.append([record["name"], record["settings"]["seed"], precision, machine, f"{hours:.2f}", commit])
     heads = ["run", "seed", "precision", "machine", "hours", "commit"]
     text = "Hours are of all epochs, with those that runs share and that were trained once."
     block = ["```", *commands, "```", ""]
@@ -380,11 +379,7 @@ def runs_and_commands(rows: Rows) -> list[str]:
     return ["## The runs", "", text, "", *table(heads, lines), *([what, "", *block] if commands else [])]
 
 
-def _commit(record):
-    return _parts(record, "code", _commit_text)
-
-
-def _commit_text(code):
+def _commit(code):
     return code["commit"][:10] + ("" if code["clean"] else ", with changes") if code else "not recorded"
 
 

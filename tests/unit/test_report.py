@@ -228,7 +228,7 @@ def changed(name, value):
     if name in ("arch", "pretrained", "train_list", "val_list"):
         return "other"
     if name in ("mean", "std"):
-        return [0.5, 0.5, 0.5]
+        return [0.4, 0.5, 0.6]
     if name == "flip":  # auto: on for these
         return "off"
     if choices:
