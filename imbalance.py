@@ -203,17 +203,6 @@ class LabelledImages:
         kept, held = hold_out(self.targets, fraction)
         return self.subset(kept), self.subset(held)
 
-    def classes_of_one_image(self) -> list[str]:
-        """The names of the classes that have a single image, of which `hold_out` holds out nothing."""
-        return self._classes_of(1)
-
-    def classes_without_images(self) -> list[str]:
-        """The names of the classes of which there is no image, whose accuracy is not known."""
-        return self._classes_of(0)
-
-    def _classes_of(self, size):
-        return [name for name, n in zip(self.class_names, self.get_cls_num_list(), strict=True) if n == size]
-
     def make_imbalanced(self, imb_type: str, imb_factor: float, rand_number: int) -> None:
         """Keep a long-tailed choice, in place; see `class_counts` and `choose`. Raises ValueError."""
         counts = class_counts(self.get_cls_num_list(), imb_type, imb_factor)
@@ -222,8 +211,6 @@ class LabelledImages:
 
     def left_out(self, limit: int) -> "Self":
         """Up to `limit` images of each class that `make_imbalanced` left out, read again from `root`.
-
-        Nothing of them is kept in memory before. `classes_without_images` names the classes of which there is none.
 
         Raises:
             ValueError: an imbalance that is the data's own, or that leaves out no image.

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torchvision
 from torch.utils.data import Dataset
-from torchvision.datasets.utils import check_integrity
 
 from files import folder_lock
 from imbalance import InMemoryImages
@@ -113,39 +112,15 @@ def load(
         DataError: data that are missing or damaged and cannot be downloaded.
     """
     dataset = DATASETS[name]
-    was_there = os.path.exists(data_dir)
     try:
-        with contextlib.nullcontext() if name == "digits" else _download_lock(data_dir):
+        with contextlib.nullcontext() if name == "digits" else folder_lock(data_dir):
             train = dataset(data_dir, imb_type, imb_factor, rand_number, download=True)
         return train, dataset(data_dir, train=False)
     except ValueError as error:
         raise UsageError(str(error)) from None
     except (RuntimeError, OSError, EOFError) as error:
-        with contextlib.suppress(OSError):
-            if not was_there:
-                os.rmdir(data_dir)  # made for the download; stays if anything is in it
         archive = getattr(dataset, "filename", "its files")
-        damaged = _first_damaged(dataset, data_dir)
-        if damaged:
-            raise DataError(
-                f"{damaged} is damaged, and {name} cannot be downloaded again ({error}): put {archive} into {data_dir}"
-            ) from None
         raise DataError(
-            f"no {name} in {data_dir}, and it cannot be downloaded ({error}): put {archive} there, name another "
-            "--data_dir, or try --dataset digits, which needs no download"
+            f"no {name} in {data_dir}, or a damaged one, and it cannot be downloaded ({error}): put {archive} there, "
+            "name another --data_dir, or try --dataset digits, which needs no download"
         ) from None
-
-
-def _download_lock(data_dir):
-    os.makedirs(data_dir, exist_ok=True)
-    return folder_lock(data_dir)
-
-
-def _first_damaged(dataset, root):
-    """The first file of CIFAR that is there and has another md5 than the official one; None of any other data set."""
-    if not issubclass(dataset, torchvision.datasets.CIFAR10):
-        return None
-    sums = [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])]
-    official = [(os.path.join(root, dataset.base_folder, name), md5) for name, md5 in sums]
-    official.append((os.path.join(root, dataset.filename), dataset.tgz_md5))
-    return next((path for path, md5 in official if os.path.exists(path) and not check_integrity(path, md5)), None)

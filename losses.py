@@ -598,12 +598,6 @@ class IBLoss(Loss):
         factor = alpha / (influence(logits, target, features, norm, self.raw_features) + epsilon)
         return factor.detach() if self.detach else factor
 
-    @torch.no_grad()
-    def factor(self, logits: Tensor, target: Tensor, features: Tensor) -> Tensor:
-        """The IB factor of each sample, (N, ...), without gradient; `per_sample_and_factor` gives it with the loss."""
-        logits, target, _, _ = self._checked(logits, target)
-        return self._factor(logits, target, features)
-
     # ------------------------------------------------------------------------------------- alpha 'auto'
 
     @property

@@ -8,8 +8,6 @@ from models.torchvision_models import check_image_size, torchvision_archs, torch
 CIFAR_MODELS = {model.__name__: model for model in (resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202)}
 IMAGENET_MODELS = {model.__name__: model for model in (resnet18, resnet50)}
 
-last_linear = head_name  #: its older name
-
 __all__ = [
     "CIFAR_MODELS", "IMAGENET_MODELS", "HeadOnly", "NormedLinear", "check_image_size", "head_name", "imagenet_weights",
     "redraw", "replace_layer", "torchvision_archs", "torchvision_model", "with_feature_norm", *CIFAR_MODELS,

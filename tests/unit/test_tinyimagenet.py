@@ -383,7 +383,7 @@ def test_left_out_images_are_the_next_ones_of_the_shuffle(source):
     indices = imbalance.choose_left_out(whole.targets, [4, 2, 1], 2, 1)
     assert part.samples == part.imgs == [whole.samples[i] for i in indices]
     assert part.chosen.tolist() == indices.tolist()
-    assert (part.targets, part.classes_without_images()) == ([1, 1, 2, 2], ["digit (n00001000)"])
+    assert part.targets == [1, 1, 2, 2]
     assert not set(part.imgs) & set(train.imgs)
     with pytest.raises(ValueError, match="no image was left out: the imbalance is the data's own"):
         tiny.IMBALANETINYIMGNET(root, "none").left_out(2)
