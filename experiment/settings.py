@@ -322,7 +322,7 @@ def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Sett
     Raises:
         ValueError: a loss, rule or other name that is not offered here, or milestones without their factors.
     """
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in FIELDS
     }
     for name, value in values.items():
