@@ -323,18 +323,29 @@ def recorded(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _fits(how, value):
+    """Whether a recorded value is one that its flag takes."""
+    items = value if isinstance(value, tuple) else (value,)
+    try:
+        return all(
+            item in list(how.get("choices", [item])) and ("type" not in how or how["type"](str(item)) == item)
+            for item in items
+        )
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
+
+
 def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Settings:
     """The Settings of a checkpoint or a record. What it lacks, being older, is as in `base` (None: the defaults).
 
     Raises:
-        ValueError: a loss, rule or other name that is not offered here, or milestones without their factors.
+        ValueError: a value that the flag does not take, or milestones without their factors.
     """
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in FIELDS
     }
     for name, value in values.items():
-        choices = FIELDS[name].metadata["argparse"].get("choices")
-        if choices is not None and value is not None and value not in list(choices):
+        if value not in (None, FIELDS[name].default) and not _fits(FIELDS[name].metadata["argparse"], value):
             raise ValueError(f"{name} is {value!r}")
     settings = dataclasses.replace(base or Settings(), **values, given=frozenset())
     if len(settings.milestones) != len(settings.lr_factors):

@@ -143,11 +143,11 @@ def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_fi
     before = snapshot(cwd)
     path = model_folder(cwd, "IB") / "ckpt.best.pth.tar"
     out = run_ok([*FOUR, "-e", "--resume", path], cwd, capsys, figures=True)
-    after = snapshot(cwd)
+    after, figures = snapshot(cwd), ("confusion.png", "class_accuracy.png", "calibration.png")
     assert {name: after[name] for name in before} == before
     new = {Path(name).name for name in after.keys() - before.keys()}
-    assert new == {"evaluate", "evaluation.json", "confusion.png", "class_accuracy.png", "calibration.png"}
-    for name in ("confusion.png", "class_accuracy.png", "calibration.png"):
+    assert new == {"evaluate", "evaluation.json", "errors.csv", *figures}
+    for name in figures:
         assert_drawn(folder / "evaluate" / name)
 
     best = json.loads((folder / "summary.json").read_text())["best"]

@@ -59,7 +59,9 @@ def test_contrasts_are_the_paired_means_at_the_chosen_ratios(tmp_path):
         record(automatic(3.0, seed=1), (75, 75)), record(automatic(1.0, seed=1, **weights), (71, 73)),
     ]  # fmt: skip
     for number, one in enumerate(made):
-        (tmp_path / f"{number}.json").write_text(json.dumps(records.small(one)))
+        summary = tmp_path / "summary"
+        summary.write_text(json.dumps(one))
+        records.collect(summary, tmp_path / f"{number}.json")
     found = factor.read(tmp_path)
     assert factor.choose(found) == {"A": 3.0, "W": 1.0}
     contrast = factor.contrasts(found, "cifar10")["A - W, at the chosen ratios"]
