@@ -252,7 +252,7 @@ def check_all(
 def read_folder(folder: str, classes: Sequence[str] | None = None) -> ImageSet:
     """The images of a folder with one folder for each class, in torchvision's order.
 
-    Links to folders inside a class, hidden files and folders (".name" and HIDDEN), what is no regular file and what
+    Links to folders inside a class, hidden files and folders (".name" and HIDDEN), what is not a regular file and what
     does not end as images do are skipped with a warning.
 
     Args:

@@ -1,4 +1,4 @@
-"""Errors that a user sees, random generators, the device, numbers for people.
+"""Errors that a user sees, random generators, the device, numbers as users read them.
 
 torch is imported where it is used: `reproduce.py list` needs the errors only, and torch takes seconds.
 """
@@ -290,7 +290,7 @@ def duration(seconds: float) -> str:
 
 
 def format_metric(value: float | None, digits: int = 2) -> str:
-    """A figure for people: 'n/a' for None.
+    """A figure as text: 'n/a' for None.
 
     >>> format_metric(78.256), format_metric(None)
     ('78.26', 'n/a')

@@ -76,7 +76,7 @@ def warn_of_rounding(settings: Settings, state: Mapping[str, Any], path: str) ->
 
 
 def keeps_criterion(settings: Settings, theirs: Settings | None, epoch: int) -> bool:
-    """Whether the next epoch has the loss of the one before, with the same constants: its state goes on."""
+    """Whether the next epoch has the loss of the one before, with the same constants: its state is kept."""
     if theirs is None or not 0 < epoch < settings.epochs:
         return False
     here, there = plan(settings, epoch), plan(theirs, epoch - 1)

@@ -11,7 +11,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "flags.md"
 
 
 def page(text: str) -> str:
-    """The text of the page with its tables made anew: what follows a line '<!-- flags: GROUP -->'."""
+    """The text of the page with its tables made again: what follows a line '<!-- flags: GROUP -->'."""
     actions = {s: {a.dest: a for a in build_parser(s)._actions if a.dest in FIELDS} for s in SCRIPTS}
     of = {name: {s: actions[s][name] for s in SCRIPTS if name in actions[s]} for name in FIELDS}
     of = {name: found for name, found in of.items() if found}

@@ -65,7 +65,7 @@ class ImageFileBatches(Batches):
         world_size: int = 1,
     ) -> None:  # fmt: skip
         super().__init__(dataset, batch_size, device, seed, image_size, flip, rank, world_size)
-        self._plan: list[list] = []  # the (index, seed) pairs of each batch of an epoch; the loader reads it anew
+        self._plan: list[list] = []  # the (index, seed) pairs of each batch of an epoch, read in each epoch
         train = train_transform(image_size, crop, self.flip, augment)
         sources: Any = getattr(dataset, "data", None)
         if sources is None:

@@ -198,7 +198,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The run for people: method, variant."""
+        """The run as reports name it: method, variant."""
         return titled(self.method, self.variant)
 
     def argv(self, out: str | pathlib.Path) -> list[str]:

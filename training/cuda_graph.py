@@ -139,7 +139,7 @@ class StepGraph:
     def _give_up(self, reason):
         self.failed = True
         self.graphs.clear()
-        warn(f"{reason}: training goes on without one, slower")
+        warn(f"{reason}: training continues without one, slower")
 
 
 def step_graph(device: torch.device, amp: str = "none", wanted: bool = True) -> StepGraph | None:

@@ -84,7 +84,7 @@ def is_main() -> bool:
 
 
 def restarts() -> int:
-    """How often torchrun has started this job anew after a rank died."""
+    """How often torchrun has started this job again after a rank died."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 

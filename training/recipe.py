@@ -24,7 +24,7 @@ class Recipe:
     before the warm-up ends, the rest of the warm-up is skipped unless `keep_warmup`.
 
     With cRT (Kang et al., 'Decoupling representation and classifier for long-tailed recognition', ICLR 2020) that is
-    the first stage, of `drw_epoch` epochs. In the second only the head is trained. Its lr starts anew, as in the code
+    the first stage, of `drw_epoch` epochs. In the second only the head is trained. Its lr starts again, as in the code
     of its authors: half a cosine from `lr` to 0, without warm-up; `ib_lr_factor` holds in the IB phase here too.
 
     constants: what losses, class weights and samplers depend on, by name (`registry.all_constants`).
@@ -66,7 +66,7 @@ class Recipe:
         return 0 if start is None else getattr(self, start)
 
     def draws_head(self, epoch: int) -> bool:
-        """Whether this epoch starts with a head drawn anew: the first in which the head alone is trained."""
+        """Whether this epoch starts with a new head: the first in which the head alone is trained."""
         return epoch == self.rule_start and self.stage(epoch).trains == "head"
 
     def stages(self) -> list[Stage]:

@@ -52,7 +52,7 @@ class LossEntry:
 class RuleEntry:
     """class_weights: a key of `CLASS_WEIGHTS`; sampler: of `SAMPLERS`; start: the field of the recipe that says from
     which epoch on they are in force, or None for all; trains: 'all', or 'head': then only the last linear layer, drawn
-    anew, with an lr of its own (see `Recipe`).
+    again, with an lr of its own (see `Recipe`).
     """
 
     class_weights: str = "none"

@@ -16,7 +16,7 @@ from utils import epoch_seed
 class Stages:
     """What changes from stage to stage of `recipe`.
 
-    Its state is that of the criterion in force. A loss that goes on with other class weights keeps its state, so the
+    Its state is that of the criterion in force. A loss that continues with other class weights keeps its state, so the
     alpha of an IB loss is set once.
 
     Args:

@@ -31,15 +31,15 @@ def automatic(**options):
     return IBLoss(WEIGHT, alpha="auto", auto_target="gradient", **options)
 
 
-def slow_norm(net, criterion, data):
+def slow_norm(network, criterion, data):
     """The mean over the batches of the norm of all parameters' gradients, by backward()."""
     norms = []
     for images, target in data:
-        net = copy.deepcopy(net).train()
-        net.zero_grad()
-        logits, features = net(images)
+        network = copy.deepcopy(network).train()
+        network.zero_grad()
+        logits, features = network(images)
         criterion(logits, target, features).backward()
-        norms.append(math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in net.parameters())))
+        norms.append(math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in network.parameters())))
     return sum(norms) / len(norms)
 
 
@@ -85,14 +85,14 @@ def test_a_doubled_loss_gets_half_the_alpha():
 
 
 def test_the_model_stays_as_it_was():
-    net = model()
-    net.conv1.eval()
-    before = copy.deepcopy(net.state_dict())
-    gradients.match_gradient(net, batches(), automatic())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
-    assert net.training
-    assert not net.conv1.training
-    assert all(parameter.grad is None for parameter in net.parameters())
+    network = model()
+    network.conv1.eval()
+    before = copy.deepcopy(network.state_dict())
+    gradients.match_gradient(network, batches(), automatic())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert network.training
+    assert not network.conv1.training
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_alpha_is_in_the_state_to_the_bit():
