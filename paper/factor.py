@@ -2,7 +2,7 @@
 
     python -m paper.factor results/factor_cifar10 --data_dir data
 
-prints the tables from the records below the folder, and writes factor.png and factor.pdf there.
+prints the tables from the records below the folder, and writes factor.png there; with --checkpoints gradient_by_p.png.
 """
 
 import argparse
@@ -160,32 +160,42 @@ def gradient_shares(
     return (100 * sums / sums.sum()).tolist()
 
 
-def draw(found: Found, shares: dict[str, list[float]], to: pathlib.Path) -> pathlib.Path | None:
-    """factor.png and factor.pdf: accuracy against the ratio of the gradients, an arm a line, and the shares by p."""
-    pyplot, figure, axes = style.subplots(2, 1, height=4.6, layout="constrained")
-    if pyplot is None:
+def draw(found: Found, to: pathlib.Path) -> pathlib.Path | None:
+    """factor.png and factor.pdf: accuracy against the ratio of the gradients, an arm a line, seeds as points."""
+    if not any(place.arm in ARMS for place in found):
         return None
-    for offset, (arm, (name, color, marker)) in enumerate(ARMS.items()):
+    _, figure, axes = style.subplots(height=2.4)
+    for arm, (name, color, marker) in ARMS.items():
         points = sorted((place.ratio, plateau(record)) for place, record in found.items() if place.arm == arm)
         ratios = sorted({ratio for ratio, _ in points})
         means = [fmean(value for at, value in points if at == ratio) for ratio in ratios]
-        axes[0].plot(ratios, means, color=color, label=name)
-        axes[0].plot([ratio for ratio, _ in points], [value for _, value in points], marker, color=color, ms=4)
-        if arm in shares:
-            places = [i + 0.27 * (offset - 1) for i in range(len(BINS) - 1)]
-            axes[1].bar(places, shares[arm], 0.25, color=color, label=name)
-    axes[0].set(xscale="log", xlabel="gradient beside that of CE", ylabel="test top-1, plateau [%]")
-    axes[0].set_xticks([1 / 3, 1, 3], ["1/3", "1", "3"])
-    axes[0].minorticks_off()
-    axes[0].legend(fontsize=7)
-    names = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(BINS)]
-    axes[1].set_xticks(range(len(names)), names, fontsize=6)
-    axes[1].set(xlabel="p of the true class, training images", ylabel="share of the gradient [%]")
+        axes.plot(ratios, means, color=color, label=name)
+        axes.plot([ratio for ratio, _ in points], [value for _, value in points], marker, color=color, ms=4)
+    axes.set(xscale="log", xlabel="gradient beside that of CE", ylabel="test top-1, plateau [%]")
+    axes.set_xticks([1 / 3, 1, 3], ["1/3", "1", "3"])
+    axes.minorticks_off()
+    axes.legend(fontsize=7)
     return style.save(figure, to, "factor")
 
 
-def shares_of_arms(path: str, data_dir: str) -> dict[str, list[float]]:
-    """`gradient_shares` of the three arms for a checkpoint of cifar_train.py, on its training images."""
+def draw_shares(of_models: dict[str, dict[str, list[float]]], to: pathlib.Path) -> pathlib.Path:
+    """gradient_by_p.png and .pdf: `gradient_shares` of the arms, a panel for each model, by its title."""
+    _, figure, panels = style.subplots(len(of_models), height=1.9 * len(of_models), sharex=True, squeeze=False)
+    for axes, (title, shares) in zip(panels[:, 0], of_models.items(), strict=True):
+        for offset, (arm, (name, color, _)) in enumerate(ARMS.items()):
+            axes.bar(
+                [i + 0.27 * (offset - 1) for i in range(len(BINS) - 1)], shares[arm], 0.25, color=color, label=name
+            )
+        axes.set(title=title, ylabel="share [%]")
+    panels[0, 0].legend(fontsize=7)
+    names = [f"{low:g}\nto {high:g}" for low, high in itertools.pairwise(BINS)]
+    panels[-1, 0].set_xticks(range(len(names)), names)
+    panels[-1, 0].set(xlabel="probability of the true class, training images")
+    return style.save(figure, to, "gradient_by_p")
+
+
+def shares_of_arms(path: str, data_dir: str) -> tuple[int, dict[str, list[float]]]:
+    """(epochs done, `gradient_shares` of the three arms) of a checkpoint of cifar_train.py, on its training images."""
     import imbalance_cifar
     import models
     from experiment import checkpoint
@@ -201,23 +211,34 @@ def shares_of_arms(path: str, data_dir: str) -> dict[str, list[float]]:
     checkpoint.load_weights(model, state["state_dict"], path)
     weight, batches = inverse_frequency_weights(data.get_cls_num_list()), InMemoryBatches(data, settings.batch_size)
     losses = {"W": IBLoss(weight, norm="none"), "A": IBLoss(weight), "D": IBLoss(weight, detach=True)}
-    return {arm: gradient_shares(model, batches.eval_epoch(), loss) for arm, loss in losses.items()}
+    return state["epoch"], {arm: gradient_shares(model, batches.eval_epoch(), loss) for arm, loss in losses.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="paper.factor", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path, help="of the records; the figure goes there")
-    parser.add_argument("--checkpoint", help="from which the second phases start, for the shares of the gradient")
+    parser.add_argument(
+        "--checkpoints",
+        nargs="+",
+        default=[],
+        help="for the shares of the gradient by p: before the second phase, after",
+    )
     parser.add_argument("--data_dir", default="./data", help="default: %(default)s")
     options = parser.parse_args(argv)
     found = read(options.folder)
     if not found:
         parser.error(f"no record of the experiment in {options.folder}")
     print("\n".join(tables(found, next(iter(found.values()))["settings"]["dataset"])))
-    shares = shares_of_arms(options.checkpoint, options.data_dir) if options.checkpoint else {}
-    for arm, parts in shares.items():
-        print(f"{arm}: " + ", ".join(f"{part:.1f} %" for part in parts))
-    draw(found, shares, options.folder)
+    of_models = {}
+    for path in options.checkpoints:
+        epochs, shares = shares_of_arms(path, options.data_dir)
+        of_models[f"after {epochs} epochs"] = shares
+        print(f"after {epochs} epochs")
+        for arm, parts in shares.items():
+            print(f"{arm}: " + ", ".join(f"{part:.1f} %" for part in parts))
+    if of_models:
+        draw_shares(of_models, options.folder)
+    draw(found, options.folder)
 
 
 if __name__ == "__main__":
