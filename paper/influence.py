@@ -11,7 +11,7 @@ import torch
 import imbalance_cifar
 import models
 from experiment import checkpoint, plots
-from experiment.resume import settings_of_checkpoint
+from experiment.compare import settings_of_checkpoint
 from files import write_text
 from loaders.in_memory import InMemoryBatches
 from losses import influence
@@ -40,17 +40,8 @@ def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
     Returns:
         dict(classes: two names, images: training images of each, influence: two falling lists in [0, 1]).
     """
-    state = checkpoint.load(path)
-    settings = settings_of_checkpoint(state, path)
-    if settings is None or settings.dataset not in imbalance_cifar.DATASETS:
-        raise DataError(f"{path} does not say on which data of cifar_train.py it was trained")
-    # as the script builds them, with the L1 norm for the features whatever its loss wanted
-    train_set, _ = imbalance_cifar.load(
-        settings.dataset, data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
-    )
-    model = models.CIFAR_MODELS[settings.arch](train_set.num_classes, use_norm=settings.use_norm, feature_norm="l1")
-    checkpoint.load_weights(model, state["state_dict"], path)
-    values, target = influences(model.eval(), InMemoryBatches(train_set, settings.batch_size).eval_epoch())
+    _, model, train_set = trained(path, data_dir)
+    values, target = influences(model, InMemoryBatches(train_set, 128).eval_epoch())
     parts = [values[target == label].sort(descending=True).values for label in (0, train_set.num_classes - 1)]
     largest = max(part[0] for part in parts)
     return {
@@ -58,6 +49,23 @@ def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
         "images": [len(part) for part in parts],
         "influence": [[round(value, 5) for value in (part[:MOST] / largest).tolist()] for part in parts],
     }
+
+
+def trained(path: str, data_dir: str) -> tuple[int, torch.nn.Module, Any]:
+    """(epochs done, model in evaluation mode, training set) of a checkpoint of cifar_train.py.
+
+    As the script builds them, with the L1 norm for the features whatever the loss wanted.
+    """
+    state = checkpoint.load(path)
+    settings = settings_of_checkpoint(state, path)
+    if settings is None or settings.dataset not in imbalance_cifar.DATASETS:
+        raise DataError(f"{path} does not say on which data of cifar_train.py it was trained")
+    train_set, _ = imbalance_cifar.load(
+        settings.dataset, data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
+    )
+    model = models.CIFAR_MODELS[settings.arch](train_set.num_classes, use_norm=settings.use_norm, feature_norm="l1")
+    checkpoint.load_weights(model, state["state_dict"], path)
+    return state["epoch"], model.eval(), train_set
 
 
 @torch.no_grad()

@@ -185,18 +185,16 @@ def test_flags_that_cannot_stand_after_the_dashes_are_refused_before_anything_ru
 
 
 @pytest.mark.parametrize(
-    ("select", "said"),
+    ("methods", "said"),
     [
-        # CE whole, IB and IB+CB their second halves
-        ("--ratio 20 --method CE IB IB+CB", "3 runs, 80 epochs in all, shared ones once, 1 at a time; the time shows"),
-        ("--method IB --jobs 2", "4 runs (ratios 100 50 20 10: --ratio restricts them), 160 epochs in all"),
-        ("--ratio 20 --method CE CE+cRT", "2 runs, 43 epochs in all"),  # 40 and 2, one of them twice
+        (["CE", "IB", "IB+CB"], "3 runs, 5 epochs to train, shared ones once, 2 at a time; the time shows"),
+        (["IB", "IB+CB"], "2 runs, 4 epochs to train"),
+        (["CE", "CE+cRT"], "2 runs, 14 epochs to train"),  # 3 and 11, one of them twice
     ],
 )
-def test_run_says_how_much_it_is_about_to_train(select, said, tmp_path, capsys):
-    argv = ["run", "--dataset", "digits", "--protocol", "short", *select.split(), "--out", str(tmp_path)]
-    options = reproduce.build_parser().parse_args(argv)
-    assert said in reproduce._what_is_about_to_start(reproduce.select(options), options)
+def test_run_says_how_much_it_is_about_to_train(methods, said, three_epochs, tmp_path):
+    work = driver.Driver(cell(methods), tmp_path, tmp_path / "results", executors.Local(2, 1))
+    assert said in work.announcement()
 
 
 def test_the_estimate_is_made_from_the_records_that_are_there(tmp_path):
@@ -204,9 +202,11 @@ def test_the_estimate_is_made_from_the_records_that_are_there(tmp_path):
     (tmp_path / "results").mkdir()
     shutil.copy(source, tmp_path / "results")
     seconds = [epoch["seconds"] for epoch in records.load(source)["history"]]
-    options = reproduce.build_parser().parse_args(["run", "--ratio", "100", "--method", "CE", "--out", str(tmp_path)])
+    chosen = [Run("cifar10", "exp", 100, "CE", seed=seed) for seed in (0, 1)]
+    said = driver.Driver(chosen, tmp_path, tmp_path / "results", executors.Local(1, 1)).announcement()
     expected = duration(200 * sum(seconds) / len(seconds))
-    assert f"about {expected} at the pace" in reproduce._what_is_about_to_start(reproduce.select(options), options)
+    assert said.startswith("2 runs, 1 of them done, 200 epochs to train")
+    assert f"about {expected} at the pace" in said
 
 
 def test_methods_are_compared_on_a_folder(tmp_path, capsys, monkeypatch):

@@ -21,7 +21,7 @@ def record(settings, test, val=None):
             "epoch": i,
             "stage": {"lr": 0.1, "loss": "IB"},
             "test": t,
-            "val": val and {"class_mean": val},
+            "val": val and {"class_mean": val, "acc1": val},
             "gradient": None,
         }
         for i, t in enumerate(figures)

@@ -254,6 +254,13 @@ def test_a_bad_command_is_one_line_and_writes_nothing(words, capsys, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_milestones_after_the_dashes_need_no_factors(capsys):
+    select = ("--ratio", 100, "--method", "CE", "--")
+    for flags, factors in (("--milestones 9 30 80", (0.01,) * 3), ("--milestones 9 --lr_factors 0.5", (0.5,))):
+        (line,) = listed(*select, *flags.split(), capsys=capsys)
+        assert parse("cifar_train.py", line[2:]).lr_factors == factors
+
+
 def test_what_is_not_imbalanced_is_listed_once(capsys):
     lines = listed("--imb_type", "none", "--method", "CE", "IB", "--dataset", "cifar10", "inaturalist", capsys=capsys)
     assert len(lines) == 4
