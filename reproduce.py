@@ -282,7 +282,7 @@ def write_report(options: argparse.Namespace) -> None:
 
         os.makedirs(to, exist_ok=True)
         balanced, long_tailed = options.influence
-        written += influence.draw(balanced, long_tailed, options.data_dir, to)
+        written.append(influence.write(balanced, long_tailed, options.data_dir, to))
     written += report.write(options.folders, to, options.margin, options.csv, options.latex, options.all_pairs)
     print("written: " + " ".join(written))
 

@@ -10,7 +10,7 @@ from typing import Any
 from experiment import checkpoint, plots
 from imbalance import groups
 from paper import records, runs, style
-from paper.rows import DATASETS, Row, Rows, published, title, values
+from paper.rows import DATASETS, Row, Rows, by_place, published, title, values
 
 #: Class names stand on the axis up to this many classes; beyond, many, medium and few.
 MOST_NAMED = 20
@@ -27,18 +27,18 @@ def draw(rows: Rows, to: pathlib.Path, folders: Sequence[str | pathlib.Path] = (
     if not plots.available():
         return {}
     found: Captions = {}
-    for where in dict.fromkeys(row.place for row in rows):
-        for name, panel in panels(rows, where).items():
+    for where, here in by_place(rows).items():
+        for name, panel in panels(here, where).items():
             found |= _methods(panel, where, to, name)
     for dataset, protocol in dict.fromkeys((row.run.dataset, row.run.protocol) for row in rows):
-        curves = starts(rows, dataset, protocol)
+        curves = starts(rows, dataset, protocol) if protocol != "own" else {}
         if curves:
             found |= _starts(curves, dataset, protocol, to)
     for folder in map(pathlib.Path, folders):
         found |= _weight_norms(folder, to)
         found |= _confusion(folder, to)
     if (to / "figure2.json").is_file():
-        of_influence(json.loads((to / "figure2.json").read_text()), to)
+        found[_influence(json.loads((to / "figure2.json").read_text()), to)] = ""
     return found
 
 
@@ -47,7 +47,7 @@ def draw(rows: Rows, to: pathlib.Path, folders: Sequence[str | pathlib.Path] = (
 
 def panels(rows: Rows, where: tuple[str, str, int, str]) -> dict[str, Rows]:
     """{name of the figure: its rows, four at most}: methods, then variants, each further figure with CE or IB again."""
-    here = [row for row in rows if row.place == where and not row.run.variant.startswith("start")]
+    here = [row for row in rows if not row.run.variant.startswith("start")]
     here = [row for row in here if not row.difference or row.run.protocol == "own"]
     plain = [row for row in here if not row.run.variant]
     chosen = {"methods": _in_fours(plain, plain[:1])}
@@ -209,8 +209,8 @@ def _starts(curves, dataset, protocol, to):
     return {style.save(figure, to, f"figure3_{dataset}_{protocol}"): f"{caption} the epochs; points are seeds."}
 
 
-def of_influence(found: dict[str, Any], to: pathlib.Path) -> pathlib.Path:
-    """figure2: the influences that `influence.of_checkpoint` returns, of balanced and of long-tailed training data."""
+def _influence(found, to):
+    """Fig. 2: the influences that `influence.of_checkpoint` returns, of balanced and of long-tailed training data."""
     figure, panels = plots.subplots(2, height=3.6, sharex=True, sharey=True)
     for axes, (name, one) in zip(panels, found.items(), strict=True):
         looks = (("o-", "#000000"), ("s-", "#d55e00"))

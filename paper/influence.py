@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,20 +9,19 @@ import torch
 
 import imbalance_cifar
 import models
-from experiment import checkpoint, plots
+from experiment import checkpoint
 from experiment.compare import settings_of_checkpoint
 from files import write_text
 from loaders.in_memory import InMemoryBatches
 from losses import influence
-from paper import figures
 from utils import DataError
 
 #: The most influential images of a class that are shown.
 MOST = 50
 
 
-def draw(balanced: str, long_tailed: str, data_dir: str, to: str | os.PathLike) -> list[str]:
-    """figure2.json and figure2.png in the folder `to`, from two checkpoints. Returns the paths.
+def write(balanced: str, long_tailed: str, data_dir: str, to: str | os.PathLike) -> str:
+    """figure2.json, which the report draws, in the folder `to`, from two checkpoints. Returns its path.
 
     Raises:
         DataError: a checkpoint that cannot be read, or of another script.
@@ -31,7 +29,7 @@ def draw(balanced: str, long_tailed: str, data_dir: str, to: str | os.PathLike) 
     found = {"balanced": of_checkpoint(balanced, data_dir), "long-tailed": of_checkpoint(long_tailed, data_dir)}
     path = os.path.join(to, "figure2.json")
     write_text(path, json.dumps(found, indent=1) + "\n")
-    return [path, str(figures.of_influence(found, pathlib.Path(to)))] if plots.available() else [path]
+    return path
 
 
 def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:

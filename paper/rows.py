@@ -88,6 +88,14 @@ def _usual_settings(identified):
     return {place: set({one[0]: one for one, _ in reversed(of.most_common())}.values()) for place, of in counts.items()}
 
 
+def by_place(rows: Rows) -> dict[tuple[str, str, int, str], Rows]:
+    """The rows of each place, in the order in which the places first appear."""
+    places = {row.place: {} for row in rows}
+    for row, found in rows.items():
+        places[row.place][row] = found
+    return places
+
+
 def title(where: tuple[str, str, int, str]) -> str:
     """A place as a heading.
 

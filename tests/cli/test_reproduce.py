@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -19,8 +20,10 @@ from PIL import Image
 
 import experiment.run
 import folder_train
+import imbalance_cifar
 import models
 import reproduce
+from experiment import parser
 from files import run_lock
 from paper import driver, executors, records, runs
 from paper.runs import Run
@@ -242,6 +245,26 @@ def test_methods_are_compared_on_a_folder(tmp_path, capsys, monkeypatch):
         assert float(rows[method]["last_class_mean"]) == pytest.approx(summary["last"]["class_mean"], abs=1e-3)
     assert "| IB minus CE | 1 |" in text
     assert (tmp_path / "results" / "methods_leaves_none_1_own.png").exists()
+
+
+def test_an_own_data_set_is_trained_and_has_a_table(tmp_path, capsys, monkeypatch):
+    """One entry in imbalance_cifar.DATASETS, two epochs."""
+    short = dataclasses.replace(runs.CIFAR, arch="tiny", epochs=2, start_ib_epoch=1, milestones=(1,), lr_factors=(0.1,))
+    monkeypatch.setattr(runs, "CIFAR", short)
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    monkeypatch.setitem(models.CIFAR_MODELS, "tiny", script_runner.tiny)
+    monkeypatch.setitem(imbalance_cifar.DATASETS, "spots", imbalance_cifar.DATASETS["digits"])
+    monkeypatch.setitem(parser.SCRIPTS["cifar_train.py"].datasets, "spots", 10)
+    argv = ["run", "--dataset", "spots", "--ratio", "50", "--method", "CE", "IB", "--out", str(tmp_path)]
+    chosen = reproduce.select(reproduce.build_parser().parse_args(argv))
+    work, failed, _ = drive(chosen, tmp_path, InProcess(capsys))
+    assert failed == [], [work.output(run).read_text() for run in failed]
+    runs.OWN_SETUPS.clear()  # report is another process
+    reproduce.main(["report", str(tmp_path / "results")])
+    text = (tmp_path / "results" / "report.md").read_text()
+    assert "## spots, exponential imbalance, ratio 50\n" in text
+    assert "| IB minus CE | 1 |" in text
+    assert (tmp_path / "results" / "methods_spots_exp_50_own.png").exists()
 
 
 def test_a_failed_run_is_named_the_rest_continues_and_the_next_time_it_runs(three_epochs, tmp_path, capsys):
