@@ -120,26 +120,18 @@ def tables(found: Found, dataset: str) -> list[str]:
     """Markdown: what each run reached, and the contrasts."""
     lines = []
     for place, record in sorted(found.items()):
-        gradients = [epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")]
-        measured = [_figure(gradients[0][name]) if gradients else "" for name in ("ce", "loss", "ratio", "again")]
-        left_out = _figure(left_out_mean(record)) if record["history"][-1].get("val") else ""
-        reached = [_figure(value) for value in (record["best"]["acc1"], top1(record), record["last"]["acc1"])]
-        lines.append([place.arm, place.seed, place.epochs, *measured, left_out, *reached])
+        gradient = next((epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")), {})
+        figures = [gradient.get(name) for name in ("ce", "loss", "ratio", "again")]
+        figures.append(left_out_mean(record) if record["history"][-1].get("val") else None)
+        figures += [record["best"]["acc1"], top1(record), record["last"]["acc1"]]
+        texts = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+        lines.append([place.arm, place.seed, place.epochs, *texts])
     heads = ["arm", "seed", "epochs", "gradient of CE", "of the loss", "ratio", "measured again"]
-    rows = [
-        [name, c.n, f"{c.mean:+.2f}", f"{c.interval[0]:+.2f} to {c.interval[1]:+.2f}", f"{c.p:.3f}", c.verdict]
-        if c.interval
-        else [name, c.n, f"{c.mean:+.2f}", "", "", c.verdict]
-        for name, c in contrasts(found, dataset).items()
-    ]
+    rows = [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found, dataset).items()]
     return [
         *table([*heads, "left-out plateau", "best", "plateau", "last"], lines),
         *table(["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"], rows),
     ]
-
-
-def _figure(value):
-    return "" if value is None else f"{value:.2f}"
 
 
 # ------------------------------------------------------------------------- where in p the gradient comes from
@@ -201,38 +193,32 @@ def draw_shares(of_models: dict[str, dict[str, list[float]]], to: pathlib.Path) 
     return style.save(figure, to, "gradient_by_p")
 
 
-def shares_of_arms(path: str, data_dir: str) -> tuple[int, dict[str, list[float]]]:
-    """(epochs done, `gradient_shares` of the three arms) of a checkpoint of cifar_train.py, on its training images."""
+def shares_of_arms(path: str, data_dir: str) -> tuple[str, dict[str, list[float]]]:
+    """('after N epochs', `gradient_shares` of the arms) of a checkpoint of cifar_train.py, on its training images."""
     epochs, model, data = influence.trained(path, data_dir)
     weight, batches = inverse_frequency_weights(data.get_cls_num_list()), InMemoryBatches(data, 128)
     losses = {"W": IBLoss(weight, norm="none"), "A": IBLoss(weight), "D": IBLoss(weight, detach=True)}
-    return epochs, {arm: gradient_shares(model, batches.eval_epoch(), loss) for arm, loss in losses.items()}
+    shares = {arm: gradient_shares(model, batches.eval_epoch(), loss) for arm, loss in losses.items()}
+    return f"after {epochs} epochs", shares
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="paper.factor", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path, help="of the records; the figure goes there")
-    parser.add_argument(
-        "--checkpoints",
-        nargs="+",
-        default=[],
-        help="for the shares of the gradient by p: before the second phase, after",
-    )
+    parser.add_argument("--checkpoints", nargs="+", default=[], help="for the shares of the gradient by p")
     parser.add_argument("--data_dir", default="./data", help="default: %(default)s")
     options = parser.parse_args(argv)
     found = read(options.folder)
     if not found:
         parser.error(f"no record of the experiment in {options.folder}")
     print("\n".join(tables(found, next(iter(found.values()))["settings"]["dataset"])))
-    of_models = {}
-    for path in options.checkpoints:
-        epochs, shares = shares_of_arms(path, options.data_dir)
-        of_models[f"after {epochs} epochs"] = shares
-        print(f"after {epochs} epochs")
-        for arm, parts in shares.items():
+    shares = dict(shares_of_arms(path, options.data_dir) for path in options.checkpoints)
+    for model, arms in shares.items():
+        print(model)
+        for arm, parts in arms.items():
             print(f"{arm}: " + ", ".join(f"{part:.1f} %" for part in parts))
-    if of_models:
-        draw_shares(of_models, options.folder)
+    if shares:
+        draw_shares(shares, options.folder)
     draw(found, options.folder)
 
 

@@ -73,8 +73,7 @@ def load(path: str | pathlib.Path) -> dict[str, Any] | None:
         raise ValueError("damaged or cut short") from None
     if not isinstance(record, dict) or not {"settings", "history"} <= record.keys():
         return None
-    missing = sorted(KEYS - record.keys())
-    if missing:
+    if missing := sorted(KEYS - record.keys()):
         raise ValueError(f"lacks {', '.join(missing)}")
     settings = settings_of(record["settings"])
     if record["epochs_done"] < settings.epochs:

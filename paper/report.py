@@ -8,7 +8,6 @@ its label; all others have tables of their own.
 
 import collections
 import itertools
-import math
 import pathlib
 import shlex
 from collections.abc import Iterable, Sequence
@@ -301,13 +300,10 @@ def _pairs(here, all_pairs):
     for rows, contrast in statistics.family(on_plateau, resolution=resolution).items():
         line = [f"{rows[0].label} minus {rows[1].label}", contrast.n]
         line += [mean_and_spread(of, sign="+") for of in (gaps(both[rows], "best", metric), on_plateau[rows])]
-        interval = "" if contrast.interval is None else "{:+.2f} to {:+.2f}".format(*contrast.interval)
-        lines.append([*line, interval, "" if math.isnan(contrast.p) else f"{contrast.p:.3f}", contrast.verdict])
-    text = (
-        f"Ours against ours: difference of {NAMES[metric]} over the seeds that both have, paired t-test on the plateau."
-    )
-    heads = ["", "seeds", "best", "plateau", "95 % interval", "p", "verdict"]
-    return [f"{text} p is Holm's for the whole table.", "", *table(heads, lines)]
+        lines.append([*line, *contrast.texts])
+    text = f"Ours against ours: difference of {NAMES[metric]} over the seeds that both have"
+    text += ", paired t-test on the plateau. p is Holm's for the whole table."
+    return [text, "", *table(["", "seeds", "best", "plateau", "95 % interval", "p", "verdict"], lines)]
 
 
 # ------------------------------------------------------------------------------------------- for other programs

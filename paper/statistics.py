@@ -44,6 +44,12 @@ class Contrast(NamedTuple):
     p: float = math.nan
     seeds: int | None = None
 
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """Interval, p and verdict as a table has them; blank where one seed has none."""
+        interval = "" if self.interval is None else "{:+.2f} to {:+.2f}".format(*self.interval)
+        return interval, "" if math.isnan(self.p) else f"{self.p:.3f}", self.verdict
+
 
 @functools.cache
 def quantile(n: int, level: float) -> float:

@@ -170,8 +170,7 @@ def test_a_record_that_is_not_the_runs_is_noticed_and_made_again(damage, three_e
 
 
 REFUSED = {
-    "exp_str": "--exp_str foo", "root_model": "--root_m X", "resume": "-e --resume X", "seed": "--seed 1",
-    "arch": "-a resnet44", "imb_factor": "--imb_factor 0.5", "no_such_flag": "--no_such_flag",
+    "root_model": "--root_m X", "resume": "-e --resume X", "arch": "-a resnet44", "no_such_flag": "--no_such_flag",
 }  # fmt: skip
 
 
@@ -190,7 +189,6 @@ def test_flags_that_cannot_stand_after_the_dashes_are_refused_before_anything_ru
     ("methods", "said"),
     [
         (["CE", "IB", "IB+CB"], "3 runs, 5 epochs to train, shared ones once, 2 at a time; the time shows"),
-        (["IB", "IB+CB"], "2 runs, 4 epochs to train"),
         (["CE", "CE+cRT"], "2 runs, 14 epochs to train"),  # 3 and 11, one of them twice
     ],
 )
