@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from paper import runs
-from utils import DataError, HelpFormatter, Parser, UsageError, command, duration, number
+from utils import DataError, HelpFormatter, Parser, UsageError, command, number
 
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
 #: The largest --seed and --rand_number that the scripts take.
@@ -220,7 +220,7 @@ def list_runs(options: argparse.Namespace) -> None:
         driver.check_extra(chosen, options.extra)
     with contextlib.suppress(BrokenPipeError):  # `| head`
         for run in chosen:
-            print(shlex.join(["python", *run.argv(options.out), "--resume", "auto", *options.extra]), flush=True)
+            print(shlex.join(["python", *run.argv(options.out, ["--resume", "auto", *options.extra])]), flush=True)
 
 
 def run_runs(options: argparse.Namespace) -> None:
@@ -237,43 +237,17 @@ def run_runs(options: argparse.Namespace) -> None:
     if options.executor != "ray" and (options.address is not None or options.gpus_per_run):
         raise UsageError("--address and --gpus_per_run need --executor ray")
     driver.check_extra(chosen, options.extra)
-    print(_what_is_about_to_start(chosen, options), flush=True)
+    results = options.results or os.path.join(options.out, "results")
     with run_lock(lock, patience=0):  # one driver at a time
-        work = driver.Driver(
-            chosen, options.out, _results(options), _executor(options, lock), options.extra, options.threads,
-        )  # fmt: skip
+        executor = _executor(options, lock)
+        work = driver.Driver(chosen, options.out, results, executor, options.extra, options.threads)
+        print(work.announcement(), flush=True)
         failed = work.run()
     print(work.status())
     for run in failed:
         print(f"failed: {run.name}: {_last_line(work.output(run))} ({work.output(run)})")
     if failed:
         raise DataError(f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again")
-
-
-def _what_is_about_to_start(chosen, options):
-    """'10 runs, 300 epochs to train ...': with what they share counted once, and a time where a record tells one."""
-    from paper import records
-
-    epochs, shared = 0, {}
-    for run in chosen:
-        settings = vars(records.command_settings(run, tuple(options.extra)))
-        fork = min(run.fork_epoch_with(settings), settings["epochs"])
-        epochs += settings["epochs"] - fork
-        shared[run.family] = max(fork, shared.get(run.family, 0))
-    epochs += sum(shared.values())
-    ratios = " ".join(map(str, sorted({run.ratio for run in chosen}, reverse=True)))
-    is_asked = options.ratio or options.table or options.figure or options.control or " " not in ratios
-    defaults = "" if is_asked else f" (ratios {ratios}: --ratio restricts them)"
-    done, _ = records.read(_results(options))
-    seconds = [epoch["seconds"] for _, record in done for epoch in record["history"]]
-    jobs, time = options.jobs or 1, "the time shows after the first epochs"
-    if seconds:
-        time = f"about {duration(epochs * sum(seconds) / len(seconds) / jobs)} at the pace of the records in --results"
-    return f"{len(chosen)} runs{defaults}, {epochs} epochs in all, shared ones once, {jobs} at a time; {time}"
-
-
-def _results(options):
-    return options.results or os.path.join(options.out, "results")
 
 
 def _executor(options, folder):
@@ -308,7 +282,7 @@ def write_report(options: argparse.Namespace) -> None:
 
         os.makedirs(to, exist_ok=True)
         balanced, long_tailed = options.influence
-        written += influence.draw(balanced, long_tailed, options.data_dir, to)
+        written.append(influence.write(balanced, long_tailed, options.data_dir, to))
     written += report.write(options.folders, to, options.margin, options.csv, options.latex, options.all_pairs)
     print("written: " + " ".join(written))
 

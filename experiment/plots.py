@@ -24,55 +24,24 @@ STYLE: dict[str, Any] = {
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def load_pyplot() -> Any:
-    """matplotlib.pyplot for files, in the style of a paper's column, or None, with a warning."""
-    if not available():
+    """Whether matplotlib is installed; a warning where it is not."""
+    if importlib.util.find_spec("matplotlib") is None:
         warn("matplotlib is not installed: no figures")
-        return None
-    os.environ["MPLBACKEND"] = "Agg"  # a Jupyter cell exports a backend that cannot be imported here
+        return False
+    return True
+
+
+def subplots(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 2.4, **how: Any) -> Any:
+    """(figure, axes) in the style of a paper's column; sizes in inches. pyplot is not used: it may have no backend."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    for name, value in STYLE.items():
-        matplotlib.rcParams[name] = value  # type: ignore[index]
-    return pyplot
+    matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, **how)
 
 
-def of_evaluation(
-    result: dict, names: Sequence[str], class_counts: Sequence[int], folder: str, title: str = ""
-) -> list[str]:
-    """confusion.png and class_accuracy.png from what `loop.evaluate` returns. Returns the paths."""
-    pyplot = load_pyplot()
-    if pyplot is None:
-        return []
-    written = [_class_accuracy(pyplot, result["per_class"], names, class_counts, folder, title)]
-    if result["confusion"] is not None:
-        written.append(_confusion(pyplot, result["confusion"], names, folder, title))
-    return written
-
-
-def of_calibration(rows: Sequence[dict], folder: str, title: str = "") -> list[str]:
-    """calibration.png: accuracy over confidence, from `evaluation.reliability`. Returns the paths."""
-    pyplot = load_pyplot()
-    if pyplot is None:
-        return []
-    figure, axes = pyplot.subplots(figsize=(WIDTH, WIDTH))
-    seen = [row for row in rows if row["images"]]
-    axes.plot([0, 100], [0, 100], color="grey", linestyle="--", linewidth=1, label="calibrated")
-    axes.plot([row["confidence"] for row in seen], [row["accuracy"] for row in seen], marker="o", label="this model")
-    axes.set(xlabel="confidence [%]", ylabel="test accuracy [%]", xlim=(0, 101), ylim=(0, 101))
-    axes.set_title(_titled("Calibration", title))
-    axes.legend()
-    return [_saved(pyplot, figure, folder, "calibration.png")]
-
-
-def save_figure(figure: Any, folder: str | os.PathLike, name: str) -> str:
+def save(figure: Any, folder: str | os.PathLike, name: str) -> str:
     """Write a figure to folder/name, a PNG or a PDF by its ending. Returns the path."""
     path, kind = os.path.join(folder, name), name.rsplit(".", 1)[1]
     fixed = {"metadata": {"CreationDate": None}} if kind == "pdf" else {}
@@ -80,6 +49,35 @@ def save_figure(figure: Any, folder: str | os.PathLike, name: str) -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
         write_atomically(path, lambda file: figure.savefig(file, format=kind, **fixed))
     return path
+
+
+# ------------------------------------------------------------------------------------------- figures of a run
+
+
+def of_evaluation(
+    result: dict, names: Sequence[str], class_counts: Sequence[int], folder: str, title: str = ""
+) -> list[str]:
+    """confusion.png and class_accuracy.png from what `loop.evaluate` returns. Returns the paths."""
+    if not available():
+        return []
+    written = [_class_accuracy(result["per_class"], names, class_counts, folder, title)]
+    if result["confusion"] is not None:
+        written.append(_confusion(result["confusion"], names, folder, title))
+    return written
+
+
+def of_calibration(rows: Sequence[dict], folder: str, title: str = "") -> list[str]:
+    """calibration.png: accuracy over confidence, from `evaluation.reliability`. Returns the paths."""
+    if not available():
+        return []
+    figure, axes = subplots(height=WIDTH)
+    seen = [row for row in rows if row["images"]]
+    axes.plot([0, 100], [0, 100], color="grey", linestyle="--", linewidth=1, label="calibrated")
+    axes.plot([row["confidence"] for row in seen], [row["accuracy"] for row in seen], marker="o", label="this model")
+    axes.set(xlabel="confidence [%]", ylabel="test accuracy [%]", xlim=(0, 101), ylim=(0, 101))
+    axes.set_title(_titled("Calibration", title))
+    axes.legend()
+    return [save(figure, folder, "calibration.png")]
 
 
 def label(name: str) -> str:
@@ -118,16 +116,16 @@ def _titled(what, run):
     return f"{what}\n{label(run)}" if run else what
 
 
-def _confusion(pyplot, confusion, names, folder, title):
+def _confusion(confusion, names, folder, title):
     width = WIDTH if len(names) <= 30 else min(2 * WIDTH, 0.07 * len(names))
-    figure, axes = pyplot.subplots(figsize=(width, width))
+    figure, axes = subplots(width=width, height=width)
     draw_confusion(axes, confusion, names)
     axes.set_title(_titled("Confusion, percent of the true class", title), fontsize=6)
-    return _saved(pyplot, figure, folder, "confusion.png")
+    return save(figure, folder, "confusion.png")
 
 
-def _class_accuracy(pyplot, per_class, names, class_counts, folder, title):
-    figure, axes = pyplot.subplots(figsize=(WIDTH, 2.5))
+def _class_accuracy(per_class, names, class_counts, folder, title):
+    figure, axes = subplots(height=2.5)
     seen = [(n, a, name) for n, a, name in zip(class_counts, per_class, names, strict=True) if a is not None]
     axes.plot([n for n, _, _ in seen], [a for _, a, _ in seen], "o")
     if len(names) <= MOST_ANNOTATED:
@@ -137,7 +135,7 @@ def _class_accuracy(pyplot, per_class, names, class_counts, folder, title):
     plain_log_ticks(axes.xaxis)
     axes.margins(x=0.12)
     axes.set_title(_titled("Accuracy of each class", title), fontsize=6)
-    return _saved(pyplot, figure, folder, "class_accuracy.png")
+    return save(figure, folder, "class_accuracy.png")
 
 
 def of_history(history: Sequence[dict], start_ib_epoch: int, folder: str, title: str = "") -> list[str]:
@@ -145,11 +143,10 @@ def of_history(history: Sequence[dict], start_ib_epoch: int, folder: str, title:
 
     The losses are not comparable. Returns the paths.
     """
-    pyplot = load_pyplot()
-    if pyplot is None:
+    if not available():
         return []
     epochs = [record["epoch"] + 1 for record in history]
-    figure, (test, train, accuracy) = pyplot.subplots(3, 1, figsize=(WIDTH, 5.2), sharex=True)
+    figure, (test, train, accuracy) = subplots(3, height=5.2, sharex=True)
     for axes, part, name in ((test, "test", "test loss (CE)"), (train, "train", "training criterion")):
         values = [record[part]["loss"] for record in history]
         axes.plot(epochs, values, color="C0" if part == "test" else "C3")
@@ -172,10 +169,4 @@ def of_history(history: Sequence[dict], start_ib_epoch: int, folder: str, title:
         test.annotate("IB starts", (start_ib_epoch + 0.5, 1), (3, -1), **where)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(label(title), fontsize=6)
-    return [_saved(pyplot, figure, folder, "curves.png")]
-
-
-def _saved(pyplot, figure, folder, name):
-    path = save_figure(figure, folder, name)
-    pyplot.close(figure)
-    return path
+    return [save(figure, folder, "curves.png")]

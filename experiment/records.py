@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from files import errors_name, write_text
@@ -60,7 +61,7 @@ def plateau(history: Sequence[dict]) -> dict[str, Any]:
 
 def _mean(tests, name):
     values = [test.get(name) for test in tests]
-    return None if None in values else sum(values) / len(values)
+    return None if None in values else fmean(values)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -73,6 +73,18 @@ class Driver:
         self.started = self.shown = time.monotonic()
         self.left_at_start = self._epochs_left()
 
+    def announcement(self) -> str:
+        """'10 runs, 3 of them done, 300 epochs to train ...', and how long where the records tell a pace."""
+        done = f", {len(self._in(DONE))} of them done" if self._in(DONE) else ""
+        jobs, found = self.executor.jobs, records.read(self.results)[0]
+        seconds = [epoch["seconds"] for _, record in found for epoch in record["history"]]
+        time_left = "the time shows after the first epochs"
+        if seconds:
+            expected = self.left_at_start * sum(seconds) / len(seconds) / (jobs or 1)
+            time_left = f"about {duration(expected)} at the pace of the records in {self.results}"
+        epochs = f"{self.left_at_start} epochs to train, shared ones once"
+        return f"{len(self.runs)} runs{done}, {epochs}, {jobs or 'as many as fit'} at a time; {time_left}"
+
     def run(self) -> list[Run]:
         """Train all that is not done. Returns the runs that failed."""
         try:
@@ -120,14 +132,11 @@ class Driver:
         if not path.exists():
             return False
         try:
-            record = records.load(path)
-            settings = records.settings_of(record["settings"] if record else {})
+            record = records.load(path) or {"settings": {}}
+            differs = records.differences(self._settings(run), records.settings_of(record["settings"]))
+            reason = ", ".join(f"{name} {value}" for name, value in differs)
         except ValueError as error:
             reason = str(error)
-        else:
-            differs = records.differences(self._settings(run), settings)
-            reason = ", ".join(f"{name} {value}" for name, value in differs)
-            reason = reason or f"seed {settings.seed}" * (settings.seed != run.seed)
         if reason:
             self._print(f"{path} is not the record of this run ({reason}): the run is looked at again")
         return not reason
@@ -168,13 +177,13 @@ class Driver:
 
     def command(self, run: Run) -> list[str]:
         """Script and flags of `run`, as it can be started now."""
-        script, *flags = run.argv(self.out)
+        script, *flags = run.argv(self.out, self.extra)
         shared = {self.fork_epoch(other) for other in self.families[run.family]}
         keep = sorted(epoch for epoch in shared if 0 < epoch <= self.fork_epoch(run) and epoch < self.epochs(run))
         flags += ["--keep_epochs", *map(str, keep)] if keep else []
         fork = None if self._is_begun(run) else self.fork_point(run)
         resume = str(fork) if fork else "auto"
-        return [str(REPOSITORY / script), *flags, "--threads", str(self.threads), "--resume", resume, *self.extra]
+        return [str(REPOSITORY / script), *flags, "--threads", str(self.threads), "--resume", resume]
 
     def _start(self, run):
         self.state[run] = RUNNING

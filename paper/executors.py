@@ -9,7 +9,6 @@ import ctypes
 import logging
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -108,16 +107,18 @@ class Local(Executor):
         super().__init__(jobs, threads)
         self.cards = list(cards)
         self.card_of: dict[Any, str] = {}
-        self.mps = None
+        self.mps: subprocess.Popen | None = None
+        self.variables: dict[str, str] = {}
         if out is not None and 0 < len(self.cards) < jobs and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ:
-            self.mps = Mps.start(os.path.join(out, "mps"), self.cards)
+            self.mps, self.variables = start_mps(os.path.abspath(os.path.join(out, "mps")), self.cards)
 
     def start(self, key: Any, command: Sequence[str], log: str) -> None:
-        variables = dict(self.mps.variables) if self.mps else {}
+        variables = dict(self.variables)
         if self.cards:
             taken = collections.Counter(self.card_of[other] for other in self.running)
             card = self.card_of[key] = min(self.cards, key=lambda card: taken[card])
-            variables["CUDA_VISIBLE_DEVICES"] = self.mps.name_of(card) if self.mps else card
+            # MPS counts the GPUs that it was started with from 0
+            variables["CUDA_VISIBLE_DEVICES"] = str(self.cards.index(card)) if self.mps else card
         self.running[key] = start_child(command, os.getcwd(), self.threads, log, variables)
 
     def _ended(self):
@@ -133,59 +134,44 @@ class Local(Executor):
                 process.kill()
                 process.wait()
         if self.mps:
-            self.mps.stop()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.mps.communicate(timeout=10)
 
 
-class Mps:
-    """NVIDIA's MPS daemon, which lets processes work on one GPU at the same time instead of in turn.
+MPS = "nvidia-cuda-mps-control"
+#: It waits for the end of its standard input. A daemon that a machine's crash left behind is stopped first.
+MPS_SCRIPT = f"""
+    echo quit | {MPS} >"$CUDA_MPS_LOG_DIRECTORY/start.txt" 2>&1
+    {MPS} -d >>"$CUDA_MPS_LOG_DIRECTORY/start.txt" 2>&1 || exit 1
+    echo started
+    cat >/dev/null
+    echo quit | {MPS} >/dev/null 2>&1
+"""
 
-    A shell starts it, waits for the end of its standard input, and stops it. That input ends with this process,
-    whatever ends it, so the daemon does not outlive the driver. See docs/speed.md.
+
+def start_mps(folder: str, cards: Sequence[str]) -> tuple[subprocess.Popen | None, dict[str, str]]:
+    """Start NVIDIA's MPS daemon, which lets processes work on one GPU at the same time instead of in turn.
+
+    Its pipes and logs are in `folder`, see docs/speed.md.
+
+    Returns:
+        (process, variables): the daemon ends with the standard input of the process, and so with this one, whatever
+        ends that; its clients need the variables of the environment. (None, {}), with a warning, where there is no MPS.
     """
-
-    CONTROL = "nvidia-cuda-mps-control"
-    # one that a machine's crash left behind is stopped first
-    SCRIPT = """
-        echo quit | {control} >"$CUDA_MPS_LOG_DIRECTORY/start.txt" 2>&1
-        {control} -d >>"$CUDA_MPS_LOG_DIRECTORY/start.txt" 2>&1 || exit 1
-        echo started
-        cat >/dev/null
-        echo quit | {control} >/dev/null 2>&1
-    """
-
-    def __init__(self, keeper: subprocess.Popen, variables: Mapping[str, str], cards: Sequence[str]) -> None:
-        self.keeper, self.variables, self.cards = keeper, variables, list(cards)
-
-    @classmethod
-    def start(cls, folder: str, cards: Sequence[str]) -> "Mps | None":
-        """Start the daemon for `cards`, its pipes and logs in `folder`; None, with a warning, where it cannot be."""
-        if not shutil.which(cls.CONTROL):
-            warn(f"{cls.CONTROL} is not installed: runs that share a GPU take turns on it, which is slow")
-            return None
-        folder = os.path.abspath(folder)
-        variables = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
-        for path in variables.values():
-            pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-        keeper = subprocess.Popen(
-            ["sh", "-c", cls.SCRIPT.format(control=cls.CONTROL)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ",".join(cards)},
-            start_new_session=True,  # Ctrl-C is the driver's
-        )  # fmt: skip
-        assert keeper.stdout is not None
-        if keeper.stdout.readline() != b"started\n":
-            warn(f"MPS did not start ({folder}/log/start.txt): runs that share a GPU take turns on it, which is slow")
-            keeper.communicate()
-            return None
-        return cls(keeper, variables, cards)
-
-    def name_of(self, card: str) -> str:
-        """What a run calls `card`: the daemon counts the GPUs that it was started with from 0."""
-        return str(self.cards.index(card))
-
-    def stop(self) -> None:
-        """Stop the daemon. Runs must have ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.keeper.communicate(timeout=10)
+    variables = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
+    for path in variables.values():
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    keeper = subprocess.Popen(
+        ["sh", "-c", MPS_SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ",".join(cards)},
+        start_new_session=True,  # Ctrl-C is the driver's
+    )  # fmt: skip
+    assert keeper.stdout is not None
+    if keeper.stdout.readline() == b"started\n":
+        return keeper, variables
+    keeper.communicate()
+    warn(f"no MPS ({folder}/log/start.txt says why): runs that share a GPU take turns on it, which is slow")
+    return None, {}
 
 
 def _ray_task(command, folder, threads, log):

@@ -14,7 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from paper import records, statistics, style
+from experiment import plots
+from experiment.records import plateau
+from loaders.in_memory import InMemoryBatches
+from losses import IBLoss, inverse_frequency_weights
+from paper import influence, records, statistics, style
 from paper.report import table
 
 #: Arm -> its name, colour and marker.
@@ -65,11 +69,14 @@ def read(folder: str | pathlib.Path) -> Found:
     return {place: record for place, record in placed if place is not None}
 
 
-def plateau(record: dict[str, Any], part: str = "test", figure: str = "acc1") -> float:
-    """Mean of a figure over the last tenth of the epochs, in percent; part: 'test', or 'val': the left-out images."""
-    history = record["history"]
-    tail = history[-max(1, len(history) // 10) :]
-    return fmean(epoch[part][figure] for epoch in tail if epoch.get(part))
+def top1(record: dict[str, Any]) -> float:
+    """The plateau of test top-1, in percent."""
+    return plateau(record["history"])["acc1"]
+
+
+def left_out_mean(record: dict[str, Any]) -> float:
+    """The plateau of the class mean on the left-out images, in percent."""
+    return plateau(record["history"])["val"]["class_mean"]
 
 
 def choose(found: Found) -> dict[str, float]:
@@ -77,7 +84,7 @@ def choose(found: Found) -> dict[str, float]:
     ones the smaller."""
     epochs = min((place.epochs for place in found if place.arm in ARMS), default=0)
     pilot = {place: record for place, record in found.items() if (place.epochs, place.seed) == (epochs, 0)}
-    scores = {(p.arm, p.ratio): plateau(r, "val", "class_mean") for p, r in pilot.items() if p.arm in ARMS}
+    scores = {(p.arm, p.ratio): left_out_mean(r) for p, r in pilot.items() if p.arm in ARMS}
     return {
         arm: max(sorted(ratio for a, ratio in scores if a == arm), key=lambda ratio: scores[arm, ratio])
         for arm in sorted({arm for arm, _ in scores})
@@ -88,7 +95,7 @@ def differences(found: Found, one: Place, other: Place) -> list[float]:
     """Plateau of `one` minus that of `other` for each seed that both have; the seeds in the places do not count."""
     seeds = sorted({place.seed for place in found})
     pairs = [(one._replace(seed=seed), other._replace(seed=seed)) for seed in seeds]
-    return [plateau(found[a]) - plateau(found[b]) for a, b in pairs if a in found and b in found]
+    return [top1(found[a]) - top1(found[b]) for a, b in pairs if a in found and b in found]
 
 
 def contrasts(found: Found, dataset: str) -> dict[str, statistics.Contrast]:
@@ -113,26 +120,18 @@ def tables(found: Found, dataset: str) -> list[str]:
     """Markdown: what each run reached, and the contrasts."""
     lines = []
     for place, record in sorted(found.items()):
-        gradients = [epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")]
-        measured = [_figure(gradients[0][name]) if gradients else "" for name in ("ce", "loss", "ratio", "again")]
-        left_out = _figure(plateau(record, "val", "class_mean")) if record["history"][-1].get("val") else ""
-        reached = [_figure(value) for value in (record["best"]["acc1"], plateau(record), record["last"]["acc1"])]
-        lines.append([place.arm, place.seed, place.epochs, *measured, left_out, *reached])
+        gradient = next((epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")), {})
+        figures = [gradient.get(name) for name in ("ce", "loss", "ratio", "again")]
+        figures.append(left_out_mean(record) if record["history"][-1].get("val") else None)
+        figures += [record["best"]["acc1"], top1(record), record["last"]["acc1"]]
+        texts = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+        lines.append([place.arm, place.seed, place.epochs, *texts])
     heads = ["arm", "seed", "epochs", "gradient of CE", "of the loss", "ratio", "measured again"]
-    rows = [
-        [name, c.n, f"{c.mean:+.2f}", f"{c.interval[0]:+.2f} to {c.interval[1]:+.2f}", f"{c.p:.3f}", c.verdict]
-        if c.interval
-        else [name, c.n, f"{c.mean:+.2f}", "", "", c.verdict]
-        for name, c in contrasts(found, dataset).items()
-    ]
+    rows = [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found, dataset).items()]
     return [
         *table([*heads, "left-out plateau", "best", "plateau", "last"], lines),
         *table(["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"], rows),
     ]
-
-
-def _figure(value):
-    return "" if value is None else f"{value:.2f}"
 
 
 # ------------------------------------------------------------------------- where in p the gradient comes from
@@ -164,9 +163,9 @@ def draw(found: Found, to: pathlib.Path) -> pathlib.Path | None:
     """factor.png and factor.pdf: accuracy against the ratio of the gradients, an arm a line, seeds as points."""
     if not any(place.arm in ARMS for place in found):
         return None
-    _, figure, axes = style.subplots(height=2.4)
+    figure, axes = plots.subplots()
     for arm, (name, color, marker) in ARMS.items():
-        points = sorted((place.ratio, plateau(record)) for place, record in found.items() if place.arm == arm)
+        points = sorted((place.ratio, top1(record)) for place, record in found.items() if place.arm == arm)
         ratios = sorted({ratio for ratio, _ in points})
         means = [fmean(value for at, value in points if at == ratio) for ratio in ratios]
         axes.plot(ratios, means, color=color, label=name)
@@ -180,7 +179,7 @@ def draw(found: Found, to: pathlib.Path) -> pathlib.Path | None:
 
 def draw_shares(of_models: dict[str, dict[str, list[float]]], to: pathlib.Path) -> pathlib.Path:
     """gradient_by_p.png and .pdf: `gradient_shares` of the arms, a panel for each model, by its title."""
-    _, figure, panels = style.subplots(len(of_models), height=1.9 * len(of_models), sharex=True, squeeze=False)
+    figure, panels = plots.subplots(len(of_models), height=1.9 * len(of_models), sharex=True, squeeze=False)
     for axes, (title, shares) in zip(panels[:, 0], of_models.items(), strict=True):
         for offset, (arm, (name, color, _)) in enumerate(ARMS.items()):
             axes.bar(
@@ -194,50 +193,32 @@ def draw_shares(of_models: dict[str, dict[str, list[float]]], to: pathlib.Path) 
     return style.save(figure, to, "gradient_by_p")
 
 
-def shares_of_arms(path: str, data_dir: str) -> tuple[int, dict[str, list[float]]]:
-    """(epochs done, `gradient_shares` of the three arms) of a checkpoint of cifar_train.py, on its training images."""
-    import imbalance_cifar
-    import models
-    from experiment import checkpoint
-    from loaders.in_memory import InMemoryBatches
-    from losses import IBLoss, inverse_frequency_weights
-
-    state = checkpoint.load(path)
-    settings = records.settings_of(state["settings"])
-    data, _ = imbalance_cifar.load(
-        settings.dataset, data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
-    )
-    model = models.CIFAR_MODELS[settings.arch](data.num_classes)
-    checkpoint.load_weights(model, state["state_dict"], path)
-    weight, batches = inverse_frequency_weights(data.get_cls_num_list()), InMemoryBatches(data, settings.batch_size)
+def shares_of_arms(path: str, data_dir: str) -> tuple[str, dict[str, list[float]]]:
+    """('after N epochs', `gradient_shares` of the arms) of a checkpoint of cifar_train.py, on its training images."""
+    epochs, model, data = influence.trained(path, data_dir)
+    weight, batches = inverse_frequency_weights(data.get_cls_num_list()), InMemoryBatches(data, 128)
     losses = {"W": IBLoss(weight, norm="none"), "A": IBLoss(weight), "D": IBLoss(weight, detach=True)}
-    return state["epoch"], {arm: gradient_shares(model, batches.eval_epoch(), loss) for arm, loss in losses.items()}
+    shares = {arm: gradient_shares(model, batches.eval_epoch(), loss) for arm, loss in losses.items()}
+    return f"after {epochs} epochs", shares
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="paper.factor", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path, help="of the records; the figure goes there")
-    parser.add_argument(
-        "--checkpoints",
-        nargs="+",
-        default=[],
-        help="for the shares of the gradient by p: before the second phase, after",
-    )
+    parser.add_argument("--checkpoints", nargs="+", default=[], help="for the shares of the gradient by p")
     parser.add_argument("--data_dir", default="./data", help="default: %(default)s")
     options = parser.parse_args(argv)
     found = read(options.folder)
     if not found:
         parser.error(f"no record of the experiment in {options.folder}")
     print("\n".join(tables(found, next(iter(found.values()))["settings"]["dataset"])))
-    of_models = {}
-    for path in options.checkpoints:
-        epochs, shares = shares_of_arms(path, options.data_dir)
-        of_models[f"after {epochs} epochs"] = shares
-        print(f"after {epochs} epochs")
-        for arm, parts in shares.items():
+    shares = dict(shares_of_arms(path, options.data_dir) for path in options.checkpoints)
+    for model, arms in shares.items():
+        print(model)
+        for arm, parts in arms.items():
             print(f"{arm}: " + ", ".join(f"{part:.1f} %" for part in parts))
-    if of_models:
-        draw_shares(of_models, options.folder)
+    if shares:
+        draw_shares(shares, options.folder)
     draw(found, options.folder)
 
 

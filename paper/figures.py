@@ -8,12 +8,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiment import checkpoint, plots
+from imbalance import groups
 from paper import records, runs, style
-from paper.rows import DATASETS, Row, Rows, published, title, values
+from paper.rows import DATASETS, Row, Rows, by_place, published, title, values
 
 #: Class names stand on the axis up to this many classes; beyond, many, medium and few.
 MOST_NAMED = 20
-GROUPS = ("many", "medium", "few")
 
 Captions = dict[pathlib.Path, str]
 
@@ -25,21 +25,20 @@ def draw(rows: Rows, to: pathlib.Path, folders: Sequence[str | pathlib.Path] = (
         folders: may hold weights/*.pth.tar and evaluations/*.json, whose figures are drawn too.
     """
     if not plots.available():
-        plots.load_pyplot()  # says so
         return {}
     found: Captions = {}
-    for where in dict.fromkeys(row.place for row in rows):
-        for name, panel in panels(rows, where).items():
+    for where, here in by_place(rows).items():
+        for name, panel in panels(here, where).items():
             found |= _methods(panel, where, to, name)
     for dataset, protocol in dict.fromkeys((row.run.dataset, row.run.protocol) for row in rows):
-        curves = starts(rows, dataset, protocol)
+        curves = starts(rows, dataset, protocol) if protocol != "own" else {}
         if curves:
             found |= _starts(curves, dataset, protocol, to)
     for folder in map(pathlib.Path, folders):
         found |= _weight_norms(folder, to)
         found |= _confusion(folder, to)
     if (to / "figure2.json").is_file():
-        of_influence(json.loads((to / "figure2.json").read_text()), to)
+        found[_influence(json.loads((to / "figure2.json").read_text()), to)] = ""
     return found
 
 
@@ -48,7 +47,7 @@ def draw(rows: Rows, to: pathlib.Path, folders: Sequence[str | pathlib.Path] = (
 
 def panels(rows: Rows, where: tuple[str, str, int, str]) -> dict[str, Rows]:
     """{name of the figure: its rows, four at most}: methods, then variants, each further figure with CE or IB again."""
-    here = [row for row in rows if row.place == where and not row.run.variant.startswith("start")]
+    here = [row for row in rows if not row.run.variant.startswith("start")]
     here = [row for row in here if not row.difference or row.run.protocol == "own"]
     plain = [row for row in here if not row.run.variant]
     chosen = {"methods": _in_fours(plain, plain[:1])}
@@ -71,7 +70,7 @@ def _in_fours(listed, again):
 
 def _methods(panel, where, to, name):
     """Above: the second phase, epoch by epoch; below: accuracy over class size, or of the groups."""
-    _, figure, (above, below) = style.subplots(2, height=4.5)
+    figure, (above, below) = plots.subplots(2, height=4.5)
     first = next(iter(panel.values()))[0]
     classes, printed = len(first["class_counts"]), []
     metric = next(iter(panel)).metric
@@ -110,12 +109,8 @@ def _methods(panel, where, to, name):
 
 def begin_of_ib(panel: Rows) -> int:
     """Epochs before the second phase of the rows that have one, 0 where none has."""
-    found = [record["settings"]["start_ib_epoch"] for row, of in panel.items() for record in of if _has_two(row)]
-    return min(found, default=0)
-
-
-def _has_two(row):
-    return runs.pair_of(row.run.method)[0] in runs.IB_LOSSES
+    with_two = [found for row, found in panel.items() if runs.pair_of(row.run.method)[0] in runs.IB_LOSSES]
+    return min((record["settings"]["start_ib_epoch"] for found in with_two for record in found), default=0)
 
 
 def _second_phase(panel):
@@ -161,7 +156,7 @@ def _over_class_size(axes, found, look):
 
 
 def _over_groups(axes, found, look, nth, methods):
-    for i, group in enumerate(GROUPS):
+    for i, group in enumerate(("many", "medium", "few")):
         seeds = [value for value in values(found, "plateau", group) if value is not None]
         at = i + 0.16 * (nth - (methods - 1) / 2)
         if seeds:
@@ -172,8 +167,7 @@ def _over_groups(axes, found, look, nth, methods):
 def _class_axis(axes, first):
     sizes, names = first["class_counts"], first["classes"]
     if len(sizes) > MOST_NAMED:
-        limits = (lambda n: n > 100, lambda n: 20 <= n <= 100, lambda n: n < 20)
-        ticks = [f"{group}\n{sum(map(of, sizes))} classes" for group, of in zip(GROUPS, limits, strict=True)]
+        ticks = [f"{name}\n{len(classes)} classes" for name, classes in groups(sizes).items()]
         axes.set_xticks(range(3), ticks)
         axes.grid(axis="x", visible=False)
         return
@@ -203,7 +197,7 @@ def starts(rows: Rows, dataset: str, protocol: str) -> dict[int, list[tuple[int,
 
 
 def _starts(curves, dataset, protocol, to):
-    _, figure, axes = style.subplots(height=2.3)
+    figure, axes = plots.subplots(height=2.3)
     for color, (ratio, points) in zip(("#d55e00", "#0072b2", "#009e73"), curves.items(), strict=False):
         axes.plot([s for s, _ in points], [fmean(of) for _, of in points], color=color, label=f"ratio {ratio}")
         for start, of in points:
@@ -215,9 +209,9 @@ def _starts(curves, dataset, protocol, to):
     return {style.save(figure, to, f"figure3_{dataset}_{protocol}"): f"{caption} the epochs; points are seeds."}
 
 
-def of_influence(found: dict[str, Any], to: pathlib.Path) -> pathlib.Path:
-    """figure2: the influences that `influence.of_checkpoint` returns, of balanced and of long-tailed training data."""
-    _, figure, panels = style.subplots(2, height=3.6, sharex=True, sharey=True)
+def _influence(found, to):
+    """Fig. 2: the influences that `influence.of_checkpoint` returns, of balanced and of long-tailed training data."""
+    figure, panels = plots.subplots(2, height=3.6, sharex=True, sharey=True)
     for axes, (name, one) in zip(panels, found.items(), strict=True):
         looks = (("o-", "#000000"), ("s-", "#d55e00"))
         classes = zip(looks, one["classes"], one["images"], one["influence"], strict=True)
@@ -244,7 +238,7 @@ def _weight_norms(folder, to):
     found = dict(list(found.items())[: style.MOST_IN_A_PANEL])
     if not found:
         return {}
-    _, figure, axes = style.subplots(height=2.3)
+    figure, axes = plots.subplots(height=2.3)
     order = list(runs.METHODS)
     for row in sorted(found, key=lambda row: order.index(row.run.method)):
         sizes, norms = found[row]
@@ -274,7 +268,7 @@ def _confusion(folder, to):
         result = json.loads(path.read_text()) if path.is_file() else {}
         if not result.get("confusion") or len(result["confusion"]) > MOST_NAMED:
             continue
-        _, figure, axes = style.subplots(height=style.WIDTH)
+        figure, axes = plots.subplots(height=plots.WIDTH)
         plots.draw_confusion(axes, result["confusion"], result["classes"])
         axes.set_title(f"{style.name_of(method)}, percent of the true class")
         text = f"Confusion of {method} after the last epoch, in percent of the true class; classes from the largest."

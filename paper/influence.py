@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,20 +9,19 @@ import torch
 
 import imbalance_cifar
 import models
-from experiment import checkpoint, plots
-from experiment.resume import settings_of_checkpoint
+from experiment import checkpoint
+from experiment.compare import settings_of_checkpoint
 from files import write_text
 from loaders.in_memory import InMemoryBatches
 from losses import influence
-from paper import figures
 from utils import DataError
 
 #: The most influential images of a class that are shown.
 MOST = 50
 
 
-def draw(balanced: str, long_tailed: str, data_dir: str, to: str | os.PathLike) -> list[str]:
-    """figure2.json and figure2.png in the folder `to`, from two checkpoints. Returns the paths.
+def write(balanced: str, long_tailed: str, data_dir: str, to: str | os.PathLike) -> str:
+    """figure2.json, which the report draws, in the folder `to`, from two checkpoints. Returns its path.
 
     Raises:
         DataError: a checkpoint that cannot be read, or of another script.
@@ -31,7 +29,7 @@ def draw(balanced: str, long_tailed: str, data_dir: str, to: str | os.PathLike) 
     found = {"balanced": of_checkpoint(balanced, data_dir), "long-tailed": of_checkpoint(long_tailed, data_dir)}
     path = os.path.join(to, "figure2.json")
     write_text(path, json.dumps(found, indent=1) + "\n")
-    return [path, str(figures.of_influence(found, pathlib.Path(to)))] if plots.available() else [path]
+    return path
 
 
 def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
@@ -40,17 +38,8 @@ def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
     Returns:
         dict(classes: two names, images: training images of each, influence: two falling lists in [0, 1]).
     """
-    state = checkpoint.load(path)
-    settings = settings_of_checkpoint(state, path)
-    if settings is None or settings.dataset not in imbalance_cifar.DATASETS:
-        raise DataError(f"{path} does not say on which data of cifar_train.py it was trained")
-    # as the script builds them, with the L1 norm for the features whatever its loss wanted
-    train_set, _ = imbalance_cifar.load(
-        settings.dataset, data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
-    )
-    model = models.CIFAR_MODELS[settings.arch](train_set.num_classes, use_norm=settings.use_norm, feature_norm="l1")
-    checkpoint.load_weights(model, state["state_dict"], path)
-    values, target = influences(model.eval(), InMemoryBatches(train_set, settings.batch_size).eval_epoch())
+    _, model, train_set = trained(path, data_dir)
+    values, target = influences(model, InMemoryBatches(train_set, 128).eval_epoch())
     parts = [values[target == label].sort(descending=True).values for label in (0, train_set.num_classes - 1)]
     largest = max(part[0] for part in parts)
     return {
@@ -58,6 +47,23 @@ def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
         "images": [len(part) for part in parts],
         "influence": [[round(value, 5) for value in (part[:MOST] / largest).tolist()] for part in parts],
     }
+
+
+def trained(path: str, data_dir: str) -> tuple[int, torch.nn.Module, Any]:
+    """(epochs done, model in evaluation mode, training set) of a checkpoint of cifar_train.py.
+
+    As the script builds them, with the L1 norm for the features whatever the loss wanted.
+    """
+    state = checkpoint.load(path)
+    settings = settings_of_checkpoint(state, path)
+    if settings is None or settings.dataset not in imbalance_cifar.DATASETS:
+        raise DataError(f"{path} does not say on which data of cifar_train.py it was trained")
+    train_set, _ = imbalance_cifar.load(
+        settings.dataset, data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
+    )
+    model = models.CIFAR_MODELS[settings.arch](train_set.num_classes, use_norm=settings.use_norm, feature_norm="l1")
+    checkpoint.load_weights(model, state["state_dict"], path)
+    return state["epoch"], model.eval(), train_set
 
 
 @torch.no_grad()

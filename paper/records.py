@@ -8,8 +8,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiment import parser
 from experiment.settings import Settings, fields_affecting, from_record
@@ -18,7 +17,6 @@ from imbalance import class_counts
 from paper import runs
 from training.recipe import Recipe
 
-TEST_FIGURES = ("loss", "acc1", "acc5", "class_mean", "many", "medium", "few")
 KEYS = {"settings", "classes", "class_counts", "group_rule", "epochs_done", "best", "last", "history"}
 #: Settings that are compared one by one; `num_classes` follows from the data set, seeds are told apart elsewhere.
 COMPARED = sorted(
@@ -30,13 +28,8 @@ SCHEDULE = fields_affecting("schedule")
 NUMERICS = (*fields_affecting("numerics"), "processes")
 #: Settings of which the Run itself says what they are.
 OF_RUN = ("dataset", "imb_type", "imb_factor", "rand_number", "loss_type", "train_rule")
-
-
-class Difference(NamedTuple):
-    """A setting of a record that is not its Run's."""
-
-    setting: str
-    value: str
+#: What sets a record apart from its Run: (setting, its value there).
+Difference = tuple[tuple[str, str], ...]
 
 
 # ------------------------------------------------------------------------------------------ the small record
@@ -65,26 +58,6 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def plateau(record: dict[str, Any]) -> dict[str, float | None]:
-    """Mean of each test figure over the last tenth of the epochs, 180 to 199 of 200, counted from 0.
-
-    Of a run whose last stage is shorter (cRT's new head), over that stage. None where the figure has no value.
-    """
-    history = record["history"]
-    tail = history[-max(1, len(history) // 10) :]
-    tests = [epoch["test"] for epoch in tail if _kind(epoch) == _kind(history[-1])]
-    found = {}
-    for name, value in tests[-1].items():
-        if value is None or isinstance(value, (int, float)):
-            values = [test.get(name) for test in tests]
-            found[name] = None if None in values else fmean(values)
-    return found
-
-
-def _kind(epoch):
-    return {name: value for name, value in epoch["stage"].items() if name != "lr"}
-
-
 # --------------------------------------------------------------------------------------------------- reading
 
 
@@ -96,25 +69,15 @@ def load(path: str | pathlib.Path) -> dict[str, Any] | None:
     """
     try:
         record = json.loads(pathlib.Path(path).read_text())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         raise ValueError("damaged or cut short") from None
     if not isinstance(record, dict) or not {"settings", "history"} <= record.keys():
         return None
-    missing = sorted(KEYS - record.keys())
-    if missing:
+    if missing := sorted(KEYS - record.keys()):
         raise ValueError(f"lacks {', '.join(missing)}")
-    try:
-        done, epochs = record["epochs_done"], record["settings"].get("epochs", 0)
-        if done < epochs:
-            raise ValueError(f"unfinished, {done} of {epochs} epochs")
-        if len(record["history"]) < done:
-            raise ValueError(f"cut short, {len(record['history'])} of {done} epochs")
-        settings_of(record["settings"])
-        tests = [epoch["test"] for epoch in record["history"]] + [record["best"], record["last"], plateau(record)]
-        if not all(0 <= test[name] <= 100 for test in tests for name in ("acc1", "acc5", "class_mean")):
-            raise ValueError("an accuracy outside of 0 to 100")
-    except (AttributeError, IndexError, KeyError, TypeError):
-        raise ValueError("damaged: a part has another form") from None
+    settings = settings_of(record["settings"])
+    if record["epochs_done"] < settings.epochs:
+        raise ValueError(f"unfinished, {record['epochs_done']} of {settings.epochs} epochs")
     return record
 
 
@@ -139,7 +102,7 @@ def read(folder: str | pathlib.Path) -> tuple[list[tuple[str, dict[str, Any]]], 
 # ------------------------------------------------------------------------------------------ which run it is
 
 
-def identify(record: dict[str, Any]) -> tuple[runs.Run, tuple[Difference, ...]]:
+def identify(record: dict[str, Any]) -> tuple[runs.Run, Difference]:
     """The Run that a record is, and what sets it apart from it: nothing, for the Run exactly as the paper has it.
 
     What `describe` says of its settings; then other data than the paper's, batch norm over a part of each batch, and
@@ -150,11 +113,11 @@ def identify(record: dict[str, Any]) -> tuple[runs.Run, tuple[Difference, ...]]:
     difference += _differences_of_data(run, record)
     processes = max([settings.processes, *(part["processes"] for part in record.get("trained_on", ()))])
     if processes > 1 and not settings.sync_bn:
-        difference += (Difference("processes", str(processes)),)
-    return run, difference + tuple(Difference("--force", what) for what in record.get("forced", ()))
+        difference += (("processes", str(processes)),)
+    return run, difference + tuple(("--force", what) for what in record.get("forced", ()))
 
 
-def describe(settings: dict[str, Any]) -> tuple[runs.Run, tuple[Difference, ...]]:
+def describe(settings: dict[str, Any]) -> tuple[runs.Run, Difference]:
     """The Run that recorded settings are, and the settings that set them apart from it.
 
     A data set that the paper does not have gives a Run of the protocol 'own', and all its settings.
@@ -165,8 +128,7 @@ def describe(settings: dict[str, Any]) -> tuple[runs.Run, tuple[Difference, ...]
     base = runs.Run(found.dataset, found.imb_type, ratio, method, seed=found.seed or 0, subset=found.rand_number)
     if found.dataset not in runs.SETUPS:
         names = [name for name in (*COMPARED, *SCHEDULE) if name not in OF_RUN]
-        values = tuple(Difference(name, _text(_value(found, name))) for name in names)
-        return dataclasses.replace(base, protocol="own"), values
+        return dataclasses.replace(base, protocol="own"), _named(found, names)
     candidates = [
         dataclasses.replace(base, variant=variant, protocol=protocol)
         for protocol in runs.SHORTENING
@@ -181,7 +143,7 @@ def _differences_of_data(run, record):
     counts, setup = record["class_counts"], runs.SETUPS.get(run.dataset)
     text = f"{sum(counts)} training images of {len(counts)} classes"
     if setup is None:
-        return (Difference("data", text),)
+        return (("data", text),)
     if setup.classes is None:
         return ()
     if run.dataset in runs.NATURAL:
@@ -189,9 +151,9 @@ def _differences_of_data(run, record):
     else:
         available = [(setup.train_images or 0) // setup.classes] * setup.classes
         is_whole = run.ratio <= available[0] and counts == class_counts(available, run.imb_type, 1 / run.ratio)
-    differs = [] if is_whole or record["settings"].get("val_fraction") else [Difference("data", text)]
+    differs = [] if is_whole or record["settings"].get("val_fraction") else [("data", text)]
     if record.get("test_images", setup.test_images) != setup.test_images:
-        differs.append(Difference("data", f"{record['test_images']} test images"))
+        differs.append(("data", f"{record['test_images']} test images"))
     return tuple(differs)
 
 
@@ -206,21 +168,27 @@ def settings_of(settings: dict[str, Any]) -> Settings:
 
 def command_settings(run: runs.Run, extra: tuple[str, ...] = ()) -> Settings:
     """The Settings of the Run's own command, with `extra` flags."""
-    return _parsed(tuple(run.argv("out")), extra)
+    return _parsed(*run.argv("out", extra))
 
 
 @functools.cache
-def _parsed(command, extra):
-    script, *argv = command
-    return parser.parse(script, [*argv, *extra])
+def _parsed(script, *argv):
+    return parser.parse(script, argv)
 
 
-def differences(wanted: Settings, found: Settings) -> tuple[Difference, ...]:
+def differences(wanted: Settings, found: Settings) -> Difference:
     """The settings of `found` that make it another run than `wanted`; the seed is not looked at."""
     names = [name for name in COMPARED if _value(wanted, name) != _value(found, name)]
     if _plan(wanted) != _plan(found):
         names += [name for name in SCHEDULE if _value(wanted, name) != _value(found, name)]
-    return tuple(Difference(name, _text(_value(found, name))) for name in names)
+    return _named(found, names)
+
+
+def _named(settings, names):
+    """(name, value as text) of some settings."""
+    values = [_value(settings, name) for name in names]
+    texts = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
+    return tuple(zip(names, texts, strict=True))
 
 
 def _value(settings, name):
@@ -229,17 +197,8 @@ def _value(settings, name):
     return getattr(settings, name)
 
 
-def _text(value):
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 @functools.lru_cache(maxsize=1024)
 def _plan(settings):
-    """The first epoch, the stage of every epoch, and the constants in force in each kind of stage."""
+    """The first epoch, and the stage of every epoch with the constants in force."""
     recipe = Recipe.from_settings(settings)
-    stages, constants = recipe.stages(), {}
-    for epoch, stage in enumerate(stages):
-        kind = (stage.loss, stage.class_weights, stage.sampler)
-        if kind not in constants:
-            constants[kind] = recipe.constants_at(epoch)
-    return settings.start_epoch, stages, constants
+    return settings.start_epoch, [(stage, recipe.constants_at(i)) for i, stage in enumerate(recipe.stages())]

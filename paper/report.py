@@ -7,9 +7,7 @@ its label; all others have tables of their own.
 """
 
 import collections
-import csv
-import io
-import math
+import itertools
 import pathlib
 import shlex
 from collections.abc import Iterable, Sequence
@@ -17,9 +15,10 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from experiment.provenance import lengths
+from experiment.records import csv_text
 from files import write_text
 from paper import figures, records, runs, statistics
-from paper.rows import WHEN, Row, Rows, first_phases, gaps, group, one_image, pairs, title, values
+from paper.rows import WHEN, Row, Rows, by_place, first_phases, gaps, group, one_image, pairs, title, values
 from utils import DataError, warn
 
 TABLES = {
@@ -60,7 +59,7 @@ def write(
         all_pairs: compare every two rows of a place, not only those with CE and IB.
 
     Raises:
-        DataError: there is nothing to report, neither a record, complete or not, nor figure2.png in `to`.
+        DataError: there is nothing to report, neither a record, complete or not, nor figure2.json in `to`.
     """
     to = pathlib.Path(to)
     found, left_out, notes = [], [], []
@@ -69,7 +68,7 @@ def write(
         notes += [(folder / "notes.md").read_text().strip(), ""] if (folder / "notes.md").is_file() else []
         found += good
         left_out += bad
-    if not (found or left_out or (to / "figure2.png").exists()):
+    if not (found or left_out or (to / "figure2.json").exists()):
         raise DataError(f"no record of a run in {', '.join(map(str, folders))}")
     to.mkdir(parents=True, exist_ok=True)
     rows, doubtful = group(found)
@@ -82,10 +81,9 @@ def write(
     parts += ["## Left out", "", *(f"- {line}" for line in left_out), ""] if left_out else []
     for path, caption in images.items():
         parts += [f"![{path.stem}]({path.name})", "", caption, ""]
-    parts += ["![figure2](figure2.png)"] if (to / "figure2.png").exists() else []
     write_text(to / "report.md", "\n".join(parts).rstrip() + "\n")
     written = [to / "report.md", *images]
-    for wanted, name, make in ((as_csv, "report.csv", csv_text), (as_latex, "report.tex", latex_text)):
+    for wanted, name, make in ((as_csv, "report.csv", as_lines), (as_latex, "report.tex", latex_text)):
         if wanted:
             write_text(to / name, make(rows))
             written.append(to / name)
@@ -238,8 +236,7 @@ def per_class(rows: Rows) -> list[str]:
 def others(rows: Rows, all_pairs: bool = False) -> list[str]:
     """Two tables for each data set, imbalance, ratio and protocol: what was reached, and ours against ours."""
     parts = []
-    for where in dict.fromkeys(row.place for row in rows):
-        here = {row: found for row, found in rows.items() if row.place == where}
+    for where, here in by_place(rows).items():
         first = next(iter(here.values()))[0]
         parts += [f"## {title(where)}", ""]
         if where[-1] not in ("full", "own"):
@@ -248,11 +245,15 @@ def others(rows: Rows, all_pairs: bool = False) -> list[str]:
             parts += [f"{length}: not the paper's length, and not to be set against published figures.", ""]
         if len(first["class_counts"]) <= 20:
             parts += [f"Training images of each class: {' '.join(map(str, first['class_counts']))}.", ""]
-        phases, metrics = first_phases(here), [name for name in SHOWN if _has(here, name)]
+        phases, metrics = first_phases(here), _metrics(here)
         heads = ["method", "n", *(f"top-1 {when}" for when in WHEN)]
-        heads += [f"{NAMES.get(name, name)}, plateau" for name in metrics if name != "acc1"]
+        heads += [f"{NAMES.get(name, name)}, plateau" for name in metrics]
         heads += ["s per epoch", *["first phase"] * bool(phases)]
-        parts += table(heads, [_reached(row, found, metrics, phases) for row, found in here.items()])
+        lines = []
+        for row, found in here.items():
+            seconds = median(epoch["seconds"] for record in found for epoch in record["history"])
+            lines.append([*_reached(row, found, metrics), f"{seconds:.1f}", *[phases.get(row)] * bool(phases)])
+        parts += table(heads, lines)
         parts += [f"{first['group_rule'][0].upper()}{first['group_rule'][1:]}.", ""]
         if phases:
             text = "Rows of different letters start from different first phases of the same seed, trained apart: they"
@@ -261,16 +262,16 @@ def others(rows: Rows, all_pairs: bool = False) -> list[str]:
     return parts
 
 
-def _has(here, metric):
-    """Whether a record has a value of the metric; groups without a class have none."""
-    return any(record["last"].get(metric) is not None for found in here.values() for record in found)
+def _metrics(here):
+    """What is shown beside top-1: what a record has a value of; groups without a class have none."""
+    records_of_all = [record for found in here.values() for record in found]
+    return [name for name in SHOWN[1:] if any(record["last"].get(name) is not None for record in records_of_all)]
 
 
-def _reached(row, found, metrics, phases):
-    cells = [row.label, len(found), *(mean_and_spread(values(found, when, "acc1")) for when in WHEN)]
-    cells += [mean_and_spread(values(found, "plateau", name)) for name in metrics if name != "acc1"]
-    cells.append(f"{median(epoch['seconds'] for record in found for epoch in record['history']):.1f}")
-    return [*cells, *[phases.get(row)] * bool(phases)]
+def _reached(row, found, metrics):
+    """Label, number of seeds, top-1 best, plateau and last, the plateau of each metric."""
+    top1 = [mean_and_spread(values(found, when, "acc1")) for when in WHEN]
+    return [row.label, len(found), *top1, *(mean_and_spread(values(found, "plateau", name)) for name in metrics)]
 
 
 def _chosen_pairs(here, all_pairs):
@@ -299,49 +300,38 @@ def _pairs(here, all_pairs):
     for rows, contrast in statistics.family(on_plateau, resolution=resolution).items():
         line = [f"{rows[0].label} minus {rows[1].label}", contrast.n]
         line += [mean_and_spread(of, sign="+") for of in (gaps(both[rows], "best", metric), on_plateau[rows])]
-        interval = "" if contrast.interval is None else "{:+.2f} to {:+.2f}".format(*contrast.interval)
-        lines.append([*line, interval, "" if math.isnan(contrast.p) else f"{contrast.p:.3f}", contrast.verdict])
-    text = (
-        f"Ours against ours: difference of {NAMES[metric]} over the seeds that both have, paired t-test on the plateau."
-    )
-    heads = ["", "seeds", "best", "plateau", "95 % interval", "p", "verdict"]
-    return [f"{text} p is Holm's for the whole table.", "", *table(heads, lines)]
+        lines.append([*line, *contrast.texts])
+    text = f"Ours against ours: difference of {NAMES[metric]} over the seeds that both have"
+    text += ", paired t-test on the plateau. p is Holm's for the whole table."
+    return [text, "", *table(["", "seeds", "best", "plateau", "95 % interval", "p", "verdict"], lines)]
 
 
 # ------------------------------------------------------------------------------------------- for other programs
 
 
-def csv_text(rows: Rows) -> str:
+def as_lines(rows: Rows) -> str:
     """CSV, a line a row: place, method, n, then mean and standard deviation of every figure, best, plateau, last."""
-    names = [f"{when}_{name}{part}" for when in WHEN for name in SHOWN for part in ("", "_sd")]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", "imb_type", "ratio", "length", "method", "n", *names])
+    columns = list(itertools.product(WHEN, SHOWN))
+    names = [f"{when}_{name}{part}" for when, name in columns for part in ("", "_sd")]
+    lines: list[list] = [["dataset", "imb_type", "ratio", "length", "method", "n", *names]]
     for row, found in rows.items():
-        cells = []
-        for when in WHEN:
-            for name in SHOWN:
-                known = values(found, when, name)
-                complete = None not in known
-                cells.append(f"{fmean(known):.4f}" if complete else "")
-                cells.append(f"{stdev(known):.4f}" if complete and len(known) > 1 else "")
-        writer.writerow([*row.place, row.label, len(found), *cells])
-    return text.getvalue()
+        figures_of = [mean_and_spread(values(found, when, name), 4).partition(" ± ") for when, name in columns]
+        cells = [cell for mean, _, spread in figures_of for cell in (mean.removeprefix("n/a"), spread)]
+        lines.append([*row.place, row.label, len(found), *cells])
+    return csv_text(lines)
 
 
 def latex_text(rows: Rows) -> str:
     """LaTeX, a booktabs table a place: top-1 best, plateau and last, class mean and groups on the plateau."""
     parts = ["% \\usepackage{booktabs}"]
-    for where in dict.fromkeys(row.place for row in rows):
-        here = {row: found for row, found in rows.items() if row.place == where}
-        metrics = [name for name in SHOWN if name != "acc1" and _has(here, name)]
+    for where, here in by_place(rows).items():
+        metrics = _metrics(here)
         heads = ["method", "$n$", *WHEN, *(NAMES.get(name, name) for name in metrics)]
         parts += ["\\begin{table}", "\\centering", rf"\begin{{tabular}}{{l{'c' * (len(heads) - 1)}}}", "\\toprule"]
         parts += [" & ".join(heads) + r" \\", "\\midrule"]
         for row, found in here.items():
-            cells = [*(mean_and_spread(values(found, when, "acc1")) for when in WHEN)]
-            cells += [mean_and_spread(values(found, "plateau", name)) for name in metrics]
-            line = " & ".join([_latex(row.label), str(len(found)), *(cell.replace("±", r"$\pm$") for cell in cells)])
+            label, *cells = map(str, _reached(row, found, metrics))
+            line = " & ".join([_latex(label), *(cell.replace("±", r"$\pm$") for cell in cells)])
             parts.append(line + r" \\")
         caption = rf"{_latex(title(where))}: test accuracy [\%]; class mean and groups: last tenth of the epochs."
         parts += ["\\bottomrule", "\\end{tabular}", rf"\caption{{{caption}}}", "\\end{table}", ""]

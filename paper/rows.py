@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from experiment.records import plateau
 from paper import records, runs
 from training.registry import RULES
 
@@ -21,7 +22,7 @@ class Row(NamedTuple):
     """The runs of one row: their Run with seed 0, and the settings that are not its own."""
 
     run: runs.Run
-    difference: tuple[records.Difference, ...] = ()
+    difference: records.Difference = ()
 
     @property
     def label(self) -> str:
@@ -57,9 +58,9 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
     usual = _usual_settings(identified)
     for path, record, run, difference in identified:
         if run.protocol == "own":
-            difference = tuple(d for d in difference if d != usual[run.dataset, run.imb_type, run.ratio].get(d.setting))
+            difference = tuple(d for d in difference if d not in usual[run.dataset, run.imb_type, run.ratio])
             if RULES[runs.pair_of(run.method)[1]].trains == "head":  # a second stage makes it longer
-                difference = tuple(d for d in difference if d.setting not in ("epochs", "drw_epoch"))
+                difference = tuple(d for d in difference if d[0] not in ("epochs", "drw_epoch"))
         curve = tuple(round(epoch["test"]["acc1"], 4) for epoch in record["history"])
         same[run, difference].setdefault(curve, (path, record))
     for (run, difference), curves in sorted(same.items(), key=lambda item: item[0][0].seed):
@@ -78,13 +79,21 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
 
 
 def _usual_settings(identified):
-    """{place: {setting: the Difference that most records have}} of the data sets that the paper does not have."""
+    """{place: the (setting, value) that most records have} of the data sets that the paper does not have."""
     counts = collections.defaultdict(collections.Counter)
     for _, _, run, difference in identified:
         if run.protocol == "own":
             for one in difference:
                 counts[run.dataset, run.imb_type, run.ratio][one] += 1
-    return {place: {one.setting: one for one, _ in reversed(of.most_common())} for place, of in counts.items()}
+    return {place: set({one[0]: one for one, _ in reversed(of.most_common())}.values()) for place, of in counts.items()}
+
+
+def by_place(rows: Rows) -> dict[tuple[str, str, int, str], Rows]:
+    """The rows of each place, in the order in which the places first appear."""
+    places = {row.place: {} for row in rows}
+    for row, found in rows.items():
+        places[row.place][row] = found
+    return places
 
 
 def title(where: tuple[str, str, int, str]) -> str:
@@ -103,7 +112,7 @@ def title(where: tuple[str, str, int, str]) -> str:
 
 def values(found: Iterable[dict[str, Any]], when: str, metric: str) -> list[Any]:
     """A figure of each record, None where it has none; when: one of WHEN."""
-    return [(records.plateau(record) if when == "plateau" else record[when]).get(metric) for record in found]
+    return [(plateau(record["history"]) if when == "plateau" else record[when]).get(metric) for record in found]
 
 
 def gaps(both: Sequence[tuple[dict[str, Any], dict[str, Any]]], when: str, metric: str) -> list[float]:

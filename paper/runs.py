@@ -201,16 +201,21 @@ class Run:
         """The run as reports name it: method, variant."""
         return titled(self.method, self.variant)
 
-    def argv(self, out: str | pathlib.Path) -> list[str]:
-        """Script and flags; everything that the paper sets is named. Logs and checkpoints go below `out`."""
+    def argv(self, out: str | pathlib.Path, extra: Sequence[str] = ()) -> list[str]:
+        """Script and flags, `extra` ones last; everything that the paper sets is named.
+
+        Logs and checkpoints go below `out`. Other milestones have their own factors, or the script's.
+        """
         setup, settings = self.setup, self.settings
+        if any(word.startswith("--mil") for word in extra):
+            settings.pop("lr_factors", None)
         flags: list[Any] = ["--dataset", self.dataset, "-a", setup.arch, "--imb_type", self.imb_type]
         flags += ["--imb_factor", 1 / self.ratio, "--rand_number", self.subset, "--seed", self.seed]
         flags += ["--batch-size", setup.batch_size]
         for name in sorted(settings):  # other constants of a loss are left to the script's defaults
             flags += _flag(name, settings[name])
         roots = ["--root_log", f"{out}/log", "--root_model", f"{out}/checkpoint"]
-        return [setup.script, *map(str, [*flags, "--exp_str", self.exp_str, *roots])]
+        return [setup.script, *map(str, [*flags, "--exp_str", self.exp_str, *roots, *extra])]
 
     # ------------------------------------------------------------------------------ what runs share
 
@@ -308,17 +313,14 @@ def folder_setup(dataset: str, settings: Any, given: Iterable[str]) -> None:
     Lengths that are not `given` are those of CIFAR, scaled to `settings.epochs`.
     """
     scale = settings.epochs / CIFAR.epochs
-    lengths = {name: round(getattr(CIFAR, name) * scale) for name in ("start_ib_epoch", "drw_epoch")}
-    falls = {round(epoch * scale): f for epoch, f in zip(CIFAR.milestones, CIFAR.lr_factors, strict=True)}
+    falls = {round(epoch * scale): factor for epoch, factor in zip(CIFAR.milestones, CIFAR.lr_factors, strict=True)}
     falls = {epoch: factor for epoch, factor in falls.items() if epoch < settings.epochs}
+    scaled: dict[str, Any] = {name: round(getattr(CIFAR, name) * scale) for name in ("start_ib_epoch", "drw_epoch")}
+    scaled |= {"milestones": tuple(falls), "lr_factors": tuple(falls.values())}
+    kept = {"lr_factors", *given} if "milestones" in given else set(given)  # factors belong to their milestones
     copied = ("epochs", "arch", "batch_size", "lr", "ib_lr_factor", "schedule")
-    found = {name: getattr(settings, name) for name in copied}
-    found |= {name: getattr(settings, name) if name in given else value for name, value in lengths.items()}
-    found |= {"milestones": tuple(falls), "lr_factors": tuple(falls.values())}
-    if "milestones" in given:
-        found |= {"milestones": settings.milestones, "lr_factors": settings.lr_factors}
-    elif "lr_factors" in given:
-        found["lr_factors"] = settings.lr_factors
+    found = {name: getattr(settings, name) for name in (*copied, *scaled)}
+    found |= {name: value for name, value in scaled.items() if name not in kept}
     OWN_SETUPS[dataset] = Setup("folder_train.py", **found, largest=10**9)
 
 

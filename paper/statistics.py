@@ -31,9 +31,9 @@ NOT_KNOWN, ONE_SEED = "not known", "one seed"
 
 
 class Contrast(NamedTuple):
-    """What differences show: seeds, mean, its 95 % interval, and a verdict, see `against` and `paired`.
+    """What differences show: seeds, mean, its 95 % interval, and a verdict, see `against` and `family`.
 
-    p: of 'no difference', of `paired` alone; NaN for one seed. seeds: how many would decide, where `against` says 'not
+    p: of 'no difference', of `family` alone; NaN for one seed. seeds: how many would decide, where `against` says 'not
     known'; None where that is more than MOST_SEEDS.
     """
 
@@ -43,6 +43,12 @@ class Contrast(NamedTuple):
     verdict: str
     p: float = math.nan
     seeds: int | None = None
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """Interval, p and verdict as a table has them; blank where one seed has none."""
+        interval = "" if self.interval is None else "{:+.2f} to {:+.2f}".format(*self.interval)
+        return interval, "" if math.isnan(self.p) else f"{self.p:.3f}", self.verdict
 
 
 @functools.cache
@@ -101,21 +107,14 @@ def seeds_to_decide(distance: float, spread: float) -> int | None:
     return next(enough, None)
 
 
-def paired(differences: Sequence[float], margin: float = PAIRED_MARGIN, resolution: float = 0.0) -> Contrast:
-    """What paired differences show, one a seed, in percent points.
-
-    'equal within ±margin': the 90 % interval of the mean lies inside ± margin. Else 'adds' or 'takes away': the 95 %
-    interval leaves 0. Else 'not known'; 'one seed' for a single difference. For several contrasts, see `family`.
-    """
-    return family({"": differences}, margin, resolution)[""]
-
-
 def family(
     contrasts: Mapping[Key, Sequence[float]], margin: float = PAIRED_MARGIN, resolution: float = 0.0
 ) -> dict[Key, Contrast]:
-    """`paired` for several contrasts that are read together: p is Holm's, and 'adds' needs it below 5 % too.
+    """What paired differences show, one a seed, in percent points, for contrasts that are read together.
 
-    Intervals and equivalences are not adjusted.
+    'equal within ±margin': the 90 % interval of the mean lies inside ± margin. Else 'adds' or 'takes away': the 95 %
+    interval leaves 0, and Holm's p is below 5 %. Else 'not known'; 'one seed' for a single difference. Intervals and
+    equivalences are not adjusted.
     """
     ps = holm([_p_value(differences, resolution) for differences in contrasts.values()])
     found = {}

@@ -1,8 +1,8 @@
-"""How figures look: one colour, marker and name for a method in all of them, a column's width, PNG and PDF.
+"""How methods look in figures: each has one colour, marker and name in all of them.
 
-pyplot, figure, axes = style.subplots(height=2.4)
+figure, axes = plots.subplots()
 axes.plot(x, y, **style.of("IB"))
-style.save(figure, folder, "name")              # name.png and name.pdf, and closes the figure
+style.save(figure, folder, "name")              # name.png and name.pdf
 """
 
 import os
@@ -12,7 +12,6 @@ from typing import Any
 from experiment import plots
 from paper import runs
 
-WIDTH = plots.WIDTH
 #: More methods than these in one panel cannot be told apart.
 MOST_IN_A_PANEL = 4
 
@@ -40,33 +39,18 @@ OTHERS = [("#56b4e9", "<"), ("#7f6000", ">"), ("#4b0082", "h"), ("#9b2226", "d")
 
 def name_of(method: str, variant: str = "") -> str:
     """The name of a method in figures: never an internal one."""
-    return METHODS.get((method, variant), (_titled(method, variant), "", ""))[0]
-
-
-def _titled(method, variant):
+    if (method, variant) in METHODS:
+        return METHODS[method, variant][0]
     return runs.TITLES.get(variant) or runs.titled(method, variant.replace("-", " "))
 
 
 def of(method: str, variant: str = "", nth: int = 0) -> dict[str, Any]:
     """Colour, marker and label for `axes.plot`; nth: which of a figure's methods it is, for one without an entry."""
-    fallback = OTHERS[nth % len(OTHERS)]
-    name, color, marker = METHODS.get((method, variant), (name_of(method, variant), *fallback))
-    return {"color": color, "marker": marker, "label": plots.label(name)}
-
-
-def subplots(rows: int = 1, columns: int = 1, height: float = 2.4, **how: Any) -> tuple[Any, Any, Any]:
-    """(pyplot, figure, axes) of a column's width and this height in inches; (None, None, None) without matplotlib."""
-    pyplot = plots.load_pyplot()
-    if pyplot is None:
-        return None, None, None
-    return pyplot, *pyplot.subplots(rows, columns, figsize=(WIDTH, height), **how)
+    *_, color, marker = METHODS.get((method, variant), OTHERS[nth % len(OTHERS)])
+    return {"color": color, "marker": marker, "label": plots.label(name_of(method, variant))}
 
 
 def save(figure: Any, folder: str | os.PathLike, name: str) -> pathlib.Path:
-    """Write folder/name.png and folder/name.pdf, and close the figure. Returns the path of the PNG."""
-    from matplotlib import pyplot
-
-    plots.save_figure(figure, folder, f"{name}.pdf")
-    path = plots.save_figure(figure, folder, f"{name}.png")
-    pyplot.close(figure)
-    return pathlib.Path(path)
+    """Write folder/name.png and folder/name.pdf. Returns the path of the PNG."""
+    plots.save(figure, folder, f"{name}.pdf")
+    return pathlib.Path(plots.save(figure, folder, f"{name}.png"))

@@ -9,17 +9,19 @@ sha256, record of the run, its top-1 of the last epoch in percent. `slim` leaves
 and settings of the machine.
 """
 
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import pathlib
-import subprocess
 import sys
 import tempfile
 
 RESULTS = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
+import cifar_train  # noqa: E402
 from experiment import checkpoint  # noqa: E402
 from experiment.settings import fields_affecting  # noqa: E402
 from paper import records  # noqa: E402
@@ -83,13 +85,15 @@ def check(folder: pathlib.Path, row: dict[str, str], data_dir: pathlib.Path) -> 
     expected = float(row["acc1_last"])
     if record is None or abs(record["last"]["acc1"] - expected) > TOLERANCE:
         return False, f"{row['record']} has another top-1 than the table"
+    printed, flags = io.StringIO(), ["--data_dir", str(data_dir), "--resume", str(path), "-e"]
     with tempfile.TemporaryDirectory() as out:
-        script = [sys.executable, str(RESULTS.parent / "cifar_train.py"), "--data_dir", str(data_dir)]
-        done = subprocess.run([*script, "--root_log", out, "--resume", str(path), "-e"], capture_output=True, text=True)
-        found = list(pathlib.Path(out).rglob("evaluation.json"))
-        if done.returncode or not found:
-            return False, (done.stderr.strip().splitlines() or ["no evaluation"])[-1]
-        accuracy = json.loads(found[0].read_text())["acc1"]
+        try:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                cifar_train.main([*flags, "--root_log", out])
+        except SystemExit:
+            return False, printed.getvalue().strip().splitlines()[-1]
+        (found,) = pathlib.Path(out).rglob("evaluation.json")
+        accuracy = json.loads(found.read_text())["acc1"]
     with_gpu = record["device"] != "cpu" or choose_device().type == "cuda"
     if round(abs(accuracy - expected), 4) > (WITH_GPU if with_gpu else TOLERANCE):
         return False, f"top-1 {accuracy:.2f}, the record has {expected:.2f}"

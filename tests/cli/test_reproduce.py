@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -19,17 +20,18 @@ from PIL import Image
 
 import experiment.run
 import folder_train
+import imbalance_cifar
 import models
 import reproduce
+from experiment import parser
 from files import run_lock
 from paper import driver, executors, records, runs
 from paper.runs import Run
 from utils import duration
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
-#: Flags after a run's own: three epochs, the IB phase in the last one.
-EXTRA = ["-a", "resnet20", "--batch-size", "128", "--epochs", "3", "--start_ib_epoch", "2"]
-EXTRA += ["--milestones", "2", "--lr_factors", "0.1", "--checkpoint_seconds", "0"]
+#: Flags after a run's own: three epochs.
+EXTRA = ["--batch-size", "128", "--epochs", "3", "--milestones", "2", "--checkpoint_seconds", "0"]
 
 
 @pytest.fixture
@@ -168,8 +170,7 @@ def test_a_record_that_is_not_the_runs_is_noticed_and_made_again(damage, three_e
 
 
 REFUSED = {
-    "exp_str": "--exp_str foo", "root_model": "--root_m X", "resume": "-e --resume X", "seed": "--seed 1",
-    "arch": "-a resnet44", "imb_factor": "--imb_factor 0.5", "no_such_flag": "--no_such_flag",
+    "root_model": "--root_m X", "resume": "-e --resume X", "arch": "-a resnet44", "no_such_flag": "--no_such_flag",
 }  # fmt: skip
 
 
@@ -185,18 +186,15 @@ def test_flags_that_cannot_stand_after_the_dashes_are_refused_before_anything_ru
 
 
 @pytest.mark.parametrize(
-    ("select", "said"),
+    ("methods", "said"),
     [
-        # CE whole, IB and IB+CB their second halves
-        ("--ratio 20 --method CE IB IB+CB", "3 runs, 80 epochs in all, shared ones once, 1 at a time; the time shows"),
-        ("--method IB --jobs 2", "4 runs (ratios 100 50 20 10: --ratio restricts them), 160 epochs in all"),
-        ("--ratio 20 --method CE CE+cRT", "2 runs, 43 epochs in all"),  # 40 and 2, one of them twice
+        (["CE", "IB", "IB+CB"], "3 runs, 5 epochs to train, shared ones once, 2 at a time; the time shows"),
+        (["CE", "CE+cRT"], "2 runs, 14 epochs to train"),  # 3 and 11, one of them twice
     ],
 )
-def test_run_says_how_much_it_is_about_to_train(select, said, tmp_path, capsys):
-    argv = ["run", "--dataset", "digits", "--protocol", "short", *select.split(), "--out", str(tmp_path)]
-    options = reproduce.build_parser().parse_args(argv)
-    assert said in reproduce._what_is_about_to_start(reproduce.select(options), options)
+def test_run_says_how_much_it_is_about_to_train(methods, said, three_epochs, tmp_path):
+    work = driver.Driver(cell(methods), tmp_path, tmp_path / "results", executors.Local(2, 1))
+    assert said in work.announcement()
 
 
 def test_the_estimate_is_made_from_the_records_that_are_there(tmp_path):
@@ -204,9 +202,11 @@ def test_the_estimate_is_made_from_the_records_that_are_there(tmp_path):
     (tmp_path / "results").mkdir()
     shutil.copy(source, tmp_path / "results")
     seconds = [epoch["seconds"] for epoch in records.load(source)["history"]]
-    options = reproduce.build_parser().parse_args(["run", "--ratio", "100", "--method", "CE", "--out", str(tmp_path)])
+    chosen = [Run("cifar10", "exp", 100, "CE", seed=seed) for seed in (0, 1)]
+    said = driver.Driver(chosen, tmp_path, tmp_path / "results", executors.Local(1, 1)).announcement()
     expected = duration(200 * sum(seconds) / len(seconds))
-    assert f"about {expected} at the pace" in reproduce._what_is_about_to_start(reproduce.select(options), options)
+    assert said.startswith("2 runs, 1 of them done, 200 epochs to train")
+    assert f"about {expected} at the pace" in said
 
 
 def test_methods_are_compared_on_a_folder(tmp_path, capsys, monkeypatch):
@@ -243,6 +243,26 @@ def test_methods_are_compared_on_a_folder(tmp_path, capsys, monkeypatch):
         assert float(rows[method]["last_class_mean"]) == pytest.approx(summary["last"]["class_mean"], abs=1e-3)
     assert "| IB minus CE | 1 |" in text
     assert (tmp_path / "results" / "methods_leaves_none_1_own.png").exists()
+
+
+def test_an_own_data_set_is_trained_and_has_a_table(tmp_path, capsys, monkeypatch):
+    """One entry in imbalance_cifar.DATASETS, two epochs."""
+    short = dataclasses.replace(runs.CIFAR, arch="tiny", epochs=2, start_ib_epoch=1, milestones=(1,), lr_factors=(0.1,))
+    monkeypatch.setattr(runs, "CIFAR", short)
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    monkeypatch.setitem(models.CIFAR_MODELS, "tiny", script_runner.tiny)
+    monkeypatch.setitem(imbalance_cifar.DATASETS, "spots", imbalance_cifar.DATASETS["digits"])
+    monkeypatch.setitem(parser.SCRIPTS["cifar_train.py"].datasets, "spots", 10)
+    argv = ["run", "--dataset", "spots", "--ratio", "50", "--method", "CE", "IB", "--out", str(tmp_path)]
+    chosen = reproduce.select(reproduce.build_parser().parse_args(argv))
+    work, failed, _ = drive(chosen, tmp_path, InProcess(capsys))
+    assert failed == [], [work.output(run).read_text() for run in failed]
+    runs.OWN_SETUPS.clear()  # report is another process
+    reproduce.main(["report", str(tmp_path / "results")])
+    text = (tmp_path / "results" / "report.md").read_text()
+    assert "## spots, exponential imbalance, ratio 50\n" in text
+    assert "| IB minus CE | 1 |" in text
+    assert (tmp_path / "results" / "methods_spots_exp_50_own.png").exists()
 
 
 def test_a_failed_run_is_named_the_rest_continues_and_the_next_time_it_runs(three_epochs, tmp_path, capsys):
@@ -302,10 +322,10 @@ def test_only_one_driver_works_in_a_folder(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------ as processes
 
 
-def arguments(out, methods, *flags):
-    """reproduce.py run of short digits runs, shortened to three epochs by flags of the scripts."""
-    select = ["--dataset", "digits", "--ratio", "20", "--protocol", "short", "--method", *methods]
-    return [sys.executable, str(REPOSITORY / "reproduce.py"), "run", *select, "--out", str(out), *flags, "--", *EXTRA]
+def arguments(out, *flags):
+    """Of reproduce.py: a short digits run, made three epochs by flags of the script."""
+    select = ["--dataset", "digits", "--ratio", "100", "--protocol", "short", "--method", "CE"]
+    return ["run", *select, "--out", str(out), "--", *EXTRA, *flags]
 
 
 def state_of(pid):
@@ -334,9 +354,9 @@ def wait_for(condition):
 
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="needs Linux's /proc")
 def test_a_killed_driver_takes_its_children_along_and_continues_afterwards(tmp_path):
-    command = arguments(tmp_path, ["CE"])
+    command = [sys.executable, str(REPOSITORY / "reproduce.py"), *arguments(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=script_runner.environment())
-    run = Run("digits", "exp", 20, "CE", protocol="short")
+    run = Run("digits", "exp", 100, "CE", protocol="short")
     log = tmp_path / "log" / run.name / "log_test.csv"
     wait_for(newest(tmp_path, run).exists)
     (child,) = children(process.pid)
@@ -344,19 +364,16 @@ def test_a_killed_driver_takes_its_children_along_and_continues_afterwards(tmp_p
     process.wait()
     wait_for(lambda: not is_alive(child))
     assert 2 <= log.read_text().count("\n") < 4, "stopped in the middle"
-    subprocess.run(command, check=True, env=script_runner.environment(), capture_output=True)
+    reproduce.main(arguments(tmp_path))
     assert "resumes from" in (tmp_path / "output" / f"{run.name}.txt").read_text()
-    whole = run.argv(tmp_path / "whole")[1:]
-    assert script_runner.run_process([*whole, "--threads", "1", *EXTRA], tmp_path).returncode == 0
-    script_runner.assert_same_weights(newest(tmp_path, run), newest(tmp_path / "whole", run))
+    assert records.read(tmp_path / "results")[0][0][1]["epochs_done"] == 3
 
 
-def test_a_run_that_fails_gives_status_1_and_names_its_log(tmp_path):
-    command = [*arguments(tmp_path, ["CE"]), "--pretrained", "nowhere.pth"]
-    done = subprocess.run(command, capture_output=True, text=True, env=script_runner.environment())
-    assert done.returncode == 1
-    assert "no checkpoint at nowhere.pth" in done.stdout
-    assert "output/digits_resnet20_CE_None_exp_0.05_short_s0.txt" in done.stdout
-    assert done.stderr.splitlines()[-1] == (
-        "reproduce.py: error: 1 of 1 runs failed; the same command tries them again"
-    )
+def test_a_run_that_fails_gives_status_1_and_names_its_log(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(arguments(tmp_path, "--pretrained", "nowhere.pth"))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1
+    assert "no checkpoint at nowhere.pth" in out
+    assert "output/digits_resnet20_CE_None_exp_0.01_short_s0.txt" in out
+    assert err == "reproduce.py: error: 1 of 1 runs failed; the same command tries them again\n"

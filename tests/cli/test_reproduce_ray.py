@@ -1,84 +1,71 @@
-"""The Ray executor on a real cluster of two nodes, one of which goes away in the middle."""
+"""The Ray executor on a real cluster of two nodes, one of which goes away in the end."""
 
-import os
-import subprocess
-import sys
 import time
 
 import pytest
-import script_runner
 
-from experiment.settings import FIELDS
+import reproduce
+from paper import executors, records
 from paper.runs import Run
 
-RUNS = [Run("digits", "exp", 20, method, protocol="short") for method in ("CE", "BS")]
-#: Flags after a run's own: four short epochs, a checkpoint after each.
-EXTRA = ["--batch-size", "128", "--epochs", "4", "--milestones", "2", "--lr_factors", "0.1"]
-EXTRA += ["--checkpoint_seconds", "0"] if "checkpoint_seconds" in FIELDS else []
 #: Seconds after which something hangs, however busy the machine is.
 HANGS = 1800
+CE, BS = (Run("digits", "exp", 100, method, protocol="short") for method in ("CE", "BS"))
 
 
-@pytest.fixture
-def cluster(monkeypatch):
+@pytest.fixture(scope="module")
+def cluster():
     """A head and a worker node, of one CPU each."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=small)
-    cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-    yield cluster
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+        cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=small)
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        yield cluster
+        cluster.shutdown()
 
 
-def parents(pid):
-    """Process ids above `pid`."""
-    while pid > 1:
-        with open(f"/proc/{pid}/stat") as file:
-            pid = int(file.read().rsplit(")", 1)[1].split()[1])
-        yield pid
+def test_runs_go_through_ray_and_a_failing_one_is_reported(cluster, tmp_path, capsys):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / BS.name).touch()  # in the way of its folder
+    select = ["--dataset", "digits", "--ratio", "100", "--protocol", "short", "--method", "CE", "BS"]
+    flags = ["--out", str(tmp_path), "--executor", "ray", "--address", cluster.address]
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["run", *select, *flags, "--", "--epochs", "1", "--milestones", "--batch-size", "128"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1
+    assert "1 of 2 runs failed" in err
+    assert f"failed: {BS.name}: cifar_train.py: error: {tmp_path}/log/{BS.name}" in out
+    ((path, record),) = records.read(tmp_path / "results")[0]
+    assert (path, record["epochs_done"]) == (f"{CE.name}.json", 1)
 
 
-def run_below(raylet, out):
-    """The run that trains now on the node of `raylet`, from /proc; None."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline") as file:
-                words = set(file.read().split("\0"))
-            found = [run for run in RUNS if words >= set(run.argv(out)[1:])]
-            if found and raylet in parents(int(pid)):
-                return found[0]
-        except OSError:  # it has ended
-            continue
-    return None
+def wait_for(executor, count):
+    """{key: status} of the first `count` that end."""
+    ended, deadline = {}, time.monotonic() + HANGS
+    while len(ended) < count:
+        assert time.monotonic() < deadline
+        ended |= executor.wait(1)
+    return ended
 
 
-@pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux's /proc")
-def test_a_run_of_a_lost_node_continues_on_the_other_and_equals_a_local_one(cluster, tmp_path, capsys):
-    out, printed = tmp_path / "ray", tmp_path / "printed"
-    select = ["--dataset", "digits", "--ratio", "20", "--protocol", "short", "--method", "CE", "BS"]
-    flags = [*select, "--out", str(out), "--executor", "ray", "--address", cluster.address]
-    command = [sys.executable, str(script_runner.REPOSITORY / "reproduce.py"), "run", *flags, "--", *EXTRA]
-    with open(printed, "w") as file:
-        driver = subprocess.Popen(command, stdout=file, stderr=file, env=script_runner.environment())
-    worker = cluster.worker_nodes.copy().pop()
-    raylet, deadline = worker.all_processes["raylet"][0].process.pid, time.monotonic() + HANGS
+def test_statuses_come_back_and_the_run_of_a_lost_node_is_lost_not_failed(cluster, tmp_path):
+    executor = executors.Ray(cluster.address, threads=1, gpus=0, jobs=None)
     try:
-        lost = None
-        while lost is None:  # until the run on the worker node has an epoch behind it
-            assert driver.poll() is None, printed.read_text()
-            assert time.monotonic() < deadline, printed.read_text()
-            lost = run_below(raylet, out)
-            if lost and not (out / "checkpoint" / lost.name / "ckpt.pth.tar").exists():
-                lost = None
-            time.sleep(0.05)
-        cluster.remove_node(worker, allow_graceful=False)
-        assert driver.wait(HANGS) == 0, printed.read_text()
+        for name, code in {"good": "print('said')", "bad": "raise SystemExit(3)"}.items():
+            executor.start(name, ["-c", code], str(tmp_path / name))
+        assert wait_for(executor, 2) == {"good": 0, "bad": 3}
+        assert (tmp_path / "good").read_text() == "said\n"
+        logs = [tmp_path / "one", tmp_path / "other"]  # one on each node
+        for log in logs:
+            executor.start(log, ["-c", "import time; print('begun', flush=True); time.sleep(3600)"], str(log))
+        deadline = time.monotonic() + HANGS
+        while not all(log.exists() and log.read_text() for log in logs):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+        assert list(wait_for(executor, 1).values()) == [executors.LOST]
+        assert len(executor.running) == 1
     finally:
-        driver.kill()
-    assert f"lost   {lost.name}" in printed.read_text()
-    assert "resumes from" in (out / "output" / f"{lost.name}.txt").read_text()
-    alone = lost.argv(tmp_path / "local")[1:]
-    script_runner.run_ok([*alone, "--threads", "1", *EXTRA], tmp_path, capsys)
-    checkpoints = [folder / "checkpoint" / lost.name / "ckpt.pth.tar" for folder in (out, tmp_path / "local")]
-    script_runner.assert_same_weights(*checkpoints)
+        executor.stop()

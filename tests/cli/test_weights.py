@@ -3,36 +3,31 @@
 import csv
 import hashlib
 import json
+from unittest import mock
 
 import pytest
 import torch
-from script_runner import (
-    DIGITS,
-    REAL,
-    REPOSITORY,
-    load_checkpoint,
-    log_folder,
-    model_folder,
-    run_process,
-    run_script,
-)
+from script_runner import DIGITS, REPOSITORY, TINY, load_checkpoint, log_folder, model_folder, run_script, tiny
 
+import cifar_train
+import models
 from experiment import checkpoint
 from paper import records
 from results import weights
 
-RUN = [*DIGITS, *REAL, "--epochs", "1", "--milestones", "--loss_type", "LDAM", "--exp_str", "kept"]
+RUN = [*DIGITS, *TINY, "--epochs", "1", "--milestones", "--loss_type", "LDAM", "--exp_str", "kept"]
 NAME = "results.weights.py"  # as `utils.command` calls a module that is imported
-WHICH = {"arch": "resnet20", "loss": "LDAM", "exp": "kept"}
+WHICH = {"loss": "LDAM", "exp": "kept"}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a finished run."""
+    """The folder of a finished run of the model 'tiny'."""
     folder = tmp_path_factory.mktemp("run")
-    done = run_process(RUN, folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    with mock.patch.dict(models.CIFAR_MODELS, tiny=tiny):
+        status, _, err = run_script(cifar_train, RUN, folder)
+        assert status == 0, err
+        yield folder
 
 
 @pytest.fixture

