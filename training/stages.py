@@ -79,7 +79,11 @@ class Stages:
 def redraw_head(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> None:
     """Give the model a head that has learnt nothing: weights from torch's random state, its optimizer state zero."""
     head: Any = model.get_submodule(models.head_name(model))
-    models.redraw(head)
+    if isinstance(head, models.NormedLinear):
+        fresh: torch.nn.Module = models.NormedLinear(*head.weight.shape)
+    else:
+        fresh = torch.nn.Linear(head.in_features, head.out_features, head.bias is not None)
+    head.load_state_dict(fresh.state_dict())  # drawn on the CPU, as every model is
     for parameter in head.parameters():
         for value in optimizer.state.get(parameter, {}).values():
             value.zero_()
