@@ -85,8 +85,9 @@ def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, n
         if not names:
             raise ValueError("the layer is not a part of the module")
         layer = names[0]
-    name = head_name(module) if layer is None else layer
-    module.head_name = name  # type: ignore[assignment]
+    if layer is not None:
+        module.head_name = layer  # type: ignore[assignment]
+    name = head_name(module)
 
     module.get_submodule(name).register_forward_hook(functools.partial(_note, norm))
     module.register_forward_hook(functools.partial(_attach, name))

@@ -50,17 +50,14 @@ class Stages:
         if before is None or (before.loss, before.class_weights) != (stage.loss, stage.class_weights):
             if before is not None:
                 self._state = self._criterion.state_dict() if before.loss == stage.loss else {}
-            self._criterion = self._criterion_of(stage)
+            criterion = self.recipe.criterion(stage, self.class_counts)
+            if self._state:
+                criterion.load_state_dict(self._state)
+            self._criterion = criterion.to(next(self.model.parameters()).device)
         if before is None or before.trains != stage.trains:
             self._trained = self._trained_in(stage)
         self._stage = stage
         return self._criterion, self._trained
-
-    def _criterion_of(self, stage):
-        criterion = self.recipe.criterion(stage, self.class_counts)
-        if self._state:
-            criterion.load_state_dict(self._state)
-        return criterion.to(next(self.model.parameters()).device)
 
     def _trained_in(self, stage):
         part: torch.nn.Module = models.HeadOnly(self.model) if stage.trains == "head" else self.model
