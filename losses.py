@@ -19,7 +19,6 @@ Every loss computes in float32 at least (float64 stays float64), also under auto
 gradients, for |logits| up to 1e4.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -66,15 +65,10 @@ def inverse_frequency_weights(class_counts: ClassCounts, empty: str = "error") -
 def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999, empty: str = "error") -> Tensor:
     """CB reweighting: (1 - beta) / (1 - beta ** n_k), scaled to sum to K (Cui et al., CVPR 2019); (K,) float32.
 
-    Args: beta in [0, 1), 0 gives equal weights; empty: see `inverse_frequency_weights`. Warns where all weights come
-    out equal because the classes are large beside 1 / (1 - beta).
+    Args: beta in [0, 1), 0 gives equal weights; empty: see `inverse_frequency_weights`. Classes of many more images
+    than 1 / (1 - beta) are weighted alike.
     """
-    rates, counts = effective_number_rates(class_counts, beta, empty), _counts(class_counts, empty)
-    seen, images = rates[rates > 0], counts[counts > 0]
-    if beta > 0 and seen.max() < 1.001 * seen.min() and images.max() > 1.001 * images.min():
-        message = f"beta {beta} weights all classes alike, as each has many more images than 1 / (1 - beta)"
-        warnings.warn(f"{message}: choose a beta closer to 1, or inverse_frequency_weights", stacklevel=2)
-    return _sum_to_k(rates)
+    return _sum_to_k(effective_number_rates(class_counts, beta, empty))
 
 
 def effective_number_rates(class_counts: ClassCounts, beta: float = 0.9999, empty: str = "error") -> Tensor:
@@ -228,8 +222,6 @@ class Loss(nn.Module):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
         if weight is not None:
-            if hasattr(weight, "items"):
-                raise TypeError(f"weight must be K numbers in the order of the classes, got a {type(weight).__name__}")
             weight = torch.as_tensor(weight).float()
             if weight.ndim != 1 or not ((weight >= 0) & weight.isfinite()).all():
                 raise ValueError(f"weight must be K finite numbers of 0 or more, got {weight.tolist()}")
@@ -487,8 +479,7 @@ class AutoAlpha(nn.Module):
 
     `value` is that ratio over the batches so far, at most `AUTO_BATCHES`; 1 before the first. The buffers are in the
     state dict, so that a resumed run continues with the same alpha. Nothing here waits for the device. The sums are
-    float64, kept as float32 and what that rounds off, since an Apple GPU has no float64. `.half()` rounds what is
-    there once; later batches are added in full precision.
+    float64, kept as float32 and what that rounds off, since an Apple GPU has no float64.
     """
 
     AUTO_BATCHES = 20
@@ -509,8 +500,6 @@ class AutoAlpha(nn.Module):
 
         A batch that is not finite, and one after the last, is left out.
         """
-        # the same tensors, except after .half()
-        self.value, self.sums, self.rest = self.value.float(), self.sums.float(), self.rest.float()
         batch = torch.stack([reference_sum / samples, loss_sum / samples, torch.ones_like(samples)])
         takes_part = (self.sums[2] < self.AUTO_BATCHES) & batch.isfinite().all()
         total = self.sums.to(batch.dtype) + self.rest + batch.where(takes_part, 0.0)

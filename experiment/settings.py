@@ -423,7 +423,7 @@ def _check_schedule(settings):
 
 def _check_method(settings):
     loss, method = LOSSES[settings.loss_type], f"--loss_type {settings.loss_type}"
-    if loss.needs_features and settings.ib_norm == "none" and settings.epsilon == 0:
+    if "ib_norm" in loss.constants and settings.ib_norm == "none" and settings.epsilon == 0:
         raise UsageError("--ib_norm none needs an --epsilon over 0: the factor is alpha / epsilon")
     if settings.auto_target == "ib" and settings.ib_norm not in ("l1", "none"):
         raise UsageError(f"--auto_target ib needs L1 norms: it does not go with --ib_norm {settings.ib_norm}")

@@ -1,12 +1,20 @@
-"""Any of torchvision's classifiers, made to return `(logits, features)`; state-dict keys unchanged."""
+"""Any of torchvision's classifiers, made to return `(logits, features)`, and ImageNet's weights; keys unchanged."""
+
+import contextlib
+import http.client
+import pickle
+import socket
+import sys
 
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from models.feature_norm import head_name, replace_layer, with_feature_norm
 from models.resnet_cifar import NormedLinear
-from utils import UsageError
+from utils import DataError, UsageError
 
+#: ImageNet's weights that the published scripts start from.
+WEIGHTS = "IMAGENET1K_V1"
 #: Models with auxiliary outputs, which are not trained here.
 _AUXILIARY = ("googlenet", "inception_v3")
 
@@ -38,6 +46,33 @@ def torchvision_model(arch: str, num_classes: int, use_norm: bool = False, featu
         head = head_name(model)
         replace_layer(model, head, NormedLinear(model.get_submodule(head).in_features, num_classes))
     return with_feature_norm(model, norm=feature_norm)
+
+
+def imagenet_weights(arch: str) -> dict[str, Tensor]:
+    """The state dict of torchvision's model of that name, trained on ImageNet; downloaded once, its hash checked.
+
+    The V1 weights, which are the published ones, else the first that take images of 224 pixels; without those of
+    auxiliary outputs.
+
+    Raises:
+        DataError: no network, or a damaged file; the message names the ways out.
+    """
+    entries = torchvision.models.get_model_weights(arch)
+    fitting = [entry for entry in entries if max(entry.meta.get("min_size", (1, 1))) <= 224]
+    entry = entries[WEIGHTS] if WEIGHTS in entries.__members__ else fitting[0]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torch.hub sets none, and a blocked network would hang for minutes
+    try:
+        with contextlib.redirect_stderr(sys.stdout):  # standard error is for errors
+            weights = entry.get_state_dict(progress=sys.stdout.isatty(), check_hash=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as error:
+        raise DataError(
+            f"no ImageNet weights of {arch} (from {entry.url}: {error}): name such a file with --pretrained PATH, "
+            "or start from scratch with --pretrained none"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return {name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")}
 
 
 def check_image_size(arch: str, size: int) -> None:

@@ -27,8 +27,8 @@ class StepGraph:
     A graph reads and writes fixed addresses, so this keeps the draws and the metrics of the epoch of the capture, and
     the later epochs' are copied there. A graph also freezes all that Python computes. Therefore
 
-    - the step is captured again where one of the values that `hold` is told of, or a value of the optimizer's groups,
-      has changed, and where a number in Python of the model or the criterion has changed between two epochs;
+    - the step is captured again where the model, the criterion or a value of the optimizer's groups is another one, and
+      where a number in Python of the model or the criterion has changed between two epochs;
     - a step that draws from the host's random states (torch, numpy, random), or that changes a number in Python of the
       model or the criterion, trains without a graph, and so does one that cannot be captured. A warning says why, once.
 
@@ -38,47 +38,38 @@ class StepGraph:
     """
 
     def __init__(self) -> None:
-        self.frozen: tuple[Any, ...] = ()
+        self.held: tuple[Any, ...] = ()  # model, criterion, optimizer, and the numbers of the first two
+        self.told: list[dict] = []  # of the optimizer's groups, all but their parameters
         self.batches: Any = None  # a TrainEpoch: of the epoch whose memory the graphs read, and its metrics
         self.metrics: Any = None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
-        self.warm: collections.Counter[int] = collections.Counter()  # batches of a size with these frozen values
+        self.warm: collections.Counter[int] = collections.Counter()  # batches of a size since the last `_forget`
         self.failed = False
-        self.modules: list[torch.nn.Module] = []
-        self.optimizers: list[torch.optim.Optimizer] = []
 
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
         """For the steps before a capture, which wants them away from the default stream."""
         return torch.cuda.Stream()
 
-    def hold(self, batches: TrainEpoch, metrics: MetricAccumulator, frozen: tuple[Any, ...]) -> MetricAccumulator:
-        """Take in an epoch, before its first step; `metrics` are new.
-
-        Args:
-            frozen: what a step depends on beside `batches` and the tensors that it changes; compared with ==. Modules
-                and optimizers among them are watched.
-
-        Returns:
-            The metrics that the steps of this epoch add to.
-        """
-        self.modules = [value for value in frozen if isinstance(value, torch.nn.Module)]
-        self.optimizers = [value for value in frozen if isinstance(value, torch.optim.Optimizer)]
-        frozen = (*frozen, numbers_of(self.modules))
-        if frozen == self.frozen and batches.source is self.batches.source:
+    def hold(
+        self, batches: TrainEpoch, metrics: MetricAccumulator, model: torch.nn.Module, criterion: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> MetricAccumulator:  # fmt: skip
+        """Take in an epoch, before its first step; `metrics` are new. Returns those that its steps add to."""
+        held = (model, criterion, optimizer, numbers_of([model, criterion]))
+        if held == self.held and batches.source is self.batches.source:
             self.batches.take_draws(batches)
             self.metrics.reset()
         else:
             self._forget()
-            self.frozen, self.batches, self.metrics = frozen, batches, metrics
+            self.held, self.batches, self.metrics = held, batches, metrics
         return self.metrics
 
     def steps(self, step: Step) -> Iterator[int]:
         """Train the batches of the epoch; yields the size of each when it is queued on the device."""
-        told = self._told()
         for size in self.batches.sizes:
-            before, told = told, self._told()
-            if told != before:  # a schedule that moves from step to step
+            before, self.told = self.told, self._told()
+            if self.told != before:  # another epoch's, or a schedule that moves from step to step
                 self._forget()
             if self.warm[size] >= WARM_UP and size not in self.graphs and not self.failed:
                 self._capture(step, size)
@@ -94,9 +85,8 @@ class StepGraph:
         self.warm.clear()
 
     def _told(self):
-        """What the optimizers are told, beside their parameters."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        _, _, optimizer, _ = self.held
+        return [{k: value for k, value in group.items() if k != "params"} for group in optimizer.param_groups]
 
     def _run(self, step, size):
         """One step, kernel by kernel."""
@@ -110,11 +100,11 @@ class StepGraph:
         """The step as Python code; gives up graphs where it does on the host what a replayed one would not."""
         if self.failed:
             return step(*self.batches.take(size))
-        before = host_state(self.modules)
+        before = host_state(self.held[:2])
         step(*self.batches.take(size))
         self.warm[size] += 1
         if self.warm[size] > 1:
-            after = host_state(self.modules)
+            after = host_state(self.held[:2])
             changes = [what for what in after if after[what] != before.get(what)]
             if changes:
                 self._give_up(f"each step {changes[0]}, which a CUDA graph would freeze")

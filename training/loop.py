@@ -64,8 +64,7 @@ def train_one_epoch(
     precision = precision or Precision()
     metrics = MetricAccumulator(num_classes, next(model.parameters()).device, by_class=False)
     if graph is not None and isinstance(batches, TrainEpoch):
-        told = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-        metrics = graph.hold(batches, metrics, (model, criterion, optimizer, told, precision.dtype, num_classes))
+        metrics = graph.hold(batches, metrics, model, criterion, optimizer)
     else:
         graph = None  # for images that are not drawn from memory
 

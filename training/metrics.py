@@ -18,19 +18,16 @@ class MetricAccumulator:
     All accuracies are percentages.
 
     Args:
-        confusion: keep the confusion matrix, up to `MAX_CONFUSION_CLASSES` classes.
-        by_class: count each class; without it there is no `per_class()`, and no confusion matrix.
+        by_class: count each class, and the confusion matrix; without it there is no `per_class()`.
     """
 
-    def __init__(
-        self, num_classes: int, device: torch.device | str, confusion: bool = True, by_class: bool = True
-    ) -> None:
+    def __init__(self, num_classes: int, device: torch.device | str, by_class: bool = True) -> None:
         self.num_classes, self.by_class = num_classes, by_class
         self.batches = self.seen = 0
         self.loss = torch.zeros((), device=device, dtype=torch.float64)
         self.hits = torch.zeros(min(5, num_classes), device=device, dtype=torch.int64)  # of each place in the ranking
         self.finite = torch.zeros((), device=device, dtype=torch.int64)  # batches before the first non-finite loss
-        self.confusion = confusion and num_classes <= MAX_CONFUSION_CLASSES
+        self.confusion = num_classes <= MAX_CONFUSION_CLASSES
         rows = num_classes if self.confusion else 2
         self.table = torch.zeros(rows * num_classes, device=device, dtype=torch.int64)
         self.factors = torch.zeros(2, num_classes, device=device, dtype=torch.float64)  # sums by class, and counts
@@ -95,17 +92,13 @@ class MetricAccumulator:
         return accuracy, table.tolist() if self.confusion else None
 
 
-def mean_accuracy(per_class: Sequence[float | None], labels: Sequence[int] | None = None) -> float | None:
-    """Mean accuracy over the given classes (all: None); None where there is none."""
-    chosen = (per_class[k] for k in (range(len(per_class)) if labels is None else labels))
-    values = [value for value in chosen if value is not None]
-    return sum(values) / len(values) if values else None
-
-
 def group_accuracy(per_class: Sequence[float | None], class_counts: Sequence[int]) -> dict[str, float | None]:
-    """dict(class_mean, many, medium, few): means of class accuracies; None for an empty group."""
-    by_group = {name: mean_accuracy(per_class, labels) for name, labels in groups(class_counts).items()}
-    return {"class_mean": mean_accuracy(per_class), **by_group}
+    """dict(class_mean, many, medium, few): means over the classes that have images; None for an empty group."""
+    means: dict[str, float | None] = {}
+    for name, labels in {"class_mean": range(len(per_class)), **groups(class_counts)}.items():
+        values = [accuracy for accuracy in (per_class[k] for k in labels) if accuracy is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return means
 
 
 def macro_f1(per_class: Sequence, confusion: Sequence | None, class_counts: Sequence[int]) -> float | None:

@@ -81,16 +81,13 @@ class Recipe:
         return "\n".join(",".join(map(str, row)) for row in [["epoch_from_0", *names], *rows])
 
     def criterion(self, stage: Stage, class_counts: Sequence[int]) -> Loss:
-        """The criterion of a stage, see losses.py."""
-        return registry.build_criterion(stage, self.constants, class_counts)
-
-    def sampling_rates(self, stage: Stage, class_counts: Sequence[int]) -> Tensor | None:
-        """The rate at which an image of each class is drawn, (K,) float64, or None for a shuffle."""
-        return registry.sampling_rates(stage, self.constants, class_counts)
+        """The criterion of a stage: criterion(logits, target, features), see losses.py."""
+        weights = registry.call(registry.CLASS_WEIGHTS[stage.class_weights], self.constants, class_counts)
+        return registry.call(registry.LOSSES[stage.loss].build, self.constants, class_counts, weights)
 
     def image_rates(self, stage: Stage, class_counts: Sequence[int], targets: Tensor) -> Tensor | None:
         """The rate at which each image is drawn, (N,) float64, or None for a shuffle; targets (N,)."""
-        rates = self.sampling_rates(stage, class_counts)
+        rates = registry.call(registry.SAMPLERS[stage.sampler], self.constants, class_counts)
         return None if rates is None else rates[targets.cpu()]
 
     def constants_at(self, epoch: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ constants that it depends on, which are settings (experiment/settings.py).
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,12 +32,11 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class LossEntry:
-    """build: criterion from (class counts, class weights or None, the constants by name); needs_features: it is called
-    with the features too; first_phase_ce: plain CE before `start_ib_epoch`; normalised_head: for a cosine head.
+    """build: criterion from (class counts, class weights or None, the constants by name); first_phase_ce: plain CE
+    before `start_ib_epoch`; normalised_head: for a cosine head.
     """
 
     build: Callable[..., losses.Loss]
-    needs_features: bool = False
     first_phase_ce: bool = False
     normalised_head: bool = False
     help: str = ""
@@ -83,7 +82,6 @@ LOSSES: dict[str, LossEntry] = {
         lambda counts, weight, alpha, epsilon, ib_norm, detach_ib, auto_target, auto_ratio: losses.IBLoss(
             weight, alpha, epsilon, ib_norm, detach_ib, auto_target, auto_ratio
         ),
-        needs_features=True,
         first_phase_ce=True,
         help="influence-balanced loss after a phase of CE",
     ),
@@ -91,7 +89,6 @@ LOSSES: dict[str, LossEntry] = {
         lambda counts, weight, alpha, gamma, epsilon, ib_norm, detach_ib, auto_target, auto_ratio: losses.IB_FocalLoss(
             weight, alpha, gamma, epsilon, ib_norm, detach_ib, auto_target=auto_target, auto_ratio=auto_ratio
         ),
-        needs_features=True,
         first_phase_ce=True,
         help="IB with the focal loss inside, after a phase of CE",
     ),
@@ -130,31 +127,22 @@ RULES: dict[str, RuleEntry] = {
 
 def constants_of(stage: Stage) -> tuple[str, ...]:
     """Names of the constants on which the stage's loss, class weights and sampler depend, each once."""
-    names = [*LOSSES[stage.loss].constants]
-    for function in (CLASS_WEIGHTS[stage.class_weights], SAMPLERS[stage.sampler]):
-        names += _further_parameters(function, 1)
-    return tuple(dict.fromkeys(names))
+    return _names([LOSSES[stage.loss]], [CLASS_WEIGHTS[stage.class_weights], SAMPLERS[stage.sampler]])
 
 
 def all_constants() -> tuple[str, ...]:
     """Names of the constants of all losses, class weights and samplers, each once."""
-    names = [name for entry in LOSSES.values() for name in entry.constants]
-    names += [name for f in (*CLASS_WEIGHTS.values(), *SAMPLERS.values()) for name in _further_parameters(f, 1)]
+    return _names(LOSSES.values(), [*CLASS_WEIGHTS.values(), *SAMPLERS.values()])
+
+
+def _names(entries, functions):
+    names = [name for entry in entries for name in entry.constants]
+    names += [name for function in functions for name in _further_parameters(function, 1)]
     return tuple(dict.fromkeys(names))
 
 
-def build_criterion(stage: Stage, constants: Mapping[str, Any], class_counts: Sequence[int]) -> losses.Loss:
-    """The criterion of a stage: criterion(logits, target, features), see losses.py."""
-    weights = _call(CLASS_WEIGHTS[stage.class_weights], constants, class_counts)
-    return _call(LOSSES[stage.loss].build, constants, class_counts, weights)
-
-
-def sampling_rates(stage: Stage, constants: Mapping[str, Any], class_counts: Sequence[int]) -> Tensor | None:
-    """The rate at which an image of each class is drawn, (K,) float64, or None for a shuffle."""
-    return _call(SAMPLERS[stage.sampler], constants, class_counts)
-
-
-def _call(function, constants, *args):
+def call(function: Callable, constants: Mapping[str, Any], *args: Any) -> Any:
+    """What an entry's function makes of `args` and of the constants that it depends on."""
     return function(*args, **{name: constants[name] for name in _further_parameters(function, len(args))})
 
 

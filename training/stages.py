@@ -50,17 +50,14 @@ class Stages:
         if before is None or (before.loss, before.class_weights) != (stage.loss, stage.class_weights):
             if before is not None:
                 self._state = self._criterion.state_dict() if before.loss == stage.loss else {}
-            self._criterion = self._criterion_of(stage)
+            criterion = self.recipe.criterion(stage, self.class_counts)
+            if self._state:
+                criterion.load_state_dict(self._state)
+            self._criterion = criterion.to(next(self.model.parameters()).device)
         if before is None or before.trains != stage.trains:
             self._trained = self._trained_in(stage)
         self._stage = stage
         return self._criterion, self._trained
-
-    def _criterion_of(self, stage):
-        criterion = self.recipe.criterion(stage, self.class_counts)
-        if self._state:
-            criterion.load_state_dict(self._state)
-        return criterion.to(next(self.model.parameters()).device)
 
     def _trained_in(self, stage):
         part: torch.nn.Module = models.HeadOnly(self.model) if stage.trains == "head" else self.model
@@ -79,7 +76,11 @@ class Stages:
 def redraw_head(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> None:
     """Give the model a head that has learnt nothing: weights from torch's random state, its optimizer state zero."""
     head: Any = model.get_submodule(models.head_name(model))
-    models.redraw(head)
+    if isinstance(head, models.NormedLinear):
+        fresh: torch.nn.Module = models.NormedLinear(*head.weight.shape)
+    else:
+        fresh = torch.nn.Linear(head.in_features, head.out_features, head.bias is not None)
+    head.load_state_dict(fresh.state_dict())  # drawn on the CPU, as every model is
     for parameter in head.parameters():
         for value in optimizer.state.get(parameter, {}).values():
             value.zero_()

@@ -27,7 +27,7 @@ def test_timm(capsys):
     assert scores[0] < 30 < scores[-1]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050", "convnext_atto"])
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "mobilenetv3_small_050"])
 def test_h_of_a_timm_model_is_the_input_of_its_last_layer(arch):
     timm = pytest.importorskip("timm")
     from examples.timm_example import logits_and_h

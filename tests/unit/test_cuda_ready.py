@@ -109,14 +109,12 @@ def test_an_evaluation_stays_on_the_device_and_reads_nothing():
         loop.evaluate(models.resnet20(2), fake_batches().eval_epoch(), [3, 1])
 
 
-@pytest.mark.parametrize(
-    ("side", "batch_size", "size"), [(32, 128, 4096), (64, 128, 1024), (224, 128, 128), (32, 8192, 8192)]
-)
-def test_larger_batches_are_evaluated_on_cuda(side, batch_size, size):
-    with FakeTensorMode():
-        batches = SimpleNamespace(targets=torch.zeros(10, device="cuda"), batch_size=batch_size)
-    assert loop.for_evaluation(batches, side).batch_size == size
-    assert batches.batch_size == batch_size, "the training batches are others"
+def test_larger_batches_are_evaluated_on_cuda():
+    for side, batch_size, size in ((32, 128, 4096), (64, 128, 1024), (224, 128, 128), (32, 8192, 8192)):
+        with FakeTensorMode():
+            batches = SimpleNamespace(targets=torch.zeros(10, device="cuda"), batch_size=batch_size)
+        assert loop.for_evaluation(batches, side).batch_size == size
+        assert batches.batch_size == batch_size, "the training batches are others"
 
 
 def test_a_checkpoints_state_is_on_the_cpu():
@@ -143,28 +141,26 @@ def numerics(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("deterministic", "tf32"), [(False, True), (False, False), (True, True)])
-def test_tf32_is_for_convolutions_alone_and_no_flag_fills_fresh_memory(deterministic, tf32, numerics):
-    set_determinism(deterministic, tf32)
-    assert torch.backends.cudnn.allow_tf32 is tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cudnn.benchmark is not deterministic
-    assert torch.backends.cudnn.deterministic is deterministic
-    assert torch.are_deterministic_algorithms_enabled() is deterministic
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+def test_tf32_is_for_convolutions_alone_and_no_flag_fills_fresh_memory(numerics):
+    for deterministic, tf32 in ((False, True), (False, False), (True, True)):
+        set_determinism(deterministic, tf32)
+        assert torch.backends.cudnn.allow_tf32 is tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.benchmark is not deterministic
+        assert torch.backends.cudnn.deterministic is deterministic
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
-@pytest.mark.parametrize(
-    ("capability", "allowed", "tf32"), [((8, 0), True, "on"), ((7, 5), True, "off"), ((9, 0), False, "off")]
-)
-def test_versions_say_whether_convolutions_use_tf32_and_name_the_driver(capability, allowed, tf32, numerics):
-    torch.backends.cudnn.allow_tf32 = allowed
-    card = mock.patch.multiple(torch.cuda, is_available=lambda: True, get_device_capability=lambda: capability)
-    smi = mock.patch("subprocess.run", return_value=mock.Mock(stdout="580.65.06\n"))
-    with card, smi, mock.patch("torch.backends.cudnn.version", return_value=92000):
-        facts = versions()
-    assert facts["tf32"] == tf32
-    assert facts["driver"] == "580.65.06"
+def test_versions_say_whether_convolutions_use_tf32_and_name_the_driver(numerics):
+    for capability, allowed, tf32 in (((8, 0), True, "on"), ((7, 5), True, "off"), ((9, 0), False, "off")):
+        torch.backends.cudnn.allow_tf32 = allowed
+        card = mock.patch.multiple(torch.cuda, is_available=lambda: True, get_device_capability=lambda c=capability: c)
+        smi = mock.patch("subprocess.run", return_value=mock.Mock(stdout="580.65.06\n"))
+        with card, smi, mock.patch("torch.backends.cudnn.version", return_value=92000):
+            facts = versions()
+        assert facts["tf32"] == tf32
+        assert facts["driver"] == "580.65.06"
 
 
 class NotDeterministic(torch.autograd.Function):

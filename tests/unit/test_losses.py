@@ -204,19 +204,16 @@ def assert_is_the_slow_formula(loss, inputs, **options):
     assert_same([dfeatures], [h.grad], rtol=tight, atol=1e-12)
 
 
-@pytest.mark.parametrize(("soft", "dense"), [("index", ()), ("index", (2, 2)), ("one-hot", ()), ("soft", (3,))])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_values_and_gradients_are_those_of_the_slow_formula(loss, soft, dense):
-    assert_is_the_slow_formula(loss, batch(soft, dense))
+def test_values_and_gradients_are_those_of_the_slow_formula(loss):
+    for soft, dense in (("index", ()), ("index", (2, 2)), ("one-hot", ()), ("soft", (3,))):
+        assert_is_the_slow_formula(loss, batch(soft, dense))
 
 
-@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", INFLUENCE_BALANCED)
-def test_slow_formula_of_the_norms(loss, norm):
-    for gamma, weight in ((1.0, WEIGHT), (2.0, torch.ones(5))):
-        for soft, detach in itertools.product(("index", "soft"), (False, True)):
-            inputs = batch(soft, seed=3)
-            assert_is_the_slow_formula(loss, inputs, gamma=gamma, weight=weight, norm=norm, detach=detach)
+def test_slow_formula_of_the_norms(loss):
+    for norm, soft, detach in itertools.product(NORMS, ("index", "soft"), (False, True)):
+        assert_is_the_slow_formula(loss, batch(soft, seed=3), gamma=2.0, norm=norm, detach=detach)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -230,23 +227,22 @@ def test_gradcheck(loss):
 # --------------------------------------------------------------------------------------------- the influence
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_influence_is_the_norm_of_the_last_layers_gradient(norm):
+def test_influence_is_the_norm_of_the_last_layers_gradient():
     torch.manual_seed(0)
     layer, hidden = nn.Linear(7, 5, dtype=torch.float64), torch.randn(1, 7, dtype=torch.float64)
-    for target in (torch.tensor([0]), torch.tensor([4]), torch.tensor([[0.6, 0.4, 0, 0, 0]], dtype=torch.float64)):
+    targets = (torch.tensor([0]), torch.tensor([4]), torch.tensor([[0.6, 0.4, 0, 0, 0]], dtype=torch.float64))
+    for norm, target in itertools.product(NORMS, targets):
         logits = layer(hidden)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, target), layer.weight)
         found = losses.influence(logits.detach(), target, row_norm(hidden, norm), norm)
         assert found.item() == pytest.approx(gradient.flatten().norm(ORDER[norm]).item(), rel=1e-10)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_influence_of_a_confident_hit_does_not_cancel(norm):
+def test_influence_of_a_confident_hit_does_not_cancel():
     logits, features = torch.tensor([[25.0, 0.0, 1.0], [12.0, 0.5, -3.0]]), torch.tensor([2.0, 3.0])
     index = torch.tensor([0, 0])
-    exact = losses.influence(logits.double(), index, features, norm)
-    for target in (index, F.one_hot(index, 3).float()):
+    for norm, target in itertools.product(NORMS, (index, F.one_hot(index, 3).float())):
+        exact = losses.influence(logits.double(), index, features, norm)
         found = losses.influence(logits, target, features, norm)
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 
@@ -281,12 +277,10 @@ def test_gradient_of_the_attached_and_of_the_detached_factor():
 # ------------------------------------------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
-def test_losses_at_their_limits_are_other_losses(weight):
-    inputs = batch()
-    rows = torch.ones(5) if weight is None else weight
+def test_losses_at_their_limits_are_other_losses():
+    inputs, weight = batch(), WEIGHT
     ce = value_and_gradients(CrossEntropyLoss(weight), *inputs)
-    mean = (rows[inputs[1]] * F.cross_entropy(*inputs[:2], reduction="none")).mean()
+    mean = (weight[inputs[1]] * F.cross_entropy(*inputs[:2], reduction="none")).mean()
     torch.testing.assert_close(FocalLoss(weight)(*inputs), 10 * mean)  # the official scale of 10
     torch.testing.assert_close(FocalLoss(weight, scale=1.0)(*inputs), mean)
     torch.testing.assert_close(IBLoss(weight, 2.0, 1.0, "none", raw_features=True)(*inputs), 2 * mean)
@@ -300,24 +294,18 @@ def test_losses_at_their_limits_are_other_losses(weight):
         assert_same(focal, value_and_gradients(build("IB", weight, norm=norm), *inputs))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_weights_of_one_are_no_weights_and_a_mean_divides_as_published(loss):
+def test_weights_of_one_are_no_weights_and_a_mean_divides_as_published():
     inputs = batch()
-    plain, one, three = (build(loss, w, gamma=0.0) for w in (None, torch.ones(5), torch.full((5,), 3.0)))
-    assert_same(value_and_gradients(one, *inputs), value_and_gradients(plain, *inputs))
-    torch.testing.assert_close(three(*inputs), (1 if loss in DIVIDES_BY_WEIGHTS else 3) * plain(*inputs))
+    for loss in LOSSES:
+        plain, one, three = (build(loss, w, gamma=0.0) for w in (None, torch.ones(5), torch.full((5,), 3.0)))
+        assert_same(value_and_gradients(one, *inputs), value_and_gradients(plain, *inputs))
+        torch.testing.assert_close(three(*inputs), (1 if loss in DIVIDES_BY_WEIGHTS else 3) * plain(*inputs))
 
 
 def test_focal_factor_of_a_small_cross_entropy_does_not_cancel():
     ce = torch.tensor([1e-12, 1e-8, 3e-7, 1e-4])
     for gamma in (0.5, 1.0, 2.0):
         torch.testing.assert_close(losses._focal_factor(ce, gamma), ce**gamma, rtol=3e-4, atol=0)
-
-
-def test_the_loss_is_proportional_to_alpha():
-    for loss in INFLUENCE_BALANCED:
-        one, many = (build(loss, alpha=alpha)(*batch()).item() for alpha in (1.0, 1024.0))
-        assert many == one * 1024
 
 
 # ------------------------------------------------------------------------------------ extremes and precision
@@ -351,23 +339,23 @@ def test_extremes_are_finite(loss):
             assert dlogits.isfinite().all()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_perfect_hit_costs_nothing_and_a_huge_miss_its_margin(loss):
-    equal = [1, 1, 1]
-    criterion = {
-        "LDAM": LDAMLoss(equal, max_m=0.0, s=1), "BS": losses.BalancedSoftmaxLoss(equal),
-        "LA": LogitAdjustedLoss(equal), "VS": VSLoss(equal),
-    }.get(loss) or build(loss, None, gamma=0.0, alpha=1.0)  # fmt: skip
+def test_a_perfect_hit_costs_nothing_and_a_huge_miss_its_margin():
     hit, miss = torch.tensor([[1e4, -1e4, -1e4]]), torch.tensor([[-1e4, 1e4, -1e4]])
-    values = [criterion(z, torch.tensor([0]), torch.ones(1, 1)).item() for z in (hit, miss)]
-    expected = {"Focal": 2e5, "IB": 2e4 / 2.001, "IBFocal": 2e4 / 2.001}.get(loss, 2e4)
-    assert values == [0, pytest.approx(expected, rel=1e-5)]
+    for criterion, expected in (
+        (CrossEntropyLoss(), 2e4),
+        (FocalLoss(), 2e5),
+        (LDAMLoss([1, 1, 1], max_m=0.0, s=1), 2e4),
+        (VSLoss([1, 1, 1]), 2e4),
+        (IBLoss(alpha=1.0), 2e4 / 2.001),
+    ):
+        values = [criterion(z, torch.tensor([0]), torch.ones(1)).item() for z in (hit, miss)]
+        assert values == [0, pytest.approx(expected, rel=1e-5)]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_compute_in_float32_at_least_whatever_autocast_says(loss):
     criterion = build(loss, alpha=1.0)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    for dtype in (torch.float16, torch.float64):
         for soft in ("index", "soft"):
             logits, target, features = batch(soft, dtype=dtype)
             wide = dtype if dtype == torch.float64 else torch.float32
@@ -392,9 +380,8 @@ def test_autocast_is_off_inside_a_loss():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loss", LOSSES)
-def test_cuda_agrees_with_the_cpu(loss):
-    for soft in ("index", "soft"):
+def test_cuda_agrees_with_the_cpu():
+    for loss, soft in itertools.product(LOSSES, ("index", "soft")):
         inputs, criterion = batch(soft), build(loss)
         expected = value_and_gradients(criterion, *inputs)
         with torch.autocast("cuda", dtype=torch.float16):

@@ -13,57 +13,54 @@ from training.registry import CLASS_WEIGHTS, LOSSES, RULES, SAMPLERS, LossEntry,
 COUNTS = [50, 10, 5]
 
 
+MADE = recipe(constants=CONSTANTS)
+
+
 def stage(loss="CE", class_weights="none", sampler="none"):
     return Stage(0.1, loss, class_weights, sampler)
 
 
-def test_every_entry_says_what_its_criterion_needs():
+def criterion_of(*names, counts=COUNTS):
+    return MADE.criterion(stage(*names), counts)
+
+
+def class_rates(sampler, counts=COUNTS, made=MADE):
+    """The rate at which an image of each class is drawn."""
+    return made.image_rates(stage(sampler=sampler), counts, torch.arange(len(counts)))
+
+
+def test_every_entry_builds_a_criterion_from_its_constants():
     for name, entry in LOSSES.items():
-        criterion = registry.build_criterion(stage(name, "IB"), CONSTANTS, COUNTS)
-        assert criterion.needs_features == entry.needs_features
+        criterion = criterion_of(name, "IB")
         assert criterion.weight.tolist() == losses.inverse_frequency_weights(COUNTS).tolist()
         assert set(entry.constants) <= set(CONSTANTS)
         assert entry.help
         assert criterion(torch.zeros(3, 3), torch.tensor([0, 1, 2]), torch.ones(3)).isfinite()
-
-
-def test_which_losses_have_a_first_phase_and_which_a_normalised_head():
     assert [name for name, entry in LOSSES.items() if entry.first_phase_ce] == ["IB", "IBFocal"]
-    assert [name for name, entry in LOSSES.items() if entry.needs_features] == ["IB", "IBFocal"]
     assert [name for name, entry in LOSSES.items() if entry.normalised_head] == ["LDAM"]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "attributes"),
-    [
-        ("CE", losses.CrossEntropyLoss, {}),
-        ("Focal", losses.FocalLoss, {"gamma": 2.0, "scale": 3.0}),
-        ("LDAM", losses.LDAMLoss, {"s": 20.0}),
-        ("BS", losses.BalancedSoftmaxLoss, {"tau": 1.0}),
-        ("LA", losses.LogitAdjustedLoss, {"tau": 0.9}),
-        ("VS", losses.VSLoss, {"tau": 0.6}),
-        ("IB", losses.IBLoss, {"alpha": 7.0, "epsilon": 1e-2, "norm": "l2", "detach": True, "auto_target": "ce"}),
-        (
-            "IBFocal",
-            losses.IB_FocalLoss,
-            {"alpha": 7.0, "gamma": 2.0, "epsilon": 1e-2, "norm": "l2", "detach": True, "auto_target": "ce"},
-        ),
-    ],
-)
-def test_constants_reach_the_criterion(name, kind, attributes):
-    criterion = registry.build_criterion(stage(name), CONSTANTS, COUNTS)
-    assert type(criterion) is kind
-    assert criterion.weight is None
-    assert {key: getattr(criterion, key) for key in attributes} == attributes
+IB = {"alpha": 7.0, "epsilon": 1e-2, "norm": "l2", "detach": True, "auto_target": "ce"}
+ATTRIBUTES = {
+    "CE": (losses.CrossEntropyLoss, {}),
+    "Focal": (losses.FocalLoss, {"gamma": 2.0, "scale": 3.0}),
+    "LDAM": (losses.LDAMLoss, {"s": 20.0}),
+    "BS": (losses.BalancedSoftmaxLoss, {"tau": 1.0}),
+    "LA": (losses.LogitAdjustedLoss, {"tau": 0.9}),
+    "VS": (losses.VSLoss, {"tau": 0.6}),
+    "IB": (losses.IBLoss, IB),
+    "IBFocal": (losses.IB_FocalLoss, {**IB, "gamma": 2.0}),
+}
 
 
-def test_constants_reach_the_buffers():
-    ldam = registry.build_criterion(stage("LDAM"), CONSTANTS, COUNTS)
-    assert torch.equal(ldam.margins, losses.LDAMLoss(COUNTS, 0.4).margins)
-    vs = registry.build_criterion(stage("VS"), CONSTANTS, COUNTS)
-    assert torch.equal(vs.scale, losses.VSLoss(COUNTS, 0.1).scale)
-    control = registry.build_criterion(stage("IB"), {**CONSTANTS, "ib_norm": "none", "auto_target": "ib"}, COUNTS)
-    assert (control.norm, control.auto_target) == ("none", "ib")
+def test_constants_reach_the_criterion():
+    for name, (kind, attributes) in ATTRIBUTES.items():
+        criterion = criterion_of(name)
+        assert type(criterion) is kind
+        assert criterion.weight is None
+        assert {key: getattr(criterion, key) for key in attributes} == attributes
+    assert torch.equal(criterion_of("LDAM").margins, losses.LDAMLoss(COUNTS, 0.4).margins)
+    assert torch.equal(criterion_of("VS").scale, losses.VSLoss(COUNTS, 0.1).scale)
 
 
 def test_every_rule_is_made_of_what_there_is():
@@ -76,24 +73,23 @@ def test_every_rule_is_made_of_what_there_is():
 
 
 def test_class_weights_and_rates():
-    weights = {name: registry.build_criterion(stage("CE", name), CONSTANTS, COUNTS).weight for name in CLASS_WEIGHTS}
+    weights = {name: criterion_of("CE", name).weight for name in CLASS_WEIGHTS}
     assert weights["none"] is None
     assert weights["CB"].tolist() == losses.effective_number_weights(COUNTS, 0.99).tolist()
     assert weights["IB"].tolist() == losses.inverse_frequency_weights(COUNTS).tolist()
-    assert registry.sampling_rates(stage(), CONSTANTS, COUNTS) is None
-    rates = registry.sampling_rates(stage(sampler="Resample"), CONSTANTS, COUNTS)
+    assert class_rates("none") is None
+    rates = class_rates("Resample")
     assert rates.dtype == torch.float64
     assert rates.tolist() == losses.effective_number_rates(COUNTS, 0.99).tolist()
 
 
 def test_class_balanced_sampling_draws_every_class_equally_often_and_effective_numbers_do_not():
-    counts = torch.tensor([5000.0, 500.0, 50.0, 1.0], dtype=torch.float64)
-    rates = registry.sampling_rates(stage(sampler="Balanced"), CONSTANTS, counts.int().tolist())
+    numbers = [5000, 500, 50, 1]
+    counts, rates = torch.tensor(numbers, dtype=torch.float64), class_rates("Balanced", numbers)
     assert rates.dtype == torch.float64
     shares = counts * rates / (counts * rates).sum()
     torch.testing.assert_close(shares, torch.full((4,), 0.25, dtype=torch.float64), rtol=1e-6, atol=0)
-    effective = {**CONSTANTS, "beta": 0.9999}
-    shares = counts * registry.sampling_rates(stage(sampler="Resample"), effective, counts.int().tolist())
+    shares = counts * class_rates("Resample", numbers, recipe(constants={**CONSTANTS, "beta": 0.9999}))
     assert (shares / shares.sum()).tolist() == pytest.approx([0.2958, 0.2385, 0.2333, 0.2325], abs=1e-3)
 
 
