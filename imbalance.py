@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from utils import UsageError
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -37,7 +39,7 @@ def class_counts(available: Sequence[int], imb_type: str = "exp", imb_factor: fl
         list of K ints, all at least 1.
 
     Raises:
-        ValueError: unknown type, factor outside (0, 1], or a class that would be left empty.
+        UsageError: unknown type, factor outside (0, 1], or a class that would be left empty.
 
     >>> class_counts([5000] * 10, "exp", 0.01)
     [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -46,9 +48,9 @@ def class_counts(available: Sequence[int], imb_type: str = "exp", imb_factor: fl
     """
     available = [int(n) for n in available]
     if imb_type not in IMB_TYPES:
-        raise ValueError(f"unknown imbalance type {imb_type!r}: choose from {', '.join(IMB_TYPES)}")
+        raise UsageError(f"unknown imbalance type {imb_type!r}: choose from {', '.join(IMB_TYPES)}")
     if not 0 < imb_factor <= 1:
-        raise ValueError(f"the imbalance factor must lie in (0, 1], got {imb_factor}")
+        raise UsageError(f"the imbalance factor must lie in (0, 1], got {imb_factor}")
     n_max, num_classes = max(available), len(available)
     if imb_type == "exp":
         wanted = [int(n_max * imb_factor ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
@@ -60,7 +62,7 @@ def class_counts(available: Sequence[int], imb_type: str = "exp", imb_factor: fl
     counts = [min(n, m) for n, m in zip(wanted, available, strict=True)]
     empty = [k for k, n in enumerate(counts) if n < 1]
     if empty:
-        raise ValueError(
+        raise UsageError(
             f"imbalance factor {imb_factor} leaves {len(empty)} of {num_classes} classes empty "
             f"(the first is class {empty[0]}; the largest class has {n_max} images)"
         )
@@ -81,27 +83,12 @@ def choose(targets: npt.ArrayLike, counts: Sequence[int], rand_number: int = 0) 
     Returns:
         (sum(counts),) int64 array of indices into `targets`.
     """
-    shuffled = _shuffled(targets, len(counts), rand_number)
-    return np.concatenate([indices[:count] for indices, count in zip(shuffled, counts, strict=True)])
-
-
-def choose_left_out(targets: npt.ArrayLike, counts: Sequence[int], limit: int, rand_number: int = 0) -> np.ndarray:
-    """Indices of up to `limit` images of each class that `choose` leaves out: the next ones of its shuffle.
-
-    Args and order as `choose`. A class that has no further image gives none.
-    """
-    shuffled = _shuffled(targets, len(counts), rand_number)
-    return np.concatenate([indices[n : n + limit] for indices, n in zip(shuffled, counts, strict=True)])
-
-
-def _shuffled(targets, num_classes, rand_number):
-    """The indices of each class, shuffled."""
     targets = np.asarray(targets, dtype=np.int64)
     generator = np.random.RandomState(rand_number)
-    by_class = [np.where(targets == label)[0] for label in range(num_classes)]
+    by_class = [np.where(targets == label)[0] for label in range(len(counts))]
     for indices in by_class:
         generator.shuffle(indices)
-    return by_class
+    return np.concatenate([indices[:count] for indices, count in zip(by_class, counts, strict=True)])
 
 
 def hold_out(targets: npt.ArrayLike, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -118,10 +105,10 @@ def hold_out(targets: npt.ArrayLike, fraction: float, seed: int = 0) -> tuple[np
         (train, validation): two sorted int64 arrays that partition range(N).
 
     Raises:
-        ValueError: a fraction outside [0, 1), or over 0 where no class has two images.
+        UsageError: a fraction outside [0, 1), or over 0 where no class has two images.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"the held-out fraction must lie in [0, 1), got {fraction}")
+        raise UsageError(f"the held-out fraction must lie in [0, 1), got {fraction}")
     targets = np.asarray(targets, dtype=np.int64)
     generator = np.random.RandomState(seed)
     held = []
@@ -132,7 +119,7 @@ def hold_out(targets: npt.ArrayLike, fraction: float, seed: int = 0) -> tuple[np
         held.append(indices[: min(size, len(indices) - 1)])
     validation = np.sort(np.concatenate(held))
     if fraction and not len(validation):
-        raise ValueError("no class has two images, one to train on and one to hold out")
+        raise UsageError("no class has two images, one to train on and one to hold out")
     return np.setdiff1d(np.arange(len(targets)), validation), validation
 
 
@@ -199,12 +186,12 @@ class LabelledImages:
         return part
 
     def hold_out(self, fraction: float) -> "tuple[Self, Self]":
-        """(training part, held-out part), see the function `hold_out`. Raises ValueError."""
+        """(training part, held-out part), see the function `hold_out`. Raises UsageError."""
         kept, held = hold_out(self.targets, fraction)
         return self.subset(kept), self.subset(held)
 
     def make_imbalanced(self, imb_type: str, imb_factor: float, rand_number: int) -> None:
-        """Keep a long-tailed choice, in place; see `class_counts` and `choose`. Raises ValueError."""
+        """Keep a long-tailed choice, in place; see `class_counts` and `choose`. Raises UsageError."""
         counts = class_counts(self.get_cls_num_list(), imb_type, imb_factor)
         self._keep(choose(self.targets, counts, rand_number))
         self.tail = (imb_type, imb_factor, rand_number)
@@ -213,20 +200,23 @@ class LabelledImages:
         """Up to `limit` images of each class that `make_imbalanced` left out, read again from `root`.
 
         Raises:
-            ValueError: an imbalance that is the data's own, or that leaves out no image.
+            UsageError: an imbalance that is the data's own, or that leaves out no image.
         """
         imb_type, imb_factor, rand_number = self.tail or ("none", 1.0, 0)
         if imb_type == "none":
-            raise ValueError(
+            raise UsageError(
                 "no image was left out: the imbalance is the data's own (--imb_type exp or step makes one)"
             )
-        whole = type(self)(self.root, "none")  # type: ignore[attr-defined, call-arg]
-        place = np.argsort(whole.chosen)  # of each image in `whole`, which is ordered by class
-        targets = np.asarray(whole.targets)[place]
-        counts = class_counts(count_classes(targets, self.num_classes), imb_type, imb_factor)
-        part = whole.subset(place[choose_left_out(targets, counts, limit, rand_number)])
+        # class after class, each in the order of the choice: what is kept comes first
+        whole = type(self)(self.root, "none", rand_number=rand_number)  # type: ignore[attr-defined, call-arg]
+        available = whole.get_cls_num_list()
+        by_class = np.split(np.arange(len(whole.targets)), np.cumsum(available)[:-1])
+        counts = class_counts(available, imb_type, imb_factor)
+        part = whole.subset(
+            np.concatenate([indices[n : n + limit] for indices, n in zip(by_class, counts, strict=True)])
+        )
         if not part.targets:
-            raise ValueError(f"no image was left out: --imb_factor {imb_factor} keeps all")
+            raise UsageError(f"no image was left out: --imb_factor {imb_factor} keeps all")
         return part
 
     def _keep(self, positions):
@@ -241,7 +231,7 @@ class InMemoryImages(LabelledImages):
     data: np.ndarray
 
     def make_split(self, train: bool, imb_type: str, imb_factor: float, rand_number: int) -> None:
-        """Make the training part long-tailed, in place; the test part stays whole. Raises ValueError."""
+        """Make the training part long-tailed, in place; the test part stays whole. Raises UsageError."""
         self.chosen = np.arange(len(self.targets))
         if train:
             self.make_imbalanced(imb_type, imb_factor, rand_number)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from files import folder_lock
 from imbalance import InMemoryImages
-from utils import DataError, UsageError
+from utils import DataError
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -29,7 +29,7 @@ class IMBALANCECIFAR10(InMemoryImages, torchvision.datasets.CIFAR10):
         transform, target_transform, download: as torchvision's.
 
     Raises:
-        ValueError: see `imbalance.class_counts`. RuntimeError: the data are missing or damaged.
+        UsageError: see `imbalance.class_counts`. RuntimeError: the data are missing or damaged.
     """
 
     mean, std, image_size = CIFAR_MEAN, CIFAR_STD, 32
@@ -53,23 +53,20 @@ class IMBALANCECIFAR100(IMBALANCECIFAR10, torchvision.datasets.CIFAR100):
 class IMBALANCEDIGITS(InMemoryImages, Dataset):
     """1,797 handwritten digits of 8 x 8 pixels as 32 x 32 x 3 uint8, 30 % of them (stratified, fixed) for testing.
 
-    Arguments as IMBALANCECIFAR10; `root` and `download` are not used. CIFAR's mean and std serve these images too.
+    Arguments as IMBALANCECIFAR10; `root` and `download` are not used.
     """
 
     mean, std, image_size = CIFAR_MEAN, CIFAR_STD, 32
     cls_num = 10
     flip = False  # a mirrored 2 is no digit
-    TEST_SHARE, SPLIT_SEED = 0.3, 0
 
     def __init__(
         self, root: str | os.PathLike | None = None, imb_type: str = "exp", imb_factor: float = 0.01,
-        rand_number: int = 0, train: bool = True, transform: Callable | None = None,
-        target_transform: Callable | None = None, download: bool = False,
+        rand_number: int = 0, train: bool = True, transform: Callable | None = None, download: bool = False,
     ) -> None:  # fmt: skip
-        self.root, self.train = root, train
-        self.transform, self.target_transform = transform, target_transform
+        self.root, self.train, self.transform = root, train, transform
         self.classes = [str(digit) for digit in range(10)]
-        self.data, self.targets = _digits(train, self.TEST_SHARE, self.SPLIT_SEED)
+        self.data, self.targets = _digits(train)
         self.make_split(train, imb_type, imb_factor, rand_number)
 
     def __len__(self) -> int:
@@ -78,21 +75,18 @@ class IMBALANCEDIGITS(InMemoryImages, Dataset):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         from PIL import Image
 
-        image, target = Image.fromarray(self.data[index]), self.targets[index]
-        image = self.transform(image) if self.transform else image
-        return image, self.target_transform(target) if self.target_transform else target
+        image = Image.fromarray(self.data[index])
+        return self.transform(image) if self.transform else image, self.targets[index]
 
 
-def _digits(train, test_share, seed):
+def _digits(train):
     """One part of the digits: images (N, 32, 32, 3) uint8, a list of labels."""
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    parts = train_test_split(
-        np.arange(len(digits.target)), test_size=test_share, stratify=digits.target, random_state=seed
-    )
+    parts = train_test_split(np.arange(len(digits.target)), test_size=0.3, stratify=digits.target, random_state=0)
     indices = np.sort(parts[0] if train else parts[1])
     grey = np.round(digits.images[indices] * (255 / 16)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)) for image in grey]
@@ -116,8 +110,6 @@ def load(
         with contextlib.nullcontext() if name == "digits" else folder_lock(data_dir):
             train = dataset(data_dir, imb_type, imb_factor, rand_number, download=True)
         return train, dataset(data_dir, train=False)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     except (RuntimeError, OSError, EOFError) as error:
         archive = getattr(dataset, "filename", "its files")
         raise DataError(

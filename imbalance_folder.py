@@ -36,9 +36,8 @@ CSV_HEADER = ("image", "label")
 #: Largest share of damaged images that is left out.
 MAX_DAMAGED = 0.05
 
-
-# Pillow's own warning from 89 megapixels on does not name the file; from 179 on it refuses
-warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+# Pillow warns of large images, palettes and odd EXIF data without the file's name, and decodes them all the same
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageSet(LabelledImages):
@@ -63,23 +62,9 @@ class ImageSet(LabelledImages):
         """(path, label) of each image, as ImageFolder has them."""
         return list(zip(self.paths, self.targets, strict=True))
 
-    def long_tailed(self, imb_type: str, imb_factor: float, rand_number: int) -> "ImageSet":
-        """A data set with the imbalance of `imbalance.class_counts`; 'none' keeps the one that the data have.
-
-        Raises:
-            UsageError: see `imbalance.class_counts`.
-        """
-        tailed = self.subset(np.arange(len(self.paths)))
-        try:
-            if imb_type != "none":
-                tailed.make_imbalanced(imb_type, imb_factor, rand_number)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        return tailed
-
     def left_out(self, limit: int) -> "ImageSet":
-        """Not here. Raises ValueError."""
-        raise ValueError("left-out images are for CIFAR, the digits and Tiny ImageNet: use --val_fraction")
+        """Not here. Raises UsageError."""
+        raise UsageError("left-out images are for CIFAR, the digits and Tiny ImageNet: use --val_fraction")
 
     def _keep(self, positions):
         super()._keep(positions)
@@ -101,16 +86,11 @@ def share_to_test(
     """
     if val_list and not train_list:
         raise UsageError("--val_list needs --train_list")
-    own = _test_source(data_dir, train_list, val_list)
+    share = test_fraction or val_fraction
+    own = _test_source(data_dir, train_list, val_list, share)
     if own and test_fraction:
         raise UsageError(f"--test_fraction {test_fraction:g}: the test images are those of {own}")
-    if own or test_fraction or val_fraction:
-        return 0.0 if own else test_fraction or val_fraction
-    wanted = "--val_list" if train_list else f"val/ or test/ in {data_dir}"
-    raise UsageError(
-        f"no {wanted}: --val_fraction F holds out two parts of the training images, one to choose the best epoch, one "
-        "to test on"
-    )
+    return 0.0 if own else share
 
 
 def load(
@@ -122,11 +102,10 @@ def load(
     """(training set, test set) of the folders below data_dir, or of two lists of files below it.
 
     Args:
-        imb_type, imb_factor, rand_number: see `ImageSet.long_tailed`.
+        imb_type, imb_factor, rand_number: see `imbalance.class_counts`; 'none' keeps the imbalance that the data have.
         test_fraction: share of each class of the training images that is the test set, see `share_to_test`.
         train_list, val_list: see `read_list`.
-        check_images: decode every image now, with `workers` threads.
-        skip_damaged: the same, and leave out those that cannot be decoded, see `check_all`.
+        check_images, skip_damaged: decode every image now, with `workers` threads, see `check_all`.
         exif: see `open_image`.
         mean, std: of the three channels, in [0, 1] units; None: ImageNet's.
         classes: of the checkpoint that is evaluated. Without training images the training set is empty then, and all
@@ -135,9 +114,13 @@ def load(
     Raises:
         UsageError: an imbalance or a test part that cannot be. DataError: missing or damaged data.
     """
-    own = _test_source(data_dir, train_list, val_list)
     has_train = train_list or os.path.isdir(os.path.join(data_dir, "train"))
-    if classes is not None and not has_train and (own or not test_fraction):
+    test_only = classes is not None and not has_train
+    own = _test_source(data_dir, train_list, val_list, test_fraction or test_only)
+    unused = os.path.join(data_dir, "test")
+    if own == os.path.join(data_dir, "val") and os.path.isdir(unused):
+        warn(f"{unused} is not used, {own} is the test set: evaluate on it with -e --data_dir {unused}")
+    if test_only and (own or not test_fraction):
         test = read_list(val_list, data_dir, classes) if val_list else read_folder(own or data_dir, classes)
         train = test.subset([])
     else:
@@ -145,35 +128,67 @@ def load(
         if train.num_classes < 2:
             raise DataError(f"{train_list or data_dir} has one class, {named(train.classes)}: training needs two")
         if test_fraction:
-            try:
-                train, test = train.hold_out(test_fraction)
-            except ValueError as error:
-                raise UsageError(f"--test_fraction {test_fraction:g}: {error}") from None
-        elif own:
-            test = read_list(own, data_dir, train.classes) if train_list else read_folder(own, train.classes)
-            warn_of_shared(train, test, own)
+            own, (train, test) = None, train.hold_out(test_fraction)
         else:
-            raise UsageError(f"no {'--val_list' if train_list else f'val/ or test/ in {data_dir}'}: see --val_fraction")
-    if train.targets:
-        train = train.long_tailed(imb_type, imb_factor, rand_number)
+            test = read_list(val_list, data_dir, train.classes) if val_list else read_folder(own, train.classes)
     for part in (train, test):
         part.exif, part.mean, part.std = exif, tuple(mean or part.mean), tuple(std or part.std)
+    return ready(train, test, own, imb_type, imb_factor, rand_number, check_images, workers, skip_damaged)
+
+
+def ready(
+    train: ImageSet, test: ImageSet, source: str | None, imb_type: str, imb_factor: float, rand_number: int,
+    check_images: bool, workers: int, skip_damaged: bool,
+) -> tuple[ImageSet, ImageSet]:  # fmt: skip
+    """Both parts as a run takes them: the imbalance made, the images decoded if that is asked for, the classes checked.
+
+    Warns of test images that are training images too, and of classes without test images.
+
+    Args:
+        source: where test images come from that are not held out; None: they are.
+        The others, and what is raised: see `load`.
+    """
+    real = functools.cache(os.path.realpath)  # of folders: a look at each training image would take minutes
+    known = {os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in train.paths}
+    shared = sum(os.path.realpath(path) in known for path in test.paths) if source else 0
+    if shared:
+        warn(f"{shared} of the {len(test.paths)} images of {source} are training images too")
+    if train.targets:
+        _check_no_class_is_empty(train)
+        if imb_type != "none":
+            train.make_imbalanced(imb_type, imb_factor, rand_number)
     if check_images or skip_damaged:
         train, test = check_all(train, test, workers, skip_damaged)
-    warn_of_untested(train, test)
+    if not test.targets:
+        raise DataError("no test images")
+    untested = sorted(set(train.targets) - set(test.targets))
+    if untested:
+        names = [test.classes[label] for label in untested]
+        warn(f"no test image of {len(untested)} classes, whose accuracy is n/a: {named(names)}")
     return train, test
 
 
-def _test_source(data_dir, train_list, val_list):
-    """The list, or the folder, of the test images; None: there is none."""
+def _check_no_class_is_empty(train):
+    empty = [name for name, count in zip(train.classes, train.get_cls_num_list(), strict=True) if not count]
+    if empty:
+        raise DataError(f"no training images of the classes {named(empty)}")
+
+
+def _test_source(data_dir, train_list, val_list, has_other):
+    """The list, or the folder, of the test images; None: there is none, which is an error unless `has_other`."""
     if not os.path.isdir(data_dir):
         raise UsageError(f"no folder {data_dir}: --data_dir names the one with train/ and val/, or the listed files")
-    if train_list or val_list:
+    if val_list:
         return val_list
-    found = [path for path in (os.path.join(data_dir, name) for name in ("val", "test")) if os.path.isdir(path)]
-    if len(found) == 2:
-        warn(f"{found[1]} is not used, {found[0]} is the test set: evaluate on it with -e --data_dir {found[1]}")
-    return found[0] if found else None
+    folders = [] if train_list else [os.path.join(data_dir, name) for name in ("val", "test")]
+    found = next(filter(os.path.isdir, folders), None)
+    if not found and not has_other:
+        wanted = "--val_list" if train_list else f"val/ or test/ in {data_dir}"
+        raise UsageError(
+            f"no {wanted}: --val_fraction F holds out two parts of the training images, one to choose the best epoch, "
+            "one to test on"
+        )
+    return found
 
 
 def _training_folder(data_dir):
@@ -181,32 +196,13 @@ def _training_folder(data_dir):
     folder = os.path.join(data_dir, "train")
     if os.path.isdir(folder):
         return folder
-    names = [entry.name for entry in _entries(data_dir) if entry.is_dir() and not _is_hidden(entry.name)]
+    _, names, _ = next(os.walk(data_dir, onerror=_unreadable))
     parts = [name for name in names if name.lower() in PARTS]
     if parts or not names:
         beside = f" beside {named(parts)}/" if parts else ""
         raise DataError(f"no folder {folder}{beside}: it holds a folder for each class")
     warn(f"no train/ in {data_dir}: its folders are the classes")
     return data_dir
-
-
-def warn_of_shared(train: ImageSet, test: ImageSet, source: str) -> None:
-    """Warn of test images that are training images too; `source` says where the test images come from."""
-    real = functools.cache(os.path.realpath)  # of folders: a look at each training image would take minutes
-    known = {os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in train.paths}
-    shared = sum(os.path.realpath(path) in known for path in test.paths)
-    if shared:
-        warn(f"{shared} of the {len(test.paths)} images of {source} are training images too")
-
-
-def warn_of_untested(train: ImageSet, test: ImageSet) -> None:
-    """Warn of classes that have training images and no test images. Raises DataError where there are none at all."""
-    if not test.targets:
-        raise DataError("no test images")
-    absent = sorted(set(train.targets) - set(test.targets))
-    if absent:
-        names = [test.class_names[label] for label in absent]
-        warn(f"no test image of {len(absent)} classes, whose accuracy is n/a: {named(names)}")
 
 
 def check_all(
@@ -238,11 +234,10 @@ def check_all(
         raise DataError(f"{damaged}, --skip_damaged leaves out {MAX_DAMAGED:.0%} at most: {named(problems, '; ')}")
     warn(f"{damaged} and left out: {named(problems, '; ')}")
     whole = np.array([text is None for text in found])
-    n, classes = len(train.paths), set(train.targets)
+    n = len(train.paths)
     train, test = train.subset(np.flatnonzero(whole[:n])), test.subset(np.flatnonzero(whole[n:]))
-    emptied = classes - set(train.targets)
-    if emptied:
-        raise DataError(f"all training images are damaged of the classes {named([train.classes[k] for k in emptied])}")
+    if train.targets:
+        _check_no_class_is_empty(train)
     return train, test
 
 
@@ -256,31 +251,24 @@ def read_folder(folder: str, classes: Sequence[str] | None = None) -> ImageSet:
     does not end as images do are skipped with a warning.
 
     Args:
-        classes: the classes of the training images, which decide the labels; None: the names of the folders, each of
-            which has an image.
+        classes: the classes of the training images, which decide the labels; None: the names of the folders.
 
     Raises:
-        DataError: no folder, one that cannot be read, no class, a class without images or one that is not in `classes`.
+        DataError: no folder, one that cannot be read, no class, or one that is not in `classes`.
     """
-    skipped, entries = Counter(), _entries(folder)
-    folders = sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
+    _, folders, others = next(os.walk(folder, onerror=_unreadable))
+    folders = sorted(name for name in folders if not _is_hidden(name))
     if not folders:
         raise DataError(f"no class folders in {folder}")
-    skipped["links that lead nowhere"] += sum(not os.path.exists(entry.path) for entry in entries)
+    skipped = Counter({"links that lead nowhere": sum(not os.path.exists(os.path.join(folder, k)) for k in others)})
     samples = [(name, path) for name in folders for path in _walk(os.path.join(folder, name), skipped)]
     _warn_of_skipped(folder, skipped)
     _check_names(folder, [*folders, *(classes or ())])
-    empty = set(folders) - {name for name, _ in samples}
-    if classes is None:
-        classes = folders
-        if empty:
-            paths = [os.path.join(folder, name) for name in sorted(empty)]
-            raise DataError(f"class folders without images: {named(paths)} (images end in {' '.join(EXTENSIONS)})")
-    foreign = sorted(set(folders) - set(classes) - empty)
+    label = {name: k for k, name in enumerate(folders if classes is None else classes)}
+    foreign = sorted({name for name, _ in samples} - set(label))
     if foreign:
         raise DataError(f"{folder} has classes that no training images have: {named(foreign)}")
-    label = {name: k for k, name in enumerate(classes)}
-    return ImageSet([path for _, path in samples], [label[name] for name, _ in samples], classes)
+    return ImageSet([path for _, path in samples], [label[name] for name, _ in samples], label)
 
 
 def list_images(path: str) -> list[str]:
@@ -303,11 +291,8 @@ def _warn_of_skipped(folder, skipped):
         warn(f"skipped in {folder}: {', '.join(reasons)}")
 
 
-def _entries(folder):
-    try:
-        return list(os.scandir(folder))
-    except OSError as error:
-        raise DataError(f"folder {folder} cannot be read: {error.strerror}") from None
+def _unreadable(error):
+    raise DataError(f"folder {error.filename} cannot be read: {error.strerror}") from None
 
 
 def _is_hidden(name):
@@ -316,12 +301,8 @@ def _is_hidden(name):
 
 def _walk(class_folder, skipped):
     """The images of a class, sorted by folder, then by name; `skipped` counts the other files."""
-
-    def fail(error):
-        raise DataError(f"folder {error.filename} cannot be read: {error.strerror}") from None
-
     files = []
-    for parent, folders, names in os.walk(class_folder, onerror=fail):
+    for parent, folders, names in os.walk(class_folder, onerror=_unreadable):
         shown = [name for name in folders if not _is_hidden(name)]
         skipped["hidden"] += len(folders) - len(shown) + sum(map(_is_hidden, names))
         skipped["links to folders"] += sum(os.path.islink(os.path.join(parent, name)) for name in shown)
@@ -366,13 +347,7 @@ def read_list(path: str | os.PathLike, root: str | os.PathLike, classes: Sequenc
     rows = _csv_rows(path) if os.fspath(path).lower().endswith(".csv") else _text_rows(path)
     if not rows:
         raise DataError(f"{path} lists no images")
-    paths = [os.path.normpath(os.path.join(root, name)) for name, _ in rows]
-    twice = [name for name, count in Counter(paths).items() if count > 1]
-    if twice:
-        raise DataError(f"{path} has duplicated files: {named(twice)}")
-    missing = [name for name in paths if not os.path.isfile(name)]
-    if missing:
-        raise DataError(f"{path}: {len(missing)} of {len(paths)} files are missing or not regular: {named(missing)}")
+    paths = listed_files(path, root, [name for name, _ in rows])
     labels = [label for _, label in rows]
     classes = _classes_of(path, labels) if classes is None else classes
     number = {name: k for k, name in enumerate(classes)}
@@ -380,6 +355,18 @@ def read_list(path: str | os.PathLike, root: str | os.PathLike, classes: Sequenc
     if foreign:
         raise DataError(f"{path} has labels that the training list does not have: {named(foreign)}")
     return ImageSet(paths, [number[label] for label in labels], classes)
+
+
+def listed_files(source: str | os.PathLike, root: str | os.PathLike, names: Iterable[str]) -> list[str]:
+    """Paths of the files that `source` names, relative to `root`. Raises DataError: one is missing or duplicated."""
+    paths = [os.path.normpath(os.path.join(root, name)) for name in names]
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise DataError(f"{source} has duplicated files: {named(twice)}")
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise DataError(f"{source}: {len(missing)} of {len(paths)} files are missing or not regular: {named(missing)}")
+    return paths
 
 
 def _lines(path):
@@ -456,8 +443,6 @@ def open_image(path: str | os.PathLike, exif: bool = False) -> Any:
             # a PNG or PGM of mode I is what older versions of Pillow make of 16 bits
             if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # the same colours, without Pillow's warning
             if image.mode not in ("I", "F"):
                 return image.convert("RGB")
             kind = "float" if image.mode == "F" else "32-bit"

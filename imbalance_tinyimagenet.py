@@ -12,29 +12,23 @@ import collections
 import http.client
 import os
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import download_url
 
 from files import folder_lock
 from imbalance import LabelledImages
 from imbalance_folder import IMAGENET_MEAN, IMAGENET_STD, open_image
-from utils import DataError, HelpFormatter, Parser, UsageError, command, named
+from utils import DataError, HelpFormatter, Parser, command, named
 
 CLASSES = 200
 FOLDER, ARCHIVE = "tiny-imagenet-200", "tiny-imagenet-200.zip"
-URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-#: Of the official archive, in bytes.
-OFFICIAL_SIZE, OFFICIAL_MD5 = 248100043, "90528d7ca1a48142e341f4ef8d21d0de"
-#: What an archive may unpack to; the official one has 0.25 GB.
-MAX_BYTES = 2**30
-PARTIAL = f".{FOLDER}.partial-"  # beginning of the names of folders that are being unpacked
+URL, MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+PARTIAL = f".{FOLDER}.partial"  # the folder that is being unpacked to
 
 
 # ------------------------------------------------------------------------------------------- the data set
@@ -43,8 +37,8 @@ PARTIAL = f".{FOLDER}.partial-"  # beginning of the names of folders that are be
 class TINYIMAGENET(LabelledImages, ImageFolder):
     """One whole part of Tiny ImageNet: `root` holds a folder for each class.
 
-    `.samples`, `.imgs` and `.targets` agree; `.chosen` are indices into `.available`, all that ImageFolder found;
-    `.cls_num` is the number of classes; `.class_names` are words.txt's, where it is there.
+    `.samples`, `.imgs` and `.targets` agree; `.chosen` are indices into all that ImageFolder found; `.cls_num` is the
+    number of classes; `.class_names` are words.txt's, where it is there.
 
     Raises:
         DataError: a part that is not arranged by class. FileNotFoundError: no folder, or a class without images.
@@ -63,25 +57,20 @@ class TINYIMAGENET(LabelledImages, ImageFolder):
             )
         super().__init__(root, transform, target_transform)
         self.cls_num = len(self.classes)
-        self.available = self.samples
         self.chosen = np.arange(len(self.samples))
 
     @property
     def class_names(self) -> list[str]:
         """The first name of each class in words.txt beside the part, with the wnid where two share it; or the wnids."""
         words = os.path.join(os.path.dirname(os.path.abspath(self.root)), "words.txt")
-        try:
-            with open(words, encoding="utf-8", errors="replace") as file:
-                names = dict(line.rstrip("\n").split("\t", 1) for line in file if "\t" in line)
-        except OSError:
-            names = {}
+        names = dict(_rows(words))
         found = [names.get(wnid, wnid).split(",")[0] for wnid in self.classes]
         many = {name for name, count in collections.Counter(found).items() if count > 1}
         return [f"{name} ({wnid})" if name in many else name for wnid, name in zip(self.classes, found, strict=True)]
 
     def _keep(self, positions):
         super()._keep(positions)
-        self.samples = self.imgs = [self.available[i] for i in self.chosen]
+        self.samples = self.imgs = [self.samples[i] for i in positions]
 
 
 class IMBALANETINYIMGNET(TINYIMAGENET):  # the published spelling
@@ -93,7 +82,7 @@ class IMBALANETINYIMGNET(TINYIMAGENET):  # the published spelling
         transform, target_transform: as torchvision's ImageFolder.
 
     Raises:
-        ValueError: see `imbalance.class_counts`. The rest: see TINYIMAGENET.
+        UsageError: see `imbalance.class_counts`. The rest: see TINYIMAGENET.
     """
 
     def __init__(
@@ -114,10 +103,7 @@ def load(
         UsageError: an imbalance that cannot be, see `imbalance.class_counts`. DataError: missing or damaged data.
     """
     folder, _ = arrange(data_dir)
-    try:
-        train = IMBALANETINYIMGNET(os.path.join(folder, "train"), imb_type, imb_factor, rand_number)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    train = IMBALANETINYIMGNET(os.path.join(folder, "train"), imb_type, imb_factor, rand_number)
     if train.num_classes != CLASSES:
         raise DataError(f"{folder} has {train.num_classes} classes, Tiny ImageNet has {CLASSES}")
     return train, TINYIMAGENET(os.path.join(folder, "val"))
@@ -151,66 +137,64 @@ def arrange(
     os.makedirs(data_dir, exist_ok=True)
     with folder_lock(data_dir):
         if os.path.isdir(folder) and os.listdir(folder):
-            return folder, _arrange_folder(folder, check_images)
-        for name in os.listdir(data_dir):  # left by a process that was killed: the lock is ours
-            if name.startswith(PARTIAL):
-                shutil.rmtree(os.path.join(data_dir, name))
+            changed = _order_by_class(os.path.join(folder, "val"))
+            _check(folder, check_images or changed)
+            return folder, changed
         if archive is None:
             archive = os.path.join(data_dir, ARCHIVE)
             if not os.path.isfile(archive):
                 _download(archive)
-        _unpack(archive, data_dir, folder)
+        partial = os.path.join(data_dir, PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: the lock is ours
+        try:
+            _unpack(archive, partial)
+            os.rename(os.path.join(partial, FOLDER), folder)  # an empty folder gives way
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder, True
 
 
-def _arrange_folder(folder, check_images):
-    """Move the validation images to folders of their classes. Returns whether there were any to move.
+def _order_by_class(val):
+    """Move val's images from val/images to val/<wnid>, by its list. Returns whether there were any to move.
 
-    Everything is checked first. A move is a rename, so that a stop in between loses nothing and the next call
-    continues.
+    A move is a rename, so that a stop in between loses nothing and the next call continues.
     """
-    train, val = os.path.join(folder, "train"), os.path.join(folder, "val")
-    raw_folder, annotations = os.path.join(val, "images"), os.path.join(val, "val_annotations.txt")
-    train_images, val_images = _images(train), _images(val)
-    label = dict(_rows(annotations))  # {image: wnid}; empty where somebody else has put the images in order
-    placed = {key: path for key, path in val_images.items() if key[0] != "images"}
-    raw = {(label.get(key[1], "images"), key[1]): path for key, path in val_images.items() if key[0] == "images"}
-    if raw and not label:
+    raw, annotations = os.path.join(val, "images"), os.path.join(val, "val_annotations.txt")
+    if not os.path.isdir(raw):
+        return False
+    label = dict(_rows(annotations))
+    if not label:
         raise DataError(f"{annotations} is missing: without it no validation image has a class")
-    boxes = {wnid: _rows(os.path.join(train, wnid, f"{wnid}_boxes.txt")) for wnid in _folders(train)}
-    _check_complete(train, train_images, [(wnid, image) for wnid, rows in boxes.items() for image, _ in rows])
-    _check_complete(val, [*placed, *raw], [(wnid, image) for image, wnid in label.items()])
-    different = sorted({wnid for wnid, _ in train_images} ^ {wnid for wnid, _ in (*placed, *raw)})
+    names = sorted(os.listdir(raw))
+    foreign = [name for name in names if name not in label]
+    if foreign:
+        raise DataError(f"{raw} has files that {annotations} does not list: {named(foreign)}")
+    for name in names:
+        os.makedirs(os.path.join(val, label[name]), exist_ok=True)
+        os.replace(os.path.join(raw, name), os.path.join(val, label[name], name))
+    os.rmdir(raw)
+    return bool(names)
+
+
+def _check(folder, decode):
+    """Refuse parts whose classes differ, and a part that is not what its lists name, where it still has lists.
+
+    decode: open every image too.
+    """
+    train, val = (TINYIMAGENET(os.path.join(folder, part)) for part in ("train", "val"))
+    different = sorted(set(train.classes) ^ set(val.classes))
     if different:
         raise DataError(f"train and val of {folder} have different classes: {named(different)}")
-    moves = {path: placed.pop(key, os.path.join(val, *key)) for key, path in raw.items()}
-    for path in [*train_images.values(), *placed.values(), *moves] if moves or check_images else ():
-        open_image(path)
-    for source, target in moves.items():
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.replace(source, target)
-    if os.path.isdir(raw_folder):
-        os.rmdir(raw_folder)
-    return bool(moves)
-
-
-def _folders(path):
-    if not os.path.isdir(path):
-        raise DataError(f"{path} is missing")
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-
-
-def _images(part):
-    """All images of a part as {(folder, name): path}."""
-    images = {}
-    for folder in _folders(part):
-        for parent, _, names in os.walk(os.path.join(part, folder)):
-            for name in names:
-                if name.lower().endswith(IMG_EXTENSIONS):
-                    path = os.path.join(parent, name)
-                    if images.setdefault((folder, name), path) != path:
-                        raise DataError(f"{path} and {images[folder, name]} have the same name: remove one")
-    return images
+    boxes = {wnid: _rows(os.path.join(train.root, wnid, f"{wnid}_boxes.txt")) for wnid in train.classes}
+    listed_in_train = {(wnid, image) for wnid, rows in boxes.items() for image, _ in rows}
+    listed_in_val = {(wnid, image) for image, wnid in _rows(os.path.join(val.root, "val_annotations.txt"))}
+    for part, listed in ((train, listed_in_train), (val, listed_in_val)):
+        found = {(part.classes[label], os.path.basename(path)) for path, label in part.samples}
+        different = sorted("/".join(key) for key in found ^ listed) if listed else []
+        if different:
+            raise DataError(f"images of {part.root} are missing, or not where its lists have them: {named(different)}")
+        for path, _ in part.samples if decode else ():
+            open_image(path)
 
 
 def _rows(path):
@@ -224,48 +208,32 @@ def _rows(path):
     return rows
 
 
-def _check_complete(part, found, listed):
-    """Refuse a part that is not what its lists name, where it has lists."""
-    different = sorted("/".join(key) for key in set(found) ^ set(listed)) if listed else []
-    if different:
-        raise DataError(f"images of {part} are missing, or not where its lists have them: {named(different)}")
-
-
-def _unpack(archive, data_dir, folder):
-    """Unpack, arrange and check beside `folder`, then rename; whatever goes wrong leaves nothing.
-
-    zipfile writes nothing outside its folder, makes no links, and checks each file's size and CRC.
-    """
-    if os.path.getsize(archive) == OFFICIAL_SIZE and not check_integrity(archive, OFFICIAL_MD5):
-        raise DataError(f"{archive} is damaged: it has the official archive's size and another md5 than {OFFICIAL_MD5}")
+def _unpack(archive, to):
+    """Unpack, put in order and check. zipfile writes nothing outside of `to`, and checks each file's size and CRC."""
     print(f"unpacking {archive}", flush=True)
-    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=data_dir) as partial:
-        try:
-            with zipfile.ZipFile(archive) as opened:
-                size = sum(member.file_size for member in opened.infolist())
-                if size > MAX_BYTES:
-                    raise DataError(f"{archive} unpacks to {size:,} bytes: too many for Tiny ImageNet")
-                opened.extractall(partial)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise DataError(f"{archive} is damaged, or no zip archive ({error})") from None
-        whole = os.path.join(partial, FOLDER)
-        if not os.path.isdir(whole):
-            raise DataError(f"{archive} holds no {FOLDER}/: it is not Tiny ImageNet")
-        try:
-            _arrange_folder(whole, check_images=True)
-        except DataError as error:
-            raise DataError(f"{archive}: {str(error).replace(partial + os.sep, '')}") from None
-        os.rename(whole, folder)  # an empty folder gives way
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            if not any(name.startswith(f"{FOLDER}/") for name in opened.namelist()):
+                raise DataError(f"{archive} holds no {FOLDER}/: it is not Tiny ImageNet")
+            opened.extractall(to)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{archive} is damaged, or no zip archive ({error})") from None
+    whole = os.path.join(to, FOLDER)
+    try:
+        _order_by_class(os.path.join(whole, "val"))
+        _check(whole, decode=True)
+    except (DataError, FileNotFoundError) as error:
+        raise DataError(f"{archive}: {str(error).replace(to + os.sep, '')}") from None
 
 
 def _download(path):
     """Fetch the official archive to `path`, whole or not at all."""
-    print(f"downloading {URL} to {path} ({OFFICIAL_SIZE / 1e6:.0f} MB)", flush=True)
+    print(f"downloading {URL} to {path} (248 MB)", flush=True)
     temporary = f"{path}.partial"
     try:
-        download_url(URL, os.path.dirname(path), os.path.basename(temporary), OFFICIAL_MD5)
+        download_url(URL, os.path.dirname(path), os.path.basename(temporary), MD5)
         os.replace(temporary, path)
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise DataError(
             f"no Tiny ImageNet in {os.path.dirname(path) or '.'}, and it cannot be downloaded ({error}): fetch {URL} "
             f"elsewhere and put it at {path}, or name it with python imbalance_tinyimagenet.py --zip PATH"

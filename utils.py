@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 
-class UsageError(Exception):
-    """A wrong flag or a combination that cannot work: one line, exit status 2."""
+class UsageError(ValueError):
+    """A wrong value or a combination that cannot work: of a command one line, exit status 2."""
 
 
 class DataError(Exception):

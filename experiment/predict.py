@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torchvision.transforms.v2 import functional
 
 import imbalance_cifar
 import models
@@ -15,12 +14,13 @@ from experiment.evaluation import correct_head, output_folder
 from experiment.records import csv_text
 from experiment.run import Run
 from files import write_text
-from imbalance_folder import ImageSet, list_images, open_image
+from imbalance_folder import ImageSet, list_images
+from loaders import normalise
 from loaders.augment import centre
-from loaders.transforms import normalise
+from loaders.image_folder import Crops
 from training import distributed
 from training.ema import Ema
-from training.precision import Precision
+from training.precision import Precision, on_device
 from utils import DataError, UsageError, warn
 
 PREDICTIONS = "predict"
@@ -28,7 +28,7 @@ PREDICTIONS = "predict"
 
 @torch.no_grad()
 def predict(run: Run) -> None:
-    """Write the likeliest classes of the images in --predict DIR to log/<name>/predict/<DIR>.csv.
+    """Write the likeliest classes of the images in --predict DIR to log/<name>/predict/<DIR>.csv, see `csv_name`.
 
     Rows are file, class, probability, the likeliest class of an image first. Images that cannot be decoded are named in
     warnings and left out.
@@ -51,31 +51,40 @@ def predict(run: Run) -> None:
     how = state.get("preprocessing")
     if how is None:  # an older checkpoint
         how = preprocessing(settings, imbalance_cifar.DATASETS.get(settings.dataset, ImageSet))
-    read = functools.partial(_read, transform=centre(how["resize"], how["crop"]), exif=how["exif"])
+    transform = centre(how["resize"], how["crop"])
+    crops = Crops(paths, how["exif"], transform, transform, how["crop"])
     mean, std = (torch.tensor(how[name], device=run.device).repeat(how["crop"]) for name in ("mean", "std"))
     base = os.path.dirname(path) if os.path.isfile(path) else path
     rows, shown = [], 0
     for start in range(0, len(paths), settings.batch_size):
-        part = paths[start : start + settings.batch_size]
+        part = range(start, min(start + settings.batch_size, len(paths)))
         with ThreadPoolExecutor(max(1, settings.workers)) as pool:
-            found = list(zip(part, pool.map(read, part), strict=True))
-        for _, image in found:
+            found = dict(zip(part, pool.map(lambda k: crops[k, None], part), strict=True))
+        for image in found.values():
             if isinstance(image, DataError):
                 warn(f"left out: {image}")
-        whole = [(file, image) for file, image in found if not isinstance(image, DataError)]
+        whole = {k: image for k, image in found.items() if not isinstance(image, DataError)}
         shown += len(whole)
         if whole:
-            images = torch.stack([image for _, image in whole]).to(run.device)
             with precision.autocast():
-                logits, _ = model(normalise(images, mean, std))
+                logits, _ = model(normalise(torch.stack(list(whole.values())).to(run.device), mean, std))
             best = logits.float().softmax(1).cpu().topk(min(settings.top, len(classes)))
-            for (file, _), values, labels in zip(whole, best.values.tolist(), best.indices.tolist(), strict=True):
-                file = os.path.relpath(file, base)
-                rows += [(file, classes[k], f"{value:.6f}") for k, value in zip(labels, values, strict=True)]
-    name = os.path.basename(os.path.abspath(path))
-    out = os.path.join(output_folder(run, PREDICTIONS, correction), f"{name}.csv")
+            for k, values, labels in zip(whole, best.values.tolist(), best.indices.tolist(), strict=True):
+                file = os.path.relpath(paths[k], base)
+                rows += [(file, classes[n], f"{value:.6f}") for n, value in zip(labels, values, strict=True)]
+    out = os.path.join(output_folder(run, PREDICTIONS, correction), csv_name(path))
     write_text(out, csv_text([("file", "class", "probability"), *rows]))
     print(f"{shown} images, {len(paths) - shown} left out; written: {out}")
+
+
+def csv_name(path: str) -> str:
+    """The CSV's name, from the whole path: a/test and b/test are a_test.csv and b_test.csv.
+
+    The path is relative to the working folder, of images outside of it absolute.
+    """
+    path = os.path.abspath(path)
+    here = os.path.join(os.getcwd(), "")
+    return path.removeprefix(here).strip(os.sep).replace(os.sep, "_")[-200:] + ".csv"
 
 
 def _restored(run, num_classes):
@@ -83,16 +92,7 @@ def _restored(run, num_classes):
     settings = run.settings
     build: Any = models.CIFAR_MODELS.get(settings.arch) or functools.partial(models.torchvision_model, settings.arch)
     model = build(num_classes, use_norm=settings.use_norm, feature_norm=settings.feature_norm)
-    model = model.to(run.device).to(memory_format=torch.channels_last)
+    model = on_device(model, run.device, settings.batch_norm)
     ema = Ema(model, settings.ema) if settings.ema else None
     run.restore(model=model, ema=ema)
     return ema.module if ema else model
-
-
-def _read(path, transform, exif):
-    """The image as the model sees it, (size, size, 3) uint8, or the DataError that it raises."""
-    try:
-        image = functional.pil_to_tensor(open_image(path, exif))
-    except DataError as error:
-        return error
-    return transform(image).permute(1, 2, 0)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 
 from imbalance import LabelledImages
-from loaders.transforms import normalise
 
 
 class Batches:
@@ -71,3 +70,12 @@ def sampled_order(n: int, generator: torch.Generator, rates: torch.Tensor | None
     if rates is None:
         return torch.randperm(n, generator=generator)
     return torch.multinomial(rates, n, replacement=True, generator=generator)
+
+
+def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in channels-last layout, as ToTensor and Normalize do.
+
+    mean, std: of the channels, repeated for each pixel of a row, so that the inner loop is long.
+    """
+    rows = images.flatten(2).float()
+    return rows.div_(255).sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)

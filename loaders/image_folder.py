@@ -1,6 +1,7 @@
 """Images of any size, from files where they do not fit into memory: a DataLoader's worker processes decode, crop, flip
 and augment; batches are normalised on the device."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,20 +13,30 @@ from torchvision.transforms.v2 import functional
 
 from imbalance_folder import open_image
 from loaders import Batches, sampled_order
-from loaders.augment import eval_transform, seeded, train_transform
+from loaders.augment import Transform, eval_transform, seeded, train_transform
 from utils import DataError, epoch_generator
 
+# torch's own advice on -j; how many processes help depends on the disk too
+warnings.filterwarnings("ignore", "This DataLoader will create")
 
-class _Crops(Dataset):
-    """Item (index, seed): the image as `train` makes it with that seed; seed None: as `evaluate` does."""
 
-    def __init__(self, sources, exif, train, evaluate, image_size):
+class Crops(Dataset):
+    """Item (index, seed): the image as `train` makes it with that seed, or, seed None, as `evaluate` does.
+
+    It is (image_size, image_size, 3) uint8, or the DataError of a file that cannot be decoded.
+
+    Args:
+        sources: paths, or (N, 3, H, W) uint8.
+        exif: see `imbalance_folder.open_image`.
+    """
+
+    def __init__(self, sources: Any, exif: bool, train: Transform, evaluate: Transform, image_size: int) -> None:
         self.sources, self.exif, self.train, self.evaluate = sources, exif, train, evaluate
         self.image_size = image_size
 
     def __getitem__(self, item):
         index, seed = item
-        source = self.sources[index]  # an image in memory, or a path
+        source = self.sources[index]
         try:
             image = source if torch.is_tensor(source) else functional.pil_to_tensor(open_image(source, self.exif))
         except DataError as error:  # an exception would come out of a worker with its whole traceback
@@ -34,7 +45,7 @@ class _Crops(Dataset):
         return crop.permute(1, 2, 0)
 
     def stack(self, items):
-        """(B, size, size, 3) uint8, or the first error."""
+        """(B, image_size, image_size, 3) uint8, or the first error."""
         error = next((item for item in items if isinstance(item, DataError)), None)
         empty = torch.empty((0, self.image_size, self.image_size, 3), dtype=torch.uint8)
         return error or (torch.stack(items) if items else empty)
@@ -72,7 +83,7 @@ class ImageFileBatches(Batches):
             sources = [path for path, _ in dataset.samples]
         else:
             sources = torch.as_tensor(sources).permute(0, 3, 1, 2)
-        crops = _Crops(sources, getattr(dataset, "exif", False), train, eval_transform(image_size, crop), image_size)
+        crops = Crops(sources, getattr(dataset, "exif", False), train, eval_transform(image_size, crop), image_size)
         self._loader = DataLoader(
             crops, batch_sampler=self._plan, num_workers=workers, collate_fn=crops.stack,
             pin_memory=self.targets.is_cuda, persistent_workers=workers > 0,

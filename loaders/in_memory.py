@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from loaders import Batches, sampled_order
 from loaders.augment import AUGMENTS, seeded
-from loaders.transforms import crop_and_flip
 from utils import epoch_generator
 
 
@@ -112,3 +112,21 @@ class TrainEpoch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         images = crop_and_flip(source.images[chosen], self.offsets[places], self.flips[places], source.padding)
         self.places += size
         return images, source.targets[chosen]
+
+
+def crop_and_flip(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor, padding: int) -> torch.Tensor:
+    """RandomCrop(H, padding) and RandomHorizontalFlip for given draws, bit for bit torchvision's.
+
+    Args:
+        images: (B, H, W, 3).
+        offsets: (B, 2), top and left corner of the crop in the padded image, in [0, 2 * padding].
+        flips: (B,) bool, flip left to right after the crop.
+    """
+    batch, height, width, channels = images.shape
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(batch, width)
+    columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - columns, columns)
+    first_row = torch.arange(0, batch * padded.shape[1], padded.shape[1], device=images.device)[:, None]
+    pixels = (first_row + rows)[:, :, None] * padded.shape[2] + columns[:, None, :]
+    return padded.view(-1, channels).index_select(0, pixels.view(-1)).view(images.shape)

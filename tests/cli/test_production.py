@@ -13,6 +13,8 @@ import torch
 from image_runs import RUN, make_folder, run, run_ok
 from script_runner import messages
 
+from experiment.predict import csv_name
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "results"))
 import weights as weights_script
 
@@ -83,6 +85,13 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
         assert [row["class"] for row in pair] == [NAMES[k] for k in likeliest]
         found = [float(row["probability"]) for row in pair]
         assert found == pytest.approx(expected[number][likeliest].tolist(), abs=2e-5)
+
+
+def test_folders_of_one_name_have_predictions_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [csv_name(path) for path in ("new", "./new/", str(tmp_path / "new"), "a/new", "b/new", "/data/new")]
+    assert names == ["new.csv", "new.csv", "new.csv", "a_new.csv", "b_new.csv", "data_new.csv"]
+    assert csv_name(".").endswith(f"_{tmp_path.name}.csv")
 
 
 def test_the_pages_code_and_its_onnx_file_give_the_evaluations_logits(trained, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import golden
 from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, run_script
-from tinyimagenet_maker import FOLDER, SUBSET, make_layout, pack
+from tinyimagenet_maker import FOLDER, make_layout, pack
 from torch import nn
 from torchvision.models import WeightsEnum
 
@@ -157,10 +157,10 @@ def test_ldam_recipe(tmp_path):
 
 
 def test_from_the_raw_archive_to_a_model(raw, tmp_path):
-    """The real model: two epochs of CE and one of IB, records, evaluation; the archive arranged on the way."""
+    """Two epochs of CE and one of IB, records, evaluation; the archive arranged on the way."""
     (tmp_path / "data").mkdir()
     shutil.copy(raw, tmp_path / "data")
-    out = run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, model=None)
+    out = run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS)
     assert "total 290" in out
     assert (tmp_path / "data" / FOLDER / "val" / "n00001000").is_dir()
     log, saved = folders(tmp_path, "IB", "IBReweight")
@@ -175,13 +175,13 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     state = load_checkpoint(saved / "ckpt.pth.tar")
     assert state["classes"][:2] == ["n00001000", "n00001001"]
     assert state["epoch"] == 3
-    assert state["state_dict"]["fc.weight"].shape == (200, 512)
+    assert state["state_dict"]["fc.weight"].shape == (200, 16)
     assert json.loads((log / "summary.json").read_text())["split"]["total"] == 290
-    run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, "-e", "--resume", "auto", model=None)
+    run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, "-e", "--resume", "auto")
     evaluation = json.loads((log / "evaluate" / "evaluation.json").read_text())
     assert evaluation["acc1"] == float(test[2]["acc1"])
     assert evaluation["seen"] == 200
-    assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, model=None)
+    assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS)
 
 
 def test_resume_and_fork_are_the_run_itself(work):
@@ -213,13 +213,9 @@ def test_checkpoint_of_other_crops_is_refused(work):
 @pytest.mark.parametrize(
     "args",
     [
-        ["--loss_type", "LDAM", "--train_rule", "DRW", "--drw_epoch", "1"],
-        ["--loss_type", "Focal", "--train_rule", "CBReweight"],
-        ["--loss_type", "CE", "--train_rule", "Resample"],
+        ["--loss_type", "CE", "--train_rule", "Resample", "--val_fraction", "0.3", "--imb_type", "step"],
         ["--loss_type", "IBFocal", "--train_rule", "IBReweight", "--start_ib_epoch", "1", "--alpha", "auto"],
-        ["--recipe", "ldam", "--loss_type", "LDAM", "--image_size", "16"],
-        ["--recipe", "ldam", "--val_fraction", "0.3", "--image_size", "64"],
-        ["--val_fraction", "0.3", "--imb_type", "step"],
+        ["--recipe", "ldam", "--loss_type", "LDAM", "--train_rule", "DRW", "--drw_epoch", "1", "--image_size", "16"],
     ],
 )
 def test_losses_rules_and_crops(work, args):
@@ -248,13 +244,14 @@ def started_from(work, *args):
     return load_checkpoint(next((work / "checkpoint").glob("*/ckpt.pth.tar")))["state_dict"]
 
 
-@pytest.mark.parametrize("args", [[], ["--pretrained"], ["--pretrained", "imagenet"], ["--loss_type", "LDAM"]])
-def test_imagenet_weights_are_the_default(work, args):
+def test_imagenet_weights_are_the_default(work):
     with mock.patch.object(WeightsEnum, "get_state_dict", return_value=imagenet_like()) as get:
-        state = started_from(work, *args)
+        state = started_from(work, "--loss_type", "LDAM")
     assert get.call_args.kwargs["check_hash"] is True
     assert state["conv1.weight"].equal(imagenet_like()["conv1.weight"])
     assert 200 in state["fc.weight"].shape
+    default, *others = (parse(SCRIPT, args).pretrained for args in ([], ["--pretrained"], ["--pretrained", "imagenet"]))
+    assert others == [default] * 2
 
 
 def test_weights_of_a_file(work):
@@ -292,13 +289,7 @@ def test_weights_are_not_asked_for_twice(work):
 
 
 def test_usage_errors(work):
-    for args, named in (
-        (["--num_classes", "100"], "200 classes"),
-        (["--imb_factor", "0.01"], "empty"),
-        (["--image_size", "4"], "--image_size"),
-        (["--recipe", "other"], "--recipe"),
-        (["-a", "resnet32"], "resnet32"),
-    ):
+    for args, named in ((["--num_classes", "100"], "200 classes"), (["-a", "resnet32"], "resnet32")):
         assert named in run_bad(work, *RUN, *NO_WEIGHTS, *args, status=2)
     # 290 = 17 * 17 + 1; batch norm takes a single image where its last layers see more than a pixel of it
     line = run_bad(work, *RUN, *NO_WEIGHTS, "--batch-size", "17", status=2, model=None)
@@ -331,23 +322,3 @@ def test_damaged_data(data, tmp_path):
     line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
     assert "199 classes" in line
     assert not (tmp_path / "log").exists()
-
-
-# ------------------------------------------------------------------------------------------ the real subset
-
-
-@pytest.mark.skipif(not SUBSET.exists(), reason=f"no {SUBSET.name} in ../shared/data")
-def test_real_subset(tmp_path):
-    """Real images: two epochs of CE, one of IB, evaluation, resume."""
-    tiny.arrange(tmp_path / "data", SUBSET)
-    args = [*RUN, *IB, *NO_WEIGHTS, "--imb_factor", "0.1"]
-    out = run_ok(tmp_path, *args)
-    assert "total 692" in out
-    log, saved = folders(tmp_path, "IB", "IBReweight", imb="exp_0.1")
-    assert [row["criterion"] for row in read_csv(log / "log_train.csv")] == ["CE", "CE", "IB"]
-    run_ok(tmp_path, *args, "-e", "--resume", "auto")
-    evaluation = json.loads((log / "evaluate" / "evaluation.json").read_text())
-    assert evaluation["seen"] == 600
-    assert evaluation["acc1"] == float(read_csv(log / "log_test.csv")[2]["acc1"])
-    run_ok(tmp_path, *args, "--exp_str", "b", "--resume", saved / "ckpt.epoch002.pth.tar")
-    assert_same_weights(saved / "ckpt.pth.tar", saved.parent / f"{saved.name[:-1]}b" / "ckpt.pth.tar")

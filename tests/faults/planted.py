@@ -85,7 +85,7 @@ FAULTS = [
      "losses.effective_number_weights(counts),\n}", REGISTRY),
     # splits
     ("counts rounded", "imbalance.py", "int(n_max * imb_factor ** (k", "round(n_max * imb_factor ** (k", IMBALANCE),
-    ("classes reversed", "imbalance.py", "for label in range(num_classes)]\n    for", "for label in range(num_classes)][::-1]"
+    ("classes reversed", "imbalance.py", "for label in range(len(counts))]\n    for", "for label in range(len(counts))][::-1]"
      "\n    for", IMBALANCE),
     ("step: head rounded down", "imbalance.py", "(num_classes + 1) // 2", "num_classes // 2", IMBALANCE),
     ("left out: images that are kept", "imbalance.py", "indices[n : n + limit]", "indices[:limit]", IMBALANCE),

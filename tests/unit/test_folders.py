@@ -3,6 +3,8 @@
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,16 +59,15 @@ def test_folder_is_read_as_torchvision_reads_it(source):
     assert (images.num_classes, images.flip, images.image_size) == (3, True, 224)
 
 
-def test_natural_imbalance_is_kept_and_another_one_made(source):
-    images = read_folder(str(source / "train"))
-    assert images.long_tailed("none", 0.01, 0).samples == images.samples
-    tailed = images.long_tailed("exp", 0.1, 4)
+def test_natural_imbalance_is_kept_and_another_one_made(data):
+    images = read_folder(str(data / "train"))
+    assert load(str(data))[0].samples == images.samples
+    tailed, _ = load(str(data), "exp", 0.1, 4)
     assert tailed.chosen.tolist() == imbalance.choose(images.targets, [12, 3, 1], 4).tolist()
     assert tailed.samples == [images.samples[i] for i in tailed.chosen]
-    assert images.get_cls_num_list() == list(COUNTS)
     with pytest.raises(UsageError, match="leaves 1 of 3 classes empty"):
-        images.long_tailed("exp", 0.01, 0)
-    with pytest.raises(ValueError, match="use --val_fraction"):
+        load(str(data), "exp", 0.01)
+    with pytest.raises(UsageError, match="use --val_fraction"):
         tailed.left_out(2)
 
 
@@ -111,14 +112,13 @@ def test_other_endings_are_read(train, capsys):
     [
         (shutil.rmtree, "folder .*train cannot be read: No such file"),
         (lambda train: [shutil.rmtree(train / f"class{k}") for k in range(3)], "no class folders in"),
-        (lambda train: (train / "empty").mkdir(), r"class folders without images: .*/empty \(images end in \.jpg"),
         (
             lambda train: save(train / "caf\u00e9/0.jpg") or save(train / "cafe\u0301/0.jpg"),
             "names differ in Unicode normal form only: caf\u00e9; rename one",
         ),
     ],
-    ids=["no folder", "no classes", "empty class", "unicode"],
-)  # fmt: skip
+    ids=["no folder", "no classes", "unicode"],
+)
 def test_folders_that_cannot_be_trained_on(train, change, message):
     change(train)
     with pytest.raises(DataError, match=message):
@@ -165,12 +165,13 @@ def test_load_gives_both_parts_of_the_same_classes(data, capsys):
             lambda data: shutil.rmtree(data / "train"),
             "no folder .*/train beside val/: it holds a folder for each class",
         ),
-        (lambda data: shutil.rmtree(data / "val"), "no val/ or test/ in .*: see --val_fraction"),
+        (lambda data: shutil.rmtree(data / "val"), "no val/ or test/ in .*: --val_fraction F holds out two parts"),
+        (lambda data: (data / "train/empty").mkdir(), "no training images of the classes empty"),
         (lambda data: [shutil.rmtree(data / "train" / f"class{k}") for k in (0, 2)], "has one class, class1: training"),
         (lambda data: (data / "val/class2").rename(data / "val/a\n"), r"classes that no training images have: a\\n$"),
         (lambda data: [shutil.rmtree(path) or path.mkdir() for path in (data / "val").iterdir()], "no test images"),
     ],
-    ids=["no data", "no train", "no val", "one class", "foreign class", "no test images"],
+    ids=["no data", "no train", "no val", "empty class", "one class", "foreign class", "no test images"],
 )
 def test_parts_that_do_not_fit(data, change, message):
     change(data)
@@ -242,13 +243,14 @@ def test_classes_of_one_image_have_no_test_image_and_are_named(data, capsys):
         for path in sorted(path for path in (data / "train" / name).rglob("*") if path.is_file())[1:]:
             path.unlink()
 
+    shutil.rmtree(data / "val")
     keep_one("class1")
     train, test = load(str(data), test_fraction=0.5)
     assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 1, 2], [6, 0, 2])
     assert "no test image of 1 classes, whose accuracy is n/a: class1\n" in capsys.readouterr().err
     keep_one("class0")
     keep_one("class2")
-    with pytest.raises(UsageError, match=r"--test_fraction 0.5: no class has two images"):
+    with pytest.raises(UsageError, match="no class has two images"):
         load(str(data), test_fraction=0.5)
 
 
@@ -270,8 +272,8 @@ def test_a_test_folder_of_its_own_is_labelled_by_the_checkpoints_classes(data, b
 # ----------------------------------------------------------------------------------------- damaged images
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_damaged_images_are_found_at_the_start(data, workers, capsys):
+def test_damaged_images_are_found_at_the_start(data, capsys):
+    workers = 3
     assert len(load(str(data), check_images=True, workers=workers)[0].paths) == 23
     cut = data / "train" / "class0" / "0.jpg"
     cut.write_bytes(cut.read_bytes()[:300])
@@ -290,12 +292,10 @@ def test_damaged_images_are_found_at_the_start(data, workers, capsys):
 
 
 def test_a_class_of_damaged_images_is_an_error(data):
-    for number in range(20):
-        save(data / "train" / "class0" / f"more{number}.png", number)
     for path in list((data / "train" / "class2").rglob("*.jpg"))[1:]:
         path.unlink()
     next((data / "train" / "class2").rglob("*.jpg")).write_bytes(b"no image")
-    with pytest.raises(DataError, match="all training images are damaged of the classes class2"):
+    with pytest.raises(DataError, match="no training images of the classes class2"):
         load(str(data), skip_damaged=True)
 
 
@@ -345,7 +345,7 @@ def test_other_forms_of_lists(listed):
 def test_a_part_of_the_training_list_for_testing(listed):
     train, test = load(str(listed / "data"), test_fraction=0.5, train_list=str(listed / "train.txt"))
     assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 3, 2], [6, 4, 2])
-    with pytest.raises(UsageError, match="no --val_list: see --val_fraction"):
+    with pytest.raises(UsageError, match="no --val_list: --val_fraction F"):
         load(str(listed / "data"), train_list=str(listed / "train.txt"))
 
 
@@ -361,11 +361,8 @@ def test_images_of_both_lists_and_classes_without_a_test_image_are_named(listed,
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("train/class0/0.jpg one", "line 24: .*is not 'path label'"),
         ("train/class0/0.jpg -1", "line 24: .*is not 'path label'"),
-        ("train/class0/0.jpg " + "9" * 5000, "line 24: .*is not 'path label'"),
         ("0", "line 24: .*is not 'path label'"),
-        ("train/no\0name.jpg 0", r"1 of 24 files are missing .*no\\x00name"),
         ("train/class0/none.jpg 0", "1 of 24 files are missing .*none.jpg"),
         ("train/pipe.jpg 0", "1 of 24 files are missing .*pipe.jpg"),
         ("train/class0/../class0/1.jpg 0", "duplicated files: .*train/class0/1.jpg"),
@@ -386,7 +383,6 @@ def test_wrong_rows_of_a_list_are_named(listed, row, message):
     ("name", "content", "message"),
     [
         ("val.txt", b"train/class0/0.jpg 3\n", "has labels that the training list does not have: 3"),
-        ("val.csv", b"image,label\ntrain/class0/0.jpg,dog\n", "has labels that the training list does not have: dog"),
         ("val.txt", b"\n", "lists no images"),
         ("val.txt", None, "cannot be read: No such file"),
         ("train.txt", "train/class0/0.jpg 0\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
@@ -406,7 +402,7 @@ def test_lists_that_cannot_be_used(listed, name, content, message):
 # -------------------------------------------------------------------------------------------------- images
 
 
-@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "big.tif", "deep.pgm"])
+@pytest.mark.parametrize("name", ["deep.png", "big.tif", "deep.pgm"])
 def test_16_bit_images_are_scaled(tmp_path, name):
     levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     if name.endswith("pgm"):
@@ -430,14 +426,36 @@ def test_orientation_is_applied_on_request_only(tmp_path):
     assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png", exif=True)), np.rot90(levels, -1))
 
 
-def test_grey_and_transparent_images_become_rgb_as_torchvision_makes_them(tmp_path):
+LEVELS = np.random.RandomState(0).randint(0, 255, (8, 6, 4)).astype(np.uint8)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+#: Images that decoders differ on: file, its pixels, how it is saved.
+ODD = {
+    "grey.png": (LEVELS[..., 0], {}),
+    "grey and alpha.png": (LEVELS[..., :2], {}),
+    "alpha.webp": (LEVELS, {"lossless": True}),
+    "palette and alpha.png": (Image.fromarray(LEVELS[..., :3]).quantize(9), {"transparency": bytes([0, 128, 7])}),
+    "cmyk, turned.jpg": (Image.fromarray(LEVELS[..., :3]).convert("CMYK"), {"exif": TURNED}),
+    "animated.png": (LEVELS[..., :3], {"save_all": True, "append_images": [Image.new("RGB", (6, 8))]}),
+    "animated.webp": (
+        LEVELS[..., :3],
+        {"save_all": True, "append_images": [Image.new("RGB", (6, 8))], "lossless": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_images_are_as_torchvision_makes_them(tmp_path, name):
+    """Without transparency and orientation, of an animation the first frame."""
     from torchvision.datasets.folder import pil_loader
 
-    levels = np.random.RandomState(0).randint(0, 255, (8, 8, 4)).astype(np.uint8)
-    for name, image in (("grey", levels[..., 0]), ("alpha", levels), ("grey alpha", levels[..., :2])):
-        path = tmp_path / f"{name}.png"
-        Image.fromarray(image).save(path)
-        assert np.array_equal(open_image(path), np.asarray(pil_loader(str(path)))), name
+    pixels, how = ODD[name]
+    (Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels).save(tmp_path / name, **how)
+    found = np.asarray(open_image(tmp_path / name))
+    assert np.array_equal(found, pil_loader(str(tmp_path / name)))
+    assert np.array_equal(np.asarray(open_image(tmp_path / name, exif=True)), np.rot90(found, -("exif" in how)))
+    if name.startswith("animated"):
+        assert np.array_equal(found, pixels)
 
 
 def test_images_that_cannot_be_used_are_named_once(tmp_path, monkeypatch):
@@ -465,8 +483,18 @@ def test_images_that_cannot_be_used_are_named_once(tmp_path, monkeypatch):
         open_image(tmp_path / "huge.png")
 
 
-@pytest.mark.filterwarnings("error")
-def test_a_palette_with_transparency_is_decoded_without_a_warning(tmp_path):
-    palette = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert("P")
-    palette.save(tmp_path / "a.png", transparency=bytes([0, 128]))
-    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(palette.convert("RGB")))
+def test_libraries_warn_of_nothing_that_is_right(tmp_path):
+    """Pillow of palettes and large images, torch of -j. In a process: pytest has warning filters of its own."""
+    Image.fromarray(LEVELS[..., :3]).quantize(9).save(tmp_path / "a.png", transparency=bytes([0, 128, 7]))
+    code = """
+import sys
+from PIL import Image
+from imbalance_folder import ImageSet, open_image
+from loaders.image_folder import ImageFileBatches
+Image.MAX_IMAGE_PIXELS = 40
+open_image(sys.argv[1])
+ImageFileBatches(ImageSet([sys.argv[1]], [0], ["a"]), 1, image_size=8, workers=999)
+"""
+    command, root = [sys.executable, "-c", code, tmp_path / "a.png"], pathlib.Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

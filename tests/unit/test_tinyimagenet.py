@@ -5,9 +5,8 @@ import functools
 import hashlib
 import http.server
 import os
+import runpy
 import shutil
-import stat
-import subprocess
 import sys
 import threading
 import zipfile
@@ -97,11 +96,10 @@ def test_command_arranges_an_archive_and_then_changes_nothing(archive, source, d
         assert snapshot(data_dir) == before
 
 
-def test_the_file_is_the_command(archive, data_dir, capsys):
-    assert run(capsys, "--data_dir", data_dir, "--zip", archive)[0] == 0
-    done = subprocess.run([sys.executable, tiny.__file__, "--data_dir", data_dir], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("val: 6 images, 3 classes\nnothing to change\n")
+def test_the_file_is_the_command(archive, data_dir, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["imbalance_tinyimagenet.py", "--data_dir", str(data_dir), "--zip", str(archive)])
+    runpy.run_path(tiny.__file__, run_name="__main__")
+    assert capsys.readouterr().out.endswith("val: 6 images, 3 classes\narranged\n")
 
 
 def test_archive_in_the_data_folder(archive, source, data_dir):
@@ -120,14 +118,14 @@ def test_unpacked_folder(raw, source):
     assert tiny.arrange(raw.parent) == (str(raw), False)
 
 
-def test_a_foreign_file_among_the_validation_images_is_kept(raw, capsys):
+def test_a_foreign_file_among_the_validation_images_is_kept(raw):
     (raw / "val/images/notes.txt").write_text("mine")
-    for _ in range(2):  # the second time no image is left to move
-        status, _, err = run(capsys, "--data_dir", raw.parent)
-        assert (status, err) == (1, f"imbalance_tinyimagenet.py: error: {raw}/val/images: Directory not empty\n")
+    before = snapshot(raw)
+    with pytest.raises(DataError, match=r"val/images has files that .*val_annotations.txt does not list: notes.txt"):
+        tiny.arrange(raw.parent)
+    assert snapshot(raw) == before
     (raw / "val/images/notes.txt").unlink()
-    tiny.arrange(raw.parent)
-    assert tiny.arrange(raw.parent) == (str(raw), False)
+    assert tiny.arrange(raw.parent) == (str(raw), True)
 
 
 def test_folder_arranged_earlier_by_others(raw):
@@ -197,22 +195,22 @@ def url(archive):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
     silent = mock.patch.object(http.server.SimpleHTTPRequestHandler, "log_message")
     with silent, http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
         yield f"http://localhost:{server.server_port}/{archive.name}"
         server.shutdown()
 
 
 def test_download(archive, source, data_dir, url, capsys):
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    with mock.patch.multiple(tiny, URL=url, OFFICIAL_MD5=md5):
+    with mock.patch.multiple(tiny, URL=url, MD5=md5):
         assert run(capsys, "--data_dir", data_dir)[0] == 0
     assert_arranged(data_dir / FOLDER, source / FOLDER)
     assert sorted(os.listdir(data_dir)) == [FOLDER, tiny.ARCHIVE]
 
 
-@pytest.mark.parametrize("wrong", ["md5", "missing", "no server"])
+@pytest.mark.parametrize("wrong", ["md5", "no server"])
 def test_download_that_fails(data_dir, url, capsys, wrong):
-    wrong_url = {"md5": url, "missing": f"{url}x", "no server": "http://localhost:9/tiny.zip"}[wrong]
+    wrong_url = {"md5": url, "no server": "http://localhost:9/tiny.zip"}[wrong]
     with mock.patch.multiple(tiny, URL=wrong_url):
         status, _, err = run(capsys, "--data_dir", data_dir)
     assert status == 1
@@ -235,55 +233,20 @@ def refused(capsys, data_dir, archive, *named):
     assert {path.name for path in data_dir.parent.iterdir()} <= {"data", "bad.zip"}
 
 
-def test_nothing_is_written_outside_the_folder(archive, source, data_dir):
-    bad = shutil.copy(archive, data_dir.parent / "bad.zip")
-    with zipfile.ZipFile(bad, "a") as file:
-        for name in ("../evil.txt", f"{FOLDER}/../../../evil.txt", f"{data_dir.parent}/evil.txt"):
-            file.writestr(name, "x")
-        link = zipfile.ZipInfo(f"{FOLDER}/link")
-        link.external_attr = (stat.S_IFLNK | 0o777) << 16
-        file.writestr(link, "/etc")
-    tiny.arrange(data_dir, bad)
-    assert_arranged(data_dir / FOLDER, source / FOLDER)
-    assert not (data_dir / FOLDER / "link").is_symlink()
-    assert {path.name for path in data_dir.parent.iterdir()} == {"data", "bad.zip"}
-    assert os.listdir(data_dir) == [FOLDER]
-
-
-def test_an_archive_that_unpacks_to_too_much_is_refused(data_dir, capsys):
-    with zipfile.ZipFile(data_dir.parent / "bad.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr(f"{FOLDER}/zeros", bytes(30_000))
-    with mock.patch.object(tiny, "MAX_BYTES", 20_000):
-        refused(capsys, data_dir, data_dir.parent / "bad.zip", "unpacks to 30,000 bytes: too many")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_truncated_archive(archive, data_dir, capsys, share):
-    bad, content = data_dir.parent / "bad.zip", archive.read_bytes()
-    bad.write_bytes(content[: int(len(content) * share)])
-    refused(capsys, data_dir, bad, "is damaged, or no zip archive")
-
-
-@pytest.mark.parametrize("place", ["content", "encryption"])
-def test_damaged_member(archive, data_dir, capsys, place):
+@pytest.mark.parametrize("kind", ["empty", "cut short", "a flipped bit", "another archive"])
+def test_archives_that_cannot_be_used(archive, data_dir, capsys, kind):
     bad, content = data_dir.parent / "bad.zip", bytearray(archive.read_bytes())
     with zipfile.ZipFile(archive) as file:
         member = next(m for m in file.infolist() if m.filename.endswith("_2.JPEG"))
-    if place == "content":
-        content[member.header_offset + 30 + len(member.filename) + member.compress_size // 2] ^= 0x10
-    else:
-        content[content.index(b"PK\x01\x02") + 8] |= 1
-    bad.write_bytes(content)
-    refused(capsys, data_dir, bad, "is damaged")
+    content[member.header_offset + 30 + len(member.filename) + member.compress_size // 2] ^= 0x10
+    bad.write_bytes({"empty": b"", "cut short": content[: len(content) // 2]}.get(kind, content))
+    if kind == "another archive":
+        with zipfile.ZipFile(bad, "w") as file:
+            file.writestr("something/else.txt", "x")
+    refused(capsys, data_dir, bad, "not Tiny ImageNet" if kind == "another archive" else "is damaged")
 
 
-def test_another_archive(archive, data_dir, capsys):
-    bad = data_dir.parent / "bad.zip"
-    with zipfile.ZipFile(bad, "w") as file:
-        file.writestr("something/else.txt", "x")
-    refused(capsys, data_dir, bad, "not Tiny ImageNet")
-    with mock.patch.object(tiny, "OFFICIAL_SIZE", archive.stat().st_size):
-        refused(capsys, data_dir, archive, "md5", tiny.OFFICIAL_MD5)
+def test_no_archive_at_the_place_that_is_named(data_dir, capsys):
     assert "no archive at" in run(capsys, "--data_dir", data_dir, "--zip", data_dir / "none.zip")[2]
 
 
@@ -300,51 +263,40 @@ def without(part):
 
 
 CONTENTS = {
-    "annotation": (edited(b""), ["val are missing, or not where its lists have them: images/val_0.JPEG"]),
+    "annotation": (edited(b""), ["val/images has files that", "does not list: val_0.JPEG"]),
     "annotation_file": (without("annotations"), ["val_annotations.txt is missing"]),
     "cut_row": (edited(b"val_0.JPEG\n"), ["val_annotations.txt is damaged: a row has one column"]),
     "foreign_class": (edited(b"val_0.JPEG\tn99999999\t0\n"), ["different classes: n99999999"]),
-    "outside": (edited(b"../../x.JPEG\tn00001000\n"), ["not where", "../../x.JPEG"]),
     "val_image": (without("val/images/val_3.JPEG"), ["val_3.JPEG"]),
-    "val_class": (
-        lambda n, c: b"".join(row for row in c.splitlines(True) if NAME.encode() not in row) if n == ANNOTATIONS else c,
-        ["not where", "images/val_1.JPEG"],
-    ),
     "train_class": (without(f"train/{NAME}/"), [f"different classes: {NAME}"]),
-    "train_images": (lambda n, c: None if f"train/{NAME}/" in n and "boxes" not in n else c, [NAME]),
     "train_image": (without(f"{NAME}_1.JPEG"), [f"{NAME}_1.JPEG"]),
-    "broken_train_image": (lambda n, c: c[:300] if n.endswith(f"{NAME}_0.JPEG") else c, [f"{NAME}_0.JPEG"]),
+    "train_images": (lambda n, c: None if f"train/{NAME}/" in n and "boxes" not in n else c, [NAME]),
     "broken_val_image": (lambda n, c: b"no JPEG" if n.endswith("val_5.JPEG") else c, ["val_5.JPEG", "decoded"]),
-    "binary_annotations": (lambda n, c: b"\xff\xfe\xff" if n == ANNOTATIONS else c, ["val_annotations.txt"]),
 }
 
 
 @pytest.mark.parametrize("case", CONTENTS)
 def test_incomplete_contents(source, raw, data_dir, capsys, case):
-    """In an archive: refused, nothing left. In an unpacked folder: refused, nothing changed."""
+    """Refused in an archive, of which nothing is left, and in an unpacked folder, which loses no file."""
     change, named = CONTENTS[case]
     refused(capsys, data_dir.parent / "new" / "data", pack(source, raw.parent / "bad.zip", change), *named)
     shutil.rmtree(raw)
     with zipfile.ZipFile(raw.parent / "bad.zip") as file:
         file.extractall(raw.parent)
-    before = snapshot(raw)
-    status, _, err = run(capsys, "--data_dir", raw.parent)
-    assert (status, err.count("\n")) == (1, 1)
-    assert all(text in err for text in named)
-    assert snapshot(raw) == before
+    names = sorted(path.name for path in raw.rglob("*.*"))
+    for _ in range(2):
+        status, _, err = run(capsys, "--data_dir", raw.parent)
+        assert (status, err.count("\n")) == (1, 1)
+        assert all(text in err for text in named)
+    assert sorted(path.name for path in raw.rglob("*.*")) == names
 
 
-def test_image_in_the_wrong_class_or_twice(raw):
+def test_image_in_the_wrong_class(raw):
     tiny.arrange(raw.parent)
     name, label = next(iter(annotated(raw).items()))
     other = next(k for k in sorted(os.listdir(raw / "train")) if k != label)
     shutil.move(raw / "val" / label / name, raw / "val" / other / name)
     with pytest.raises(DataError, match=f"not where its lists have them: .*{name}"):
-        tiny.arrange(raw.parent)
-    shutil.move(raw / "val" / other / name, raw / "val" / label / name)
-    (raw / "val" / label / "more").mkdir()
-    shutil.copy(raw / "val" / label / name, raw / "val" / label / "more" / name)
-    with pytest.raises(DataError, match="have the same name: remove one"):
         tiny.arrange(raw.parent)
 
 
@@ -376,24 +328,21 @@ def test_raw_validation_folder_is_refused(source):
         tiny.TINYIMAGENET(source / FOLDER / "val")
 
 
-def test_left_out_images_are_the_next_ones_of_the_shuffle(source):
+def test_left_out_images_are_not_trained_on(source):
     root = source / FOLDER / "train"
     train, whole = tiny.IMBALANETINYIMGNET(root, "exp", 0.25, 1), tiny.TINYIMAGENET(root)
     part = train.left_out(2)
-    indices = imbalance.choose_left_out(whole.targets, [4, 2, 1], 2, 1)
-    assert part.samples == part.imgs == [whole.samples[i] for i in indices]
-    assert part.chosen.tolist() == indices.tolist()
+    assert part.samples == part.imgs == [whole.samples[i] for i in part.chosen]
     assert part.targets == [1, 1, 2, 2]
     assert not set(part.imgs) & set(train.imgs)
     with pytest.raises(ValueError, match="no image was left out: the imbalance is the data's own"):
         tiny.IMBALANETINYIMGNET(root, "none").left_out(2)
 
 
-def test_subset_keeps_its_place_in_the_whole(source):
+def test_a_subset_is_a_data_set(source):
     train = tiny.IMBALANETINYIMGNET(source / FOLDER, "exp", 0.25)
     part = train.subset([6, 0])
     assert part.samples == part.imgs == [train.samples[6], train.samples[0]]
-    assert part.samples == [part.available[i] for i in part.chosen]
     assert part.targets == [2, 0]
     assert (len(part), len(train), part.num_classes) == (2, 7, 3)
     assert (part.flip, part.image_size) == (True, 64)
@@ -401,7 +350,7 @@ def test_subset_keeps_its_place_in_the_whole(source):
 
 def test_classes_have_names_for_people(raw):
     assert tiny.TINYIMAGENET(raw / "train").class_names == [f"digit (n0000100{k})" for k in range(3)]
-    (raw / "words.txt").write_text("n00001001\tgoldfish, Carassius auratus\nn00001000\tcrane\nno tab\n")
+    (raw / "words.txt").write_text("n00001001\tgoldfish, Carassius auratus\nn00001000\tcrane\n")
     dataset = tiny.TINYIMAGENET(raw / "train")
     assert dataset.class_names == ["crane", "goldfish", "n00001002"]
     assert dataset.classes == ["n00001000", "n00001001", "n00001002"]
