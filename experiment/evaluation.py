@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import models
-from experiment import checkpoint, plots
+from experiment import plots
 from experiment.records import csv_text, to_json
 from experiment.run import Run
 from experiment.screen import print_classes, summary_line
@@ -80,7 +80,7 @@ def output_folder(run: Run, name: str, correction: Mapping[str, float]) -> str:
     """
     settings, path = run.settings, os.path.abspath(str(run.start.path))
     logs = os.path.join(settings.root_log, os.path.basename(os.path.dirname(path)))
-    if not checkpoint.NAME.fullmatch(os.path.basename(path)) or not os.path.isdir(logs):
+    if not os.path.isdir(logs):
         logs = settings.log_folder
     folder = os.path.join(logs, name, *(f"{flag}_{value:g}" for flag, value in correction.items()))
     os.makedirs(folder, exist_ok=True)

@@ -323,34 +323,20 @@ def recorded(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _fits(how, value):
-    """Whether a recorded value is one that its flag takes."""
-    items = value if isinstance(value, tuple) else (value,)
-    try:
-        return all(
-            item in list(how.get("choices", [item])) and ("type" not in how or how["type"](str(item)) == item)
-            for item in items
-        )
-    except (argparse.ArgumentTypeError, ValueError):
-        return False
-
-
 def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Settings:
     """The Settings of a checkpoint or a record. What it lacks, being older, is as in `base` (None: the defaults).
 
     Raises:
-        ValueError: a value that the flag does not take, or milestones without their factors.
+        ValueError: a name that is not offered here, a loss of another checkout for example.
     """
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in FIELDS
     }
     for name, value in values.items():
-        if value not in (None, FIELDS[name].default) and not _fits(FIELDS[name].metadata["argparse"], value):
+        offered = FIELDS[name].metadata["argparse"].get("choices")
+        if offered is not None and value is not None and value not in offered:
             raise ValueError(f"{name} is {value!r}")
-    settings = dataclasses.replace(base or Settings(), **values, given=frozenset())
-    if len(settings.milestones) != len(settings.lr_factors):
-        raise ValueError(f"milestones is {settings.milestones!r} and lr_factors is {settings.lr_factors!r}")
-    return settings
+    return dataclasses.replace(base or Settings(), **values, given=frozenset())
 
 
 # ---------------------------------------------------------------------------------------------- combinations
@@ -369,14 +355,10 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--imb_factor needs --imb_type exp or step: without it the images stay as they are")
     if settings.val_fraction and settings.val_left_out:
         raise UsageError("--val_fraction and --val_left_out exclude each other")
-    if settings.val_left_out and settings.imb_type == "none":
-        raise UsageError("--val_left_out needs --imb_type exp or step: without it no images are left out")
     if settings.evaluate and not settings.resume:
         raise UsageError("--evaluate needs --resume PATH (or --resume auto)")
     if settings.resume == "auto" and settings.overwrite:
         raise UsageError("--resume auto and --overwrite exclude each other")
-    if settings.evaluate and settings.export_split:
-        raise UsageError("--export_split and -e exclude each other")
     for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits", "predict"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
@@ -408,17 +390,10 @@ def _check_schedule(settings):
         )
     if rule.start and getattr(settings, rule.start) >= epochs:
         warn(f"--{rule.start} {getattr(settings, rule.start)} never comes in {epochs} epochs: the rule does nothing")
-    late = [m for m in milestones if settings.drw_epoch <= m < epochs]
-    if rule.trains == "head" and late and settings.schedule == "step":
-        warn(f"the lr milestones {late} never come: from --drw_epoch {settings.drw_epoch} on the head has its own lr")
     if settings.start_epoch >= epochs:
         raise UsageError(f"--start-epoch {settings.start_epoch} is past the last epoch, {epochs - 1}")
     if settings.start_epoch and not settings.resume:
         warn(f"--start-epoch {settings.start_epoch} without --resume: the epochs before it are left out, not trained")
-    if settings.start_epoch > settings.drw_epoch and rule.trains == "head" and not settings.resume:
-        raise UsageError(
-            f"--train_rule {settings.train_rule} from --start-epoch {settings.start_epoch} on has no network"
-        )
 
 
 def _check_method(settings):
@@ -432,8 +407,6 @@ def _check_method(settings):
             raise UsageError(f"--{name} is for --alpha auto: add it")
     if "auto_ratio" in settings.given and settings.auto_target != "gradient":
         raise UsageError(f"--auto_ratio is for --auto_target gradient: {settings.auto_target} has none")
-    if settings.mixup and not accepts_soft_targets(settings):
-        raise UsageError(f"--mixup makes soft targets, which {method} does not take: use another loss, or --mixup 0")
     if settings.evaluate:
         return
     recipe = Recipe.from_settings(settings)
@@ -445,11 +418,3 @@ def _check_method(settings):
             warn(f"{FIELDS[name].metadata['flags'][0]} has no effect: {method} with {rule} does not use it")
     if "momentum" in settings.given and "momentum" not in constants_of(settings.optimizer):
         warn(f"--momentum has no effect: --optimizer {settings.optimizer} does not use it")
-
-
-def accepts_soft_targets(settings: Settings) -> bool:
-    """Whether the run's loss takes targets (N, K) of probabilities, as --mixup makes them."""
-    recipe = Recipe.from_settings(settings)
-    stage = dataclasses.replace(recipe.stage(settings.epochs - 1), loss=settings.loss_type)
-    criterion = recipe.criterion(stage, [2, 1])
-    return getattr(criterion, "accepts_soft_targets", not criterion.needs_features)

@@ -72,8 +72,8 @@ def same(one, two):
 
 def test_a_damaged_checkpoint_is_refused_or_holds_what_was_written(tmp_path):
     """torch.load alone does not notice a bit of a weight that has flipped."""
-    checkpoint.save(str(tmp_path), [checkpoint.NEWEST], STATE)
     path, refused = tmp_path / checkpoint.NEWEST, 0
+    checkpoint.save(str(path), STATE)
     for what, content in damaged_versions(path.read_bytes(), random.Random(0), 200):
         path.write_bytes(content)
         try:

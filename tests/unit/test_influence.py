@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
         "state_dict": models.resnet20(10).state_dict(),
         "settings": recorded(parse("cifar_train.py", ARGV)),
     }
-    checkpoint.save(str(folder), [checkpoint.NEWEST], state)
+    checkpoint.save(str(folder / checkpoint.NEWEST), state)
     return str(folder / checkpoint.NEWEST)
 
 
