@@ -142,8 +142,6 @@ def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: 
         is_left = {name: t.shape for name, t in head.items()} != {name: t.shape for name, t in theirs.items()}
         if is_left:
             weights = {name: tensor for name, tensor in weights.items() if name not in theirs} | head
-        # torchvision's older files lack batch norm's counters
-        weights = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")} | weights
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # after a title, a line of missing names, one of others, one a shape

@@ -77,6 +77,13 @@ def plain_name(text: str) -> str:
     return text
 
 
+def path(text: str) -> str:
+    """An argparse type: a path, which an unset shell variable is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty value")
+    return text
+
+
 def _explain(entries):
     """Names and what they mean, for --help."""
     return "; ".join(f"{name}: {entry.help}" for name, entry in entries.items())
@@ -102,7 +109,7 @@ class Settings:
 
     # fmt: off
     dataset: str = _data(None, "--dataset", plain_name, "the data set")
-    data_dir: str = _data("./data", "--data_dir DIR", None, "folder of the data", affects="nothing")
+    data_dir: str = _data("./data", "--data_dir DIR", path, "folder of the data", affects="nothing")
     train_list: str | None = _data(None, "--train_list FILE", None,
         "training images as lines 'path label' below --data_dir, instead of folders")
     val_list: str | None = _data(None, "--val_list FILE", None, "test images, in the same form")
@@ -139,7 +146,7 @@ class Settings:
         "paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold", affects="nothing")
 
     arch: str = _model(None, "-a --arch NAME", plain_name, "the network")
-    pretrained: str | None = _model(None, "--pretrained imagenet|none|PATH", None,
+    pretrained: str | None = _model(None, "--pretrained imagenet|none|PATH", path,
         "first weights: ImageNet's, always with a new last layer, or those of a checkpoint, whose last layer is taken "
         "where it fits", affects="start", nargs="?")
 
@@ -243,17 +250,17 @@ class Settings:
         "with -e: as --tau_norm, but keep the bias", nargs="+")
     save_logits: bool = _run(False, "--save_logits", None,
         "with -e: write logits, targets, file names and class names to logits.npz")
-    predict: str | None = _run(None, "--predict DIR", None,
+    predict: str | None = _run(None, "--predict DIR", path,
         "with -e: write the classes of the unlabelled images in DIR, or of one image, to a CSV file; needs no other "
         "data")
     top: int = _run(1, "--top N", COUNT, "with --predict: the N likeliest classes of each image, a row each")
-    export_split: str | None = _run(None, "--export_split FILE", None,
+    export_split: str | None = _run(None, "--export_split FILE", path,
         "write the indices of the images that are trained on, one a line, and stop")
     keep_epochs: tuple[int, ...] = _run((), "--keep_epochs N", COUNT,
         "also keep the checkpoints after N epochs, to fork from", nargs="*")
     exp_str: str = _run("0", "--exp_str NAME", plain_name, "last part of the run's name")
-    root_log: str = _run("log", "--root_log DIR", None, "folder of the logs of all runs")
-    root_model: str = _run("checkpoint", "--root_model DIR", None, "folder of the checkpoints of all runs")
+    root_log: str = _run("log", "--root_log DIR", path, "folder of the logs of all runs")
+    root_model: str = _run("checkpoint", "--root_model DIR", path, "folder of the checkpoints of all runs")
     dry_run: bool = _run(False, "--dry_run", None, "print the recipe, one CSV row an epoch, and stop")
     force: bool = _run(False, "--force", None,
         "continue although settings or data differ from the checkpoint's, or a newer one exists; what differed is "

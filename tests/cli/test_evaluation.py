@@ -106,12 +106,13 @@ def test_several_values_without_a_held_out_part_are_refused(tmp_path, capsys):
     assert "--val_fraction" in messages(err)[0]
 
 
-@pytest.mark.parametrize("flag", [["--val_fraction", "0.1"], ["--imb_factor", "0.1"], ["--dataset", "cifar10"]])
+@pytest.mark.parametrize("flag", [["--val_fraction", "0.1"], ["--imb_factor", "0.1"], ["--ema", "0.9"]])
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(flag, trained, capsys):
     args = ["-e", "--resume", model_folder(trained(capsys)) / "ckpt.pth.tar", *flag]
     status, _, err = run_main(args, trained(capsys), capsys)
     assert status == 2
     assert f"{flag[0].removeprefix('--')} is " in messages(err)[0]
+    assert "--force" in messages(err)[0]
 
 
 def test_an_ib_checkpoint_is_evaluated_under_its_own_name(tmp_path, capsys):
