@@ -134,7 +134,10 @@ def no_network(*args, **kwargs):
 
 def test_missing_data_without_a_network(tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    args, words = ["--dataset", "cifar100", *TINY, "--data_dir", "images"], ("cifar-100-python.tar.gz", "--dataset digits")
+    args, words = (
+        ["--dataset", "cifar100", *TINY, "--data_dir", "images"],
+        ("cifar-100-python.tar.gz", "--dataset digits"),
+    )
     with mock.patch("urllib.request.urlopen", no_network):
         line = refused(args, tmp_path, capsys, 1, "no cifar100 in images", *words)
     assert "cannot be downloaded" in line
