@@ -10,7 +10,6 @@ from cifar_maker import CLASS_NAMES, TRAIN, image_of, official_archive
 
 import imbalance
 import imbalance_cifar
-from files import LOCK
 from utils import DataError
 
 
@@ -57,12 +56,18 @@ def test_an_item_is_the_image_and_its_label_and_the_rand_number_chooses(name, tm
     assert np.array_equal(image, image_of(label, np.asarray(image)[0, 0, 1]))
 
 
-def test_left_out_images_are_never_trained_on(name, tmp_path):
-    train = imbalance_cifar.load(name, tmp_path, "exp", 0.1, 3)[0]
+@pytest.mark.parametrize("rand_number", [0, 3])
+def test_left_out_images_are_never_trained_on(name, tmp_path, rand_number):
+    train = imbalance_cifar.load(name, tmp_path, "exp", 0.1, rand_number)[0]
     before, counts = imbalance.split_sha256(train.chosen), train.get_cls_num_list()
     part = train.left_out(5)
     assert part.get_cls_num_list() == [min(5, TRAIN[name] - n) for n in counts]
     assert not set(known(part)) & set(known(train))
+    whole = imbalance_cifar.load(name, tmp_path, "none")[0]
+    place = np.argsort(whole.chosen)  # 'none' keeps all, shuffled by class
+    assert np.array_equal(part.data, whole.data[place[part.chosen]])
+    targets = np.array(whole.targets)[place]
+    assert part.chosen.tolist() == imbalance.choose_left_out(targets, counts, 5, rand_number).tolist()
     assert (imbalance.split_sha256(train.chosen), len(train.data)) == (before, sum(counts))
     assert train.subset(range(10)).left_out(5).chosen.tolist() == part.chosen.tolist()
 
@@ -74,20 +79,6 @@ def test_nothing_is_left_out_where_no_imbalance_is_made():
             digits.left_out(3) if imb_type != "exp" else digits.subset([0, 1]).left_out(3)
 
 
-def test_one_process_downloads_at_a_time(name, tmp_path):
-    """The folder is locked while torchvision looks and downloads."""
-    held = []
-
-    class Watched(imbalance_cifar.DATASETS[name]):
-        def download(self):
-            held.append((tmp_path / LOCK).exists())
-            super().download()
-
-    with mock.patch.dict(imbalance_cifar.DATASETS, {name: Watched}):
-        imbalance_cifar.load(name, tmp_path)
-    assert held == [True]
-
-
 class Torchvisions(imbalance.InMemoryImages, torchvision.datasets.SVHN):
     """As docs/extending.md derives one: a data set whose files are not CIFAR's."""
 
@@ -97,16 +88,21 @@ class Torchvisions(imbalance.InMemoryImages, torchvision.datasets.SVHN):
         super().__init__(root, split="train" if train else "test", download=download)
 
 
-def test_data_of_another_kind_that_are_missing_are_one_line(tmp_path):
+@pytest.mark.parametrize("download", [urllib.error.URLError("no network"), OSError("no route")])
+def test_data_of_another_kind_that_are_missing_are_one_line(tmp_path, download):
     with (
         mock.patch.dict(imbalance_cifar.DATASETS, svhn=Torchvisions),
-        mock.patch("urllib.request.urlopen", side_effect=urllib.error.URLError("no network")),
+        mock.patch("urllib.request.urlopen", side_effect=download),
+        pytest.raises(DataError, match=r"no svhn in .*, and it cannot be downloaded .*: put its files"),
     ):
-        with pytest.raises(DataError, match=r"no svhn in .*, and it cannot be downloaded .*: put its files"):
-            imbalance_cifar.load("svhn", tmp_path)
-        (tmp_path / "train_32x32.mat").write_bytes(b"damaged")
-        with pytest.raises(DataError, match="no svhn in"):
-            imbalance_cifar.load("svhn", tmp_path)
+        imbalance_cifar.load("svhn", tmp_path)
+    (tmp_path / "train_32x32.mat").write_bytes(b"damaged")
+    with (
+        mock.patch.dict(imbalance_cifar.DATASETS, svhn=Torchvisions),
+        mock.patch("urllib.request.urlopen", side_effect=download),
+        pytest.raises(DataError, match="no svhn in"),
+    ):
+        imbalance_cifar.load("svhn", tmp_path)
 
 
 def test_a_changed_byte_of_any_file_is_refused(name, tmp_path):

@@ -15,13 +15,13 @@ from loaders.in_memory import InMemoryBatches
 from training.loop import train_one_epoch
 from training.optimizer import make_optimizer
 
-STEPS, LR = 4, 0.02  # the lr of the first epoch of the published warm-up
+STEPS, LR = 8, 0.02  # the lr of the first epoch of the published warm-up
 
 
 def two_paths(dtype):
     """The same batches, and (model, optimizer) of the fast and of the plain path with the same initial values."""
     digits = IMBALANCEDIGITS(imb_factor=1)
-    source = InMemoryBatches(digits, 8).train_epoch(0)
+    source = InMemoryBatches(digits, 16).train_epoch(0)
     batches = [(images.to(dtype), target) for images, target in (next(source) for _ in range(STEPS))]
     torch.manual_seed(0)
     model = models.resnet20().to(dtype)

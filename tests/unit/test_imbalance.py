@@ -11,45 +11,62 @@ import imbalance
 SPLITS = golden("splits.json")
 
 
-@pytest.mark.parametrize("imb_type", ["exp", "step"])
-def test_golden_splits(imb_type):
-    """Classes, images of each, type, factor and rand_number; what is published of that split."""
+#: '10/exp' and so on: the keys of one data set and one shape of the tail.
+KINDS = sorted({key.rsplit("/", 2)[0] for key in SPLITS["splits"]})
+
+
+def splits_of(kind):
+    """(classes, images of each, type, factor, rand_number, what is published) of each split of that kind."""
     for key, expected in SPLITS["splits"].items():
-        of_classes, of_type, factor, rand_number = key.split("/")
-        if of_type == imb_type:
-            each, classes = SPLITS["per_class"], int(of_classes)
-            each = each[of_classes] if isinstance(each, dict) else each
-            order = np.random.RandomState(1000 + classes + SPLITS["seed"]).permutation(classes * each)
-            targets = np.repeat(np.arange(classes), each)[order]
-            counts = imbalance.class_counts([each] * classes, imb_type, float(factor))
-            chosen = imbalance.choose(targets, counts, int(rand_number))
-            assert counts == expected["counts"], key
-            assert chosen[: len(expected["first"])].tolist() == expected["first"], key
-            assert imbalance.split_sha256(chosen) == expected["sha256"], key
+        if key.rsplit("/", 2)[0] == kind:
+            classes, imb_type, factor, rand_number = key.split("/")
+            each = SPLITS["per_class"][classes] if isinstance(SPLITS["per_class"], dict) else SPLITS["per_class"]
+            yield int(classes), each, imb_type, float(factor), int(rand_number), expected
 
 
-def test_published_totals():
-    for classes, each, imb_type, totals in (
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_splits(kind):
+    for classes, each, imb_type, factor, rand_number, expected in splits_of(kind):
+        order = np.random.RandomState(1000 + classes + SPLITS["seed"]).permutation(classes * each)
+        targets = np.repeat(np.arange(classes), each)[order]
+        counts = imbalance.class_counts([each] * classes, imb_type, factor)
+        chosen = imbalance.choose(targets, counts, rand_number)
+        assert counts == expected["counts"]
+        assert chosen[: len(expected["first"])].tolist() == expected["first"]
+        assert imbalance.split_sha256(chosen) == expected["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "each", "imb_type", "totals"),
+    [
         (10, 5000, "exp", [11203, 12406, 13996, 17023, 20431]),
         (10, 5000, "step", [25125, 25250, 25500, 26250, 27500]),
         (100, 500, "exp", [9502, 10847, 12608, 15907, 19573]),
         (100, 500, "step", [25100, 25250, 25500, 26250, 27500]),
         (200, 500, "exp", [18836, 21549, 25082, 31711, 39072]),
         (200, 500, "step", [50200, 50500, 51000, 52500, 55000]),
-    ):
-        counts = [imbalance.class_counts([each] * classes, imb_type, 1 / ratio) for ratio in (200, 100, 50, 20, 10)]
-        assert [sum(c) for c in counts] == totals, (classes, imb_type)
+    ],
+)
+def test_published_totals(classes, each, imb_type, totals):
+    counts = [imbalance.class_counts([each] * classes, imb_type, 1 / ratio) for ratio in (200, 100, 50, 20, 10)]
+    assert [sum(c) for c in counts] == totals
 
 
-def test_counts_by_hand():
+def test_an_odd_number_of_classes_keeps_every_class():
     assert imbalance.class_counts([10] * 5, "step", 0.1) == [10, 10, 10, 1, 1]
-    assert imbalance.class_counts([50, 100, 5], "exp", 0.25) == [50, 50, 5], "no more than there are; n_max the largest"
+
+
+def test_no_class_gets_more_than_it_has_and_n_max_is_the_largest():
+    assert imbalance.class_counts([50, 100, 5], "exp", 0.25) == [50, 50, 5]
+
+
+def test_none_and_factor_one_keep_everything():
     assert imbalance.class_counts([3, 1, 2], "none", 0.01) == [3, 1, 2]
     assert imbalance.class_counts([4, 4], "exp", 1.0) == [4, 4]
     assert imbalance.class_counts([7], "exp", 0.5) == [7]
 
 
-@pytest.mark.parametrize("factor", [0, 1.01, float("nan")])
+@pytest.mark.parametrize("factor", [0, -0.1, 1.01, float("nan"), float("inf")])
 def test_a_factor_outside_its_range_is_refused(factor):
     with pytest.raises(ValueError, match="must lie in"):
         imbalance.class_counts([10, 10], "exp", factor)
@@ -72,6 +89,19 @@ def test_the_choice_is_seeded_and_leaves_the_global_generator_alone():
     assert np.array_equal(before, np.random.get_state()[1])
     assert targets[first].tolist() == [0] * 50 + [1] * 20 + [2] * 5
     assert len(set(first.tolist())) == 75
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_left_out_images_are_the_next_ones_of_the_published_shuffle(kind):
+    for classes, each, imb_type, factor, rand_number, _ in list(splits_of(kind))[::4]:
+        targets = np.repeat(np.arange(classes), each)
+        counts = imbalance.class_counts([each] * classes, imb_type, factor)
+        left_out = imbalance.choose_left_out(targets, counts, 7, rand_number)
+        more = [min(n + 7, each) for n in counts]  # a longer choice: what is kept, then what is left out
+        expected = np.split(imbalance.choose(targets, more, rand_number), np.cumsum(more)[:-1])
+        assert left_out.tolist() == [i for n, part in zip(counts, expected, strict=True) for i in part[n:]]
+        assert not set(left_out) & set(imbalance.choose(targets, counts, rand_number))
+        assert imbalance.count_classes(targets[left_out], classes) == [min(7, each - n) for n in counts]
 
 
 def test_hold_out_is_a_stratified_partition_that_keeps_each_class():
@@ -106,12 +136,10 @@ def test_group_limits():
     assert imbalance.groups([101, 100, 20, 19, 0]) == {"many": [0], "medium": [1, 2], "few": [3, 4]}
 
 
-def test_hold_out_refuses_what_cannot_be():
-    for fraction in (-0.1, 1, float("nan")):
-        with pytest.raises(ValueError, match="must lie in"):
-            imbalance.hold_out([0, 0, 1], fraction)
-    with pytest.raises(ValueError, match="no class has two images"):
-        imbalance.hold_out([0, 1, 2], 0.9)
+@pytest.mark.parametrize("fraction", [-0.1, 1, 2, float("nan")])
+def test_hold_out_refuses_a_fraction_outside_its_range(fraction):
+    with pytest.raises(ValueError, match="must lie in"):
+        imbalance.hold_out([0, 0, 1], fraction)
 
 
 def test_hold_out_is_seeded_and_leaves_the_global_generator_alone():
@@ -120,6 +148,11 @@ def test_hold_out_is_seeded_and_leaves_the_global_generator_alone():
     assert np.array_equal(first, imbalance.hold_out([0] * 100, 0.3, seed=1)[1])
     assert not np.array_equal(first, imbalance.hold_out([0] * 100, 0.3, seed=2)[1])
     assert np.array_equal(before, np.random.get_state()[1])
+
+
+def test_hold_out_refuses_data_of_which_it_can_hold_out_nothing():
+    with pytest.raises(ValueError, match="no class has two images"):
+        imbalance.hold_out([0, 1, 2], 0.9)
 
 
 class Numbers(imbalance.LabelledImages):
@@ -141,28 +174,3 @@ def test_a_subset_is_made_imbalanced_among_its_own():
     part.make_imbalanced("exp", 0.4, 3)
     assert part.targets == [0, 0, 0, 1]
     assert part.chosen.tolist() == [[5, 4, 2, 1, 3][i] for i in imbalance.choose([0, 0, 0, 1, 1], [3, 1], 3)]
-
-
-class Mixed(imbalance.InMemoryImages):
-    """Four classes of 9 to 6 images, in any order; an image is its number."""
-
-    classes = list("abcd")
-
-    def __init__(self, root, imb_type="exp", imb_factor=0.01, rand_number=0):
-        self.root, self.targets = root, np.random.RandomState(1).permutation(np.repeat(range(4), [9, 8, 7, 6])).tolist()
-        self.data = np.arange(30)
-        self.make_split(True, imb_type, imb_factor, rand_number)
-
-
-@pytest.mark.parametrize("imb_type", ["exp", "step"])
-def test_left_out_images_are_the_next_ones_of_the_shuffle(imb_type):
-    train = Mixed("root", imb_type, 0.3, rand_number=5)
-    counts = train.get_cls_num_list()
-    part, whole = train.left_out(3), Mixed("root", "none", rand_number=2)
-    targets = np.asarray(whole.targets)[np.argsort(whole.chosen)]  # in the order of the files
-    more = [min(n + 3, each) for n, each in zip(counts, [9, 8, 7, 6], strict=True)]
-    kept_and_left_out = np.split(imbalance.choose(targets, more, 5), np.cumsum(more)[:-1])
-    expected = [i for n, indices in zip(counts, kept_and_left_out, strict=True) for i in indices[n:]]
-    assert part.chosen.tolist() == part.data.tolist() == expected
-    assert part.targets == targets[expected].tolist()
-    assert not set(part.chosen) & set(train.chosen)

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import random
+import shutil
 import tarfile
 import urllib.error
 from pathlib import Path
@@ -21,6 +22,7 @@ from torchvision.transforms import v2
 
 import imbalance_cifar
 import losses
+from files import LOCK
 from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCECIFAR10, IMBALANCEDIGITS
 from loaders import batch_slices, sampled_order
 from loaders.augment import AUGMENTS, Augment
@@ -166,7 +168,7 @@ def test_a_batch_is_the_one_at_the_places_that_the_device_holds():
     assert torch.equal(epoch.take(2)[0], expected[6][0])
 
 
-@pytest.mark.parametrize("augment", ["none", "randaugment"])
+@pytest.mark.parametrize("augment", AUGMENTS)
 def test_drawing_touches_no_global_generator(augment):
     torch.manual_seed(5)
     np.random.seed(5)
@@ -180,15 +182,15 @@ def test_drawing_touches_no_global_generator(augment):
     assert random.getstate() == states[2]
 
 
-def test_an_epoch_shows_every_image_once_and_the_last_batch_may_be_smaller():
-    for n, sizes in ((70, [32, 32, 6]), (64, [32, 32]), (5, [5])):
-        batches = batches_of(noise(n), batch_size=32)
-        dealt = [target for _, target in batches.train_epoch(0)]
-        assert [len(target) for target in dealt] == sizes
-        assert len(batches) == len(sizes)
-        order = torch.cat(dealt).tolist()
-        assert sorted(order) == list(range(n))
-        assert order != list(range(n))
+@pytest.mark.parametrize(("n", "batch_size", "sizes"), [(70, 32, [32, 32, 6]), (64, 32, [32, 32]), (5, 32, [5])])
+def test_an_epoch_shows_every_image_once_and_the_last_batch_may_be_smaller(n, batch_size, sizes):
+    batches = batches_of(noise(n), batch_size=batch_size)
+    dealt = [target for _, target in batches.train_epoch(0)]
+    assert [len(target) for target in dealt] == sizes
+    assert len(batches) == len(sizes)
+    order = torch.cat(dealt).tolist()
+    assert sorted(order) == list(range(n))
+    assert order != list(range(n))
 
 
 def test_images_keep_their_labels():
@@ -211,7 +213,8 @@ def test_slices_of_the_ranks_are_even_and_leave_nothing_out():
             assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize(("ranks", "augment"), [(2, "trivialaugment"), (4, "none")])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("augment", ["none", "trivialaugment"])
 def test_ranks_batches_put_together_are_the_single_processes(ranks, augment):
     """Of the last batch, one image, most ranks have nothing."""
     how = {"batch_size": 10, "seed": 1, "augment": augment}
@@ -333,6 +336,12 @@ def test_real_cifar10_gets_the_published_split(cifar_root):
     assert test.get_cls_num_list() == [1000] * 10
 
 
+def test_another_rand_number_keeps_other_images_of_the_same_classes(cifar_root):
+    one, other = (IMBALANCECIFAR10(cifar_root, "step", 0.01, rand_number=r) for r in (0, 1))
+    assert one.get_cls_num_list() == other.get_cls_num_list() == [5000] * 5 + [50] * 5
+    assert not np.array_equal(one.chosen, other.chosen)
+
+
 def test_digits_are_split_once_and_the_test_part_is_whole():
     train, tail, test = IMBALANCEDIGITS(imb_type="none"), IMBALANCEDIGITS(imb_factor=0.1), IMBALANCEDIGITS(train=False)
     assert len(train) + len(test) == 1797
@@ -365,11 +374,32 @@ def no_network(*args, **kwargs):
     raise urllib.error.URLError("[Errno -3] Temporary failure in name resolution")
 
 
-def test_loading_digits_needs_no_folder():
-    train, test = imbalance_cifar.load("digits", "no/such/folder", "exp", 0.1)
-    assert (train.get_cls_num_list()[9], len(test), train.flip) == (12, 540, False)
+@pytest.fixture
+def cifar_copy(cifar_root, tmp_path):
+    shutil.copytree(Path(cifar_root) / "cifar-10-batches-py", tmp_path / "data" / "cifar-10-batches-py")
+    return tmp_path / "data"
+
+
+def test_load_gives_both_parts(cifar_root):
+    train, test = imbalance_cifar.load("cifar10", cifar_root, "step", 0.01, 2)
+    assert np.array_equal(train.chosen, IMBALANCECIFAR10(cifar_root, "step", 0.01, 2).chosen)
+    assert train.flip
+    assert (train.num_classes, train.image_size, len(test)) == (10, 32, 10000)
+    assert imbalance_cifar.load("digits", "no/such/folder", "exp", 0.1)[0].get_cls_num_list()[9] == 12
     with pytest.raises(UsageError, match="leaves"):
         imbalance_cifar.load("digits", "no/such/folder", "exp", 0.001)
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_truncated_file_of_cifar_is_damaged(cifar_copy, name):
+    path = cifar_copy / "cifar-10-batches-py" / name
+    path.write_bytes(path.read_bytes()[:-10])
+    before = sorted(cifar_copy.rglob("*"))
+    with mock.patch("urllib.request.urlopen", no_network), pytest.raises(DataError) as error:
+        imbalance_cifar.load("cifar10", cifar_copy)
+    assert str(error.value).startswith(f"no cifar10 in {cifar_copy}, or a damaged one, and it cannot")
+    assert "cifar-10-python.tar.gz" in str(error.value)
+    assert sorted(cifar_copy.rglob("*")) == before
 
 
 def test_missing_cifar_is_one_line(tmp_path):
@@ -379,3 +409,16 @@ def test_missing_cifar_is_one_line(tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(DataError, match="no cifar10 in"):
             imbalance_cifar.load("cifar10", tmp_path / "file")
+
+
+def test_one_process_downloads_at_a_time(cifar_root):
+    """The folder is locked while torchvision looks and downloads."""
+    held = []
+
+    class Watched(IMBALANCECIFAR10):
+        def download(self):
+            held.append(os.path.exists(os.path.join(cifar_root, LOCK)))
+
+    with mock.patch.dict(imbalance_cifar.DATASETS, cifar10=Watched):
+        imbalance_cifar.load("cifar10", cifar_root)
+    assert held == [True]
