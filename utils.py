@@ -158,11 +158,6 @@ def epoch_generator(seed: int, epoch: int) -> "torch.Generator":
     return torch.Generator().manual_seed(epoch_seed(seed, epoch))
 
 
-def draw_seed() -> int:
-    """A seed from the operating system, in [0, 2 ** 31)."""
-    return int.from_bytes(os.urandom(4), "little") >> 1
-
-
 # -------------------------------------------------------------------------------------------------- device
 
 

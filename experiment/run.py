@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import secrets
 import shutil
 import sys
 import time
@@ -26,7 +27,7 @@ from training import distributed
 from training.loop import NonFiniteLoss, evaluate
 from training.precision import Precision, set_determinism
 from training.registry import Stage
-from utils import DataError, NothingToDo, UsageError, draw_seed, one_line, warn
+from utils import DataError, NothingToDo, UsageError, one_line, warn
 
 
 @contextlib.contextmanager
@@ -93,7 +94,7 @@ def _seed(settings, start):
     seed = settings.seed
     if seed is None:
         seed = (start.checkpoint.get("settings") or {}).get("seed")
-    return distributed.broadcast(draw_seed()) if seed is None else seed
+    return distributed.broadcast(secrets.randbelow(2**31)) if seed is None else seed
 
 
 def _explained(error, settings):
@@ -158,8 +159,6 @@ class Run:
             )
         if settings.evaluate and start.checkpoint.get("class_counts"):
             self.class_counts = list(start.checkpoint["class_counts"])  # groups and prior are the model's
-        elif settings.evaluate and settings.posthoc_la:
-            warn(f"{start.path} records no class counts: --posthoc_la takes those of the data given")
 
     def restore(self, **parts: Any) -> None:
         """Name all that has a state, the model as `model`; load what the checkpoint has of each, or --pretrained's.
