@@ -38,7 +38,6 @@ lint: $(VENV)/installed  ## ruff, mypy
 
 soak: $(VENV)/installed  ## the long fault tests, and faults planted in the code: takes hours
 	$(BIN)/python tests/faults/storm.py --kills 100
-	$(BIN)/python tests/faults/soak.py --epochs 1000
 	$(BIN)/python -m pytest tests/faults/test_flags.py --hypothesis-profile soak
 	$(BIN)/python tests/faults/planted.py
 

@@ -17,7 +17,8 @@ import torch
 
 import imbalance_folder
 import models
-from experiment import checks, data
+from experiment import data
+from experiment.checks import check_last_batch
 from experiment.evaluation import evaluate_checkpoint
 from experiment.parser import parse
 from experiment.predict import predict
@@ -84,7 +85,7 @@ def main(argv=None):
         stages = Stages(recipe, model, optimizer, run.class_counts, run.seed, ema, settings.sync_bn, settings.compile)
         mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
         graph = step_graph(run.device, settings.amp, settings.cuda_graph)
-        checks.check_model(model, size, len(train_set.targets), settings)
+        check_last_batch(model, len(train_set.targets), settings.batch_size, size, settings.sync_bn)
         run.restore(model=model, optimizer=optimizer, criterion=stages, scaler=precision, ema=ema)
 
         for epoch in run.epochs():

@@ -4,7 +4,6 @@ torch is imported where it is used: `reproduce.py list` needs the errors only, a
 """
 
 import argparse
-import contextlib
 import functools
 import io
 import math
@@ -51,8 +50,10 @@ def command(main):
     @functools.wraps(main)
     def run(argv=None):
         name = os.path.basename(sys.argv[0]) if argv is None else f"{main.__module__}.py"
-        previous = _raise_on_sigterm()
-        _make_output_safe()
+        signal.signal(signal.SIGTERM, _raise_terminated)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # print what the terminal's encoding lacks as escapes
+                stream.reconfigure(errors="backslashreplace")
         try:
             result = main(argv)
             sys.stdout.flush()  # here, where a reader that has gone is seen
@@ -65,7 +66,7 @@ def command(main):
         except DataError as error:
             status, message = 1, f"error: {one_line(error)}"
         except BrokenPipeError:
-            _discard_output()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails again
             raise SystemExit(141) from None
         except OSError as error:
             where = os.fspath(error.filename) if error.filename else "standard output, or an open file"
@@ -78,30 +79,10 @@ def command(main):
             status, message = 143, f"stopped by SIGTERM{one_line(stop)}"
         except KeyboardInterrupt as stop:
             status, message = 130, f"stopped by Ctrl-C{one_line(stop)}"
-        finally:
-            if previous is not None:
-                with contextlib.suppress(Terminated):  # one that comes just now
-                    signal.signal(signal.SIGTERM, previous)
         print(f"{name}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(status)
 
     return run
-
-
-def _make_output_safe():
-    """Print what the terminal's encoding lacks as escapes, and nothing where an output was closed before the start."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _discard_output():
-    """Point standard output to nothing, so that Python's last flush does not fail again."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_out_of_memory(error):
@@ -115,14 +96,8 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the program was, so that files are closed on the way out."""
 
 
-def _raise_on_sigterm():
-    def stop(signum, frame):
-        raise Terminated
-
-    try:
-        return signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        return None
+def _raise_terminated(signum, frame):
+    raise Terminated
 
 
 def one_line(text: object) -> str:
@@ -136,36 +111,12 @@ def named(names: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
     return separator.join(one_line(name) for name in names[:limit]) + more
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of a script's docstring; shows lists as they are typed."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28)
-
-    def _expand_help(self, action):
-        if isinstance(action.default, (tuple, list)):
-            text = " ".join(map(str, action.default)) or "none"
-            return (self._get_help_string(action) or "").replace("%(default)s", text)
-        return super()._expand_help(action)
+#: Keeps the layout of a script's docstring.
+HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
-
-    def parse_known_args(self, args=None, namespace=None):  # called by parse_args and for subcommands
-        given = list(sys.argv[1:] if args is None else args)
-        for before, value in zip(["", *given], given, strict=False):
-            # an unset shell variable is no name, path or number; for --resume it is the published default
-            is_empty = value.startswith("--") and value.endswith("=") and value.count("=") == 1
-            flag = value[:-1] if is_empty else before if value == "" else ""
-            if flag.startswith("-") and flag != "--resume":
-                self.error(f"argument {flag}: an empty value")
-        found, rest = super().parse_known_args(args, namespace)
-        for action in self._actions:  # argparse of Python 3.11 makes an empty list of '--flag=--'
-            value = getattr(found, action.dest, None)
-            if action.nargs in (None, "+") and value == [] and value is not action.default:
-                self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: '--' is no value")
-        return found, rest
 
     def error(self, message):
         print(f"{self.prog}: error: {one_line(message)} (--help lists the flags)", file=sys.stderr)
@@ -207,11 +158,6 @@ def epoch_generator(seed: int, epoch: int) -> "torch.Generator":
     return torch.Generator().manual_seed(epoch_seed(seed, epoch))
 
 
-def draw_seed() -> int:
-    """A seed from the operating system, in [0, 2 ** 31)."""
-    return int.from_bytes(os.urandom(4), "little") >> 1
-
-
 # -------------------------------------------------------------------------------------------------- device
 
 
@@ -248,18 +194,8 @@ def versions() -> dict[str, str]:
         has_tf32 = torch.cuda.get_device_capability() >= (8, 0)  # older cards compute in float32 whatever is allowed
         tf32 = "on" if has_tf32 and torch.backends.cudnn.allow_tf32 else "off"
         cuda, cudnn = str(torch.version.cuda), str(torch.backends.cudnn.version())
-        facts |= {"cuda": cuda, "cudnn": cudnn, "driver": _driver_version(), "tf32": tf32}
+        facts |= {"cuda": cuda, "cudnn": cudnn, "tf32": tf32}
     return facts
-
-
-def _driver_version():
-    import subprocess
-
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
 
 
 def code_version() -> dict[str, str | bool] | None:
@@ -268,10 +204,8 @@ def code_version() -> dict[str, str | bool] | None:
 
     def git(*arguments):
         command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    # in a hook GIT_DIR names another repository
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         commit = git("rev-parse", "HEAD")
         return {"commit": commit, "clean": not git("status", "--porcelain", "--untracked-files=no")}

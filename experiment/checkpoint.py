@@ -14,7 +14,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,6 @@ from files import write_atomically
 from utils import DataError
 
 NEWEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
-
-#: The name of a run's checkpoint; `previous` is one of older versions.
-NAME = re.compile(r"ckpt(?:\.previous|\.best|\.epoch\d+\.best|\.epoch\d+)?\.pth\.tar")
 
 #: What others keep beside their weights and what cannot run code: numpy's numbers, text and arrays, argparse's flags.
 SAFE: list[Any] = [
@@ -52,33 +49,16 @@ def best_name(epoch: int) -> str:
     return f"ckpt.epoch{epoch:03d}.best.pth.tar"
 
 
-def written(folder: str) -> list[str]:
-    """Paths of the checkpoints in a run's folder, by the names that a run gives them."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in names if NAME.fullmatch(name)]
-
-
 def exists(folder: str) -> bool:
     """Whether a run's folder holds a checkpoint to continue from."""
     return os.path.exists(os.path.join(folder, NEWEST))
 
 
-def save(folder: str, names: Iterable[str], state: dict) -> None:
-    """Write the dict `state` to files of these names, one after the other, each atomically."""
+def save(path: str, state: dict) -> None:
+    """Write the dict `state` to `path`, atomically."""
     content = io.BytesIO()  # a full disk makes torch.save raise what is no OSError
     torch.save(state, content)
-    for name in names:
-        write_atomically(os.path.join(folder, name), lambda file: file.write(content.getbuffer()))
-
-
-def load_newest(folder: str) -> dict | None:
-    """The newest checkpoint of a run's folder, None where there is none. Raises DataError as `load`."""
-    if not exists(folder):
-        return None
-    try:
-        return load(os.path.join(folder, NEWEST))
-    except DataError as error:
-        raise DataError(f"{error}; --overwrite starts again, --resume PATH --force continues another one") from None
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 def load(path: str) -> dict:
@@ -87,7 +67,11 @@ def load(path: str) -> dict:
     Raises:
         DataError: missing, damaged, or not a checkpoint.
     """
-    return _checked(_load(path), path)
+    state = _load(path)
+    weights = state.get("state_dict") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(map(torch.is_tensor, weights.values())):
+        raise DataError(f"{path} is not a training checkpoint: it has no 'state_dict' of tensors")
+    return state
 
 
 def load_foreign(path: str) -> dict[str, torch.Tensor]:
@@ -102,7 +86,7 @@ def load_foreign(path: str) -> dict[str, torch.Tensor]:
     if isinstance(state, dict):
         state = next((state[name] for name in WEIGHTS if isinstance(state.get(name), dict)), state)
         weights = {name: part for name, part in state.items() if torch.is_tensor(part) and name != "n_averaged"}
-        if weights and all(isinstance(name, str) for name in weights):
+        if weights:
             return weights
     raise DataError(f"{path} holds no weights: a state dict is wanted, or a dict with one as {' or '.join(WEIGHTS)}")
 
@@ -140,30 +124,6 @@ def _check_sums(path):
             raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
 
 
-#: What a checkpoint's entries are, where it has them.
-_KINDS: dict[str, Any] = {
-    "epoch": int, "arch": str, "best_acc1": (int, float, torch.Tensor), "optimizer": dict, "settings": dict,
-    "history": list, "class_counts": list, "classes": list, "class_names": list, "preprocessing": dict,
-    "trained_on": list, "forced": list,
-}  # fmt: skip
-
-
-def _checked(state, path):
-    """The state, if it has weights and its entries are what they should be."""
-    what = f"{path} is not a training checkpoint"
-    weights = state.get("state_dict") if isinstance(state, dict) else None
-    named = isinstance(weights, dict) and all(isinstance(n, str) and torch.is_tensor(w) for n, w in weights.items())
-    if not weights or not named:
-        raise DataError(f"{what}: it has no 'state_dict' of tensors")
-    for name, kind in _KINDS.items():
-        if state.get(name) is not None and not isinstance(state[name], kind):
-            raise DataError(f"{what}: its {name!r} is a {type(state[name]).__name__}")
-    history = state.get("history") or []
-    if history and history[-1].get("epoch") != state["epoch"] - 1:
-        raise DataError(f"{what}: its 'history' does not end with its last epoch")
-    return state
-
-
 def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: str | None = None) -> bool:
     """Load a state dict into `model`, whatever wrapped the model that it is of, see `plain_names`.
 
@@ -171,24 +131,24 @@ def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: 
     classes, LDAM's head). Returns whether it was left.
 
     Raises:
-        DataError: names or shapes that do not fit, with the first one.
+        DataError: names or shapes that do not fit.
     """
     own = model.state_dict()
-    weights = plain_names(state_dict, own)
-    is_left = new_head is not None and not _has_head(own, weights, new_head + ".")
-    if new_head:
-        weights = _with_own_head(own, weights, new_head + ".")
-    for name in [*own, *weights]:
-        if name not in weights or name not in own:
-            where = "the checkpoint lacks" if name not in weights else "the model lacks"
-            raise DataError(f"{path} does not fit this model: {where} {name}{_head_hint(own, weights)}")
-        if own[name].shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)} there, {tuple(own[name].shape)} here"
-            raise DataError(f"{path} does not fit this model: {name} has shape {shapes}")
+    weights, is_left = plain_names(state_dict, own), False
+    if new_head is not None:
+        head, theirs = (
+            {name: tensor for name, tensor in of.items() if name.startswith(f"{new_head}.")} for of in (own, weights)
+        )
+        is_left = {name: t.shape for name, t in head.items()} != {name: t.shape for name, t in theirs.items()}
+        if is_left:
+            weights = {name: tensor for name, tensor in weights.items() if name not in theirs} | head
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:  # a type of numbers that cannot be copied
-        raise DataError(f"{path} does not fit this model: {str(error).splitlines()[-1].strip()}") from None
+    except RuntimeError as error:  # after a title, a line of missing names, one of others, one a shape
+        differs = str(error).splitlines()[1].strip()
+        has_ldam_head = has_normalised_head(own) != has_normalised_head(weights)
+        hint = " (one of the two has LDAM's normalised head)" if has_ldam_head else ""
+        raise DataError(f"{path} does not fit this model: {differs[:200]}{hint}") from None
     return is_left
 
 
@@ -207,46 +167,15 @@ def plain_names(state_dict: Mapping[str, Any], own: Container[str]) -> dict[str,
     return plain
 
 
-def _has_head(own, weights, prefix):
-    """Whether the weights have a layer in the model's form."""
-    names = {name for name in (*own, *weights) if name.startswith(prefix)}
-    return all(name in own and name in weights and own[name].shape == weights[name].shape for name in names)
-
-
-def _with_own_head(own, weights, prefix):
-    if not _has_head(own, weights, prefix):
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
-        weights |= {name: tensor for name, tensor in own.items() if name.startswith(prefix)}
-    # torchvision's older files lack batch norm's counters
-    return {**{name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}, **weights}
-
-
-def _head_hint(own, weights):
-    differ = set(own) ^ set(weights)
-    is_head = bool(differ) and all(name.endswith(("linear.bias", "fc.bias")) for name in differ)
-    return " (one of the two has LDAM's normalised head)" if is_head else ""
-
-
 def has_normalised_head(state_dict: dict) -> bool:
     """Whether the weights are of a model with LDAM's head, which has no bias."""
     return not any(name.endswith(("linear.bias", "fc.bias")) for name in state_dict)
 
 
-@torch.no_grad()
 def on_cpu(value: Any) -> Any:
-    """The same nested dicts and lists with a copy on the CPU of every tensor; waits for a GPU once."""
-    copied = _copied(value)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return copied
-
-
-def _copied(value):
+    """The same nested dicts and lists with a copy on the CPU of every tensor."""
     if isinstance(value, torch.Tensor):
-        if not value.is_cuda:
-            return value.clone()
-        host = torch.empty_like(value, device="cpu", pin_memory=True)
-        return host.copy_(value, non_blocking=True)
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {name: _copied(item) for name, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {name: on_cpu(item) for name, item in value.items()}
+    return [on_cpu(item) for item in value] if isinstance(value, list) else value

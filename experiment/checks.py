@@ -4,16 +4,9 @@ import copy
 
 import torch
 
-from experiment.settings import Settings
 from loaders import batch_slices
 from training import distributed
 from utils import UsageError
-
-
-def check_model(model: torch.nn.Module, image_size: int, images: int, settings: Settings) -> None:
-    """The two checks below, for so many training images."""
-    check_last_batch(model, images, settings.batch_size, image_size, settings.sync_bn)
-    check_deterministic(model, image_size)
 
 
 def check_last_batch(
@@ -33,7 +26,8 @@ def check_last_batch(
         return
     try:
         with torch.no_grad():
-            copy.deepcopy(model).train()(_blank(model, 1, image_size))
+            device = next(model.parameters()).device
+            copy.deepcopy(model).train()(torch.zeros(1, 3, image_size, image_size, device=device))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -42,25 +36,3 @@ def check_last_batch(
             f"--batch-size {batch_size} {leaves} of one image of {images}, which batch norm cannot take at this image "
             "size: choose another --batch-size"
         ) from None
-
-
-def check_deterministic(model: torch.nn.Module, image_size: int) -> None:
-    """With --deterministic, try a backward pass.
-
-    Raises:
-        UsageError: the model has an operator that cannot be repeated to the bit on this device.
-    """
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    try:
-        copy.deepcopy(model).train()(_blank(model, 2, image_size))[0].sum().backward()
-    except RuntimeError as error:
-        if "does not have a deterministic implementation" not in str(error):
-            raise
-        raise UsageError(
-            f"this model cannot be trained with --deterministic on a GPU: {str(error).split(',')[0]}"
-        ) from None
-
-
-def _blank(model, images, size):
-    return torch.zeros(images, 3, size, size, device=next(model.parameters()).device)

@@ -135,11 +135,6 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
             raise DataError(f"{start.path} {what}{first} ({way})")
         warn(f"{start.path} {what}{first}; continuing because of --force")
         forced.append(kind)
-    if chooses and state.get("split_sha256") is None:
-        what = f"{start.path} does not record its training images: maybe it was trained on those held out here"
-        if not settings.force:
-            raise UsageError(f"{what} (use --force to continue anyway)")
-        forced.append("unknown images")
     return forced
 
 

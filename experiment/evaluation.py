@@ -1,6 +1,5 @@
 """-e: what a checkpoint reaches on the test set; post-hoc corrections; logits and calibration."""
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 
 import models
-from experiment import checkpoint, plots
+from experiment import plots
 from experiment.records import csv_text, to_json
 from experiment.run import Run
 from experiment.screen import print_classes, summary_line
@@ -53,9 +52,6 @@ def evaluate_checkpoint(
     ece = f"  calibration error {result['calibration_error']:.2f}"
     print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
     folder = output_folder(run, EVALUATION, correction)
-    logits_path = os.path.join(folder, LOGITS)
-    with contextlib.suppress(FileNotFoundError):  # of an evaluation before: not beside the figures of this one
-        os.unlink(logits_path)
     where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, "data_dir": settings.data_dir}
     path = os.path.join(folder, "evaluation.json")
     write_text(path, to_json({**where, "classes": run.data.classes, **result}))
@@ -65,10 +61,10 @@ def evaluate_checkpoint(
     written.append(os.path.join(folder, ERRORS))
     write_text(written[-1], _errors(logits, target, files, run.data.class_names))
     if settings.save_logits:
-        written.append(logits_path)
+        written.append(os.path.join(folder, LOGITS))
         rows: dict[str, Any] = {"logits": logits.float().numpy(), "target": target.numpy()}
         rows |= {"files": np.array(files), "classes": np.array(run.data.class_names)}
-        write_atomically(logits_path, lambda file: np.savez(file, **rows))
+        write_atomically(written[-1], lambda file: np.savez(file, **rows))
     print(f"written: {' '.join(written)}")
     return result
 
@@ -80,7 +76,7 @@ def output_folder(run: Run, name: str, correction: Mapping[str, float]) -> str:
     """
     settings, path = run.settings, os.path.abspath(str(run.start.path))
     logs = os.path.join(settings.root_log, os.path.basename(os.path.dirname(path)))
-    if not checkpoint.NAME.fullmatch(os.path.basename(path)) or not os.path.isdir(logs):
+    if not os.path.isdir(logs):
         logs = settings.log_folder
     folder = os.path.join(logs, name, *(f"{flag}_{value:g}" for flag, value in correction.items()))
     os.makedirs(folder, exist_ok=True)

@@ -133,10 +133,7 @@ def parse(script: str, argv: Sequence[str] | None = None, description: str | Non
     if values["pretrained"] == "none":
         values["pretrained"] = None
     values["dataset"] = values["dataset"] or _name_of_folder(values["data_dir"])
-    known = SCRIPTS[script].datasets.get(values["dataset"])
-    if known is not None and values["num_classes"] not in (None, known):
-        raise UsageError(f"--num_classes {values['num_classes']}: {values['dataset']} has {known} classes")
-    values["num_classes"] = values["num_classes"] or known
+    values["num_classes"] = values["num_classes"] or SCRIPTS[script].datasets.get(values["dataset"])
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return check(Settings(**values, given=given, script=script))
 

@@ -24,7 +24,7 @@ from experiment.compare import (
 )  # fmt: skip
 from experiment.parser import SCRIPTS
 from experiment.settings import IDENTITY, OF_CHECKPOINT, Settings
-from utils import UsageError
+from utils import DataError, UsageError
 
 #: Entries of a checkpoint that are no part's state.
 FACTS = {
@@ -62,16 +62,12 @@ def find_start(settings: Settings) -> Start:
     """
     newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
     asked = "" if settings.resume == "auto" else settings.resume
-    goes_back = (
-        bool(asked) and _is_below(asked, settings.model_folder) and os.path.realpath(asked) != os.path.realpath(newest)
-    )
+    goes_back = _is_below(asked, settings.model_folder) and os.path.realpath(asked) != os.path.realpath(newest)
+    held = None
     if settings.overwrite:
         _check_not_deleted([asked, settings.pretrained], settings)
-        held = None
-    elif goes_back and settings.force:
-        held = None
-    else:
-        held = checkpoint.load_newest(settings.model_folder)
+    elif not (goes_back and settings.force):
+        held = _load_own(newest)
         _check_folders(settings, held)
         if goes_back and held and checkpoint.load(asked).get("epoch") != held.get("epoch"):
             raise UsageError(
@@ -103,6 +99,13 @@ def _start_from(settings, path, state, is_own):
 
 
 # ------------------------------------------------------------------------------------------------- folders
+
+
+def _load_own(path):
+    try:
+        return checkpoint.load(path) if os.path.exists(path) else None
+    except DataError as error:
+        raise DataError(f"{error}; --overwrite starts again, --resume PATH --force continues another one") from None
 
 
 def _check_folders(settings, held):
@@ -147,12 +150,12 @@ def _is_reported(settings):
 def _check_not_deleted(paths, settings):
     """Refuse --overwrite of a file that the run starts from."""
     for path in paths:
-        if path and any(_is_below(path, folder) for folder in (settings.model_folder, settings.log_folder)):
+        if any(_is_below(path, folder) for folder in (settings.model_folder, settings.log_folder)):
             raise UsageError(f"--overwrite would delete {path}: move it to another folder to start from it")
 
 
 def _is_below(path, folder):
-    return path != "" and os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
+    return bool(path) and os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import secrets
 import shutil
 import sys
 import time
@@ -26,7 +27,7 @@ from training import distributed
 from training.loop import NonFiniteLoss, evaluate
 from training.precision import Precision, set_determinism
 from training.registry import Stage
-from utils import DataError, NothingToDo, UsageError, draw_seed, one_line, warn
+from utils import DataError, NothingToDo, UsageError, one_line, warn
 
 
 @contextlib.contextmanager
@@ -65,7 +66,7 @@ def open_run(settings: Settings) -> Iterator["Run"]:
         hint = "try a smaller --lr, or with an IB loss a smaller --alpha (or --alpha auto)"
         raise DataError(f"the loss is not finite in epoch {run.epoch + 1}, batch {bad.batch + 1}: {hint}") from None
     except RuntimeError as error:
-        raise _explained(error) or error from None
+        raise _explained(error, settings) or error from None
     except KeyboardInterrupt as stop:
         newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
         hint = f"the same command continues from {newest}" if os.path.exists(newest) else "no epoch was finished"
@@ -93,16 +94,17 @@ def _seed(settings, start):
     seed = settings.seed
     if seed is None:
         seed = (start.checkpoint.get("settings") or {}).get("seed")
-    return distributed.broadcast(draw_seed()) if seed is None else seed
+    return distributed.broadcast(secrets.randbelow(2**31)) if seed is None else seed
 
 
-def _explained(error):
-    """One line for what a flag or another process has caused; None for anything else."""
-    text = str(error).splitlines()[0] if str(error) else ""
+def _explained(error, settings):
+    """The error in one line, for what a flag or another process has caused; None for anything else."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
     if distributed.world_size() > 1 and distributed.is_lost(error):
         return DataError(f"another process of this job has ended ({text})")
-    is_compiler = type(error).__name__ in ("InvalidCxxCompiler", "InductorError", "BackendCompilerFailed")
-    if is_compiler or "compiler" in str(error).lower():
+    if "does not have a deterministic implementation" in text:
+        return UsageError(f"this model cannot be trained with --deterministic on a GPU: {text.split(',')[0]}")
+    if settings.compile and "compiler" in f"{type(error).__name__} {error}".lower():
         return UsageError(f"--compile needs a working compiler (g++ on a CPU, triton on a GPU): {text}")
     return None
 
@@ -116,6 +118,11 @@ class Run:
 
     data: Data
     class_counts: list[int]
+    progress: Any = None
+    _records: Records | None = None
+    _unwritten: dict | None = None  # the checkpoint of the last epoch, and of the best one
+    _unwritten_best: dict | None = None
+    _written_at = -math.inf
 
     def __init__(self, settings: Settings, start: Start, device: torch.device) -> None:
         self.settings, self.start, self.device = settings, start, device
@@ -123,11 +130,6 @@ class Run:
         self.history, self.forced = list(start.history), list(start.forced)
         self.parts: dict[str, Any] = {}
         self.info: dict[str, Any] = {}
-        self._records: Records | None = None
-        self._unwritten: dict | None = None  # the checkpoint of the last epoch, and of the best one
-        self._unwritten_best: dict | None = None
-        self._written_at = -math.inf
-        self.progress: Any = None
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -157,8 +159,6 @@ class Run:
             )
         if settings.evaluate and start.checkpoint.get("class_counts"):
             self.class_counts = list(start.checkpoint["class_counts"])  # groups and prior are the model's
-        elif settings.evaluate and settings.posthoc_la:
-            warn(f"{start.path} records no class counts: --posthoc_la takes those of the data given")
 
     def restore(self, **parts: Any) -> None:
         """Name all that has a state, the model as `model`; load what the checkpoint has of each, or --pretrained's.
@@ -169,15 +169,16 @@ class Run:
             DataError: a state that does not fit, or, with -e, one that is missing.
         """
         start, model = self.start, parts["model"]
-        self.parts = {name: part for name, part in parts.items() if part is not None}
+        named = {"state_dict" if name == "model" else name: part for name, part in parts.items()}  # the published name
+        self.parts = {name: part for name, part in named.items() if part is not None}
         if start.path is None:
             _load_pretrained(self.settings, model)
         for name, part in self.parts.items():
-            state = start.states.get(_key(name))
+            state = start.states.get(name)
             if state is None:
                 if self.settings.evaluate:
                     raise DataError(f"{start.path} holds no state of {name!r}")
-            elif name == "model":
+            elif part is model:
                 checkpoint.load_weights(model, state, str(start.path))
             else:
                 try:
@@ -265,69 +266,54 @@ class Run:
         if self._records is not None:
             self._records.add(record)
             self._unwritten = self._state()
-            if best_epoch(self.history) is record and record["test"]["acc1"] > self._published_best():
+            if best_epoch(self.history) is record:
                 self._unwritten_best = self._unwritten
-            if self._is_due(self.epoch + 1):
+            is_due = time.monotonic() - self._written_at >= self.settings.checkpoint_seconds
+            if is_due or self._is_kept(self.epoch + 1) or self.epoch + 1 == self.settings.epochs:
                 self.write()
         self.progress.done(record, self.history)
         return record
 
-    def _is_due(self, done):
-        if done in (self.settings.epochs, self.settings.start_ib_epoch, *self.settings.keep_epochs):
-            return True
-        return time.monotonic() - self._written_at >= self.settings.checkpoint_seconds
+    def _is_kept(self, done):
+        return done in (self.settings.start_ib_epoch, *self.settings.keep_epochs)
 
     def write(self) -> None:
         """Write the checkpoints that are not on the disk yet, and summary.json.
 
-        The best one comes first and the newest last, so that what the newest tells is true after a kill, too.
+        The best one comes first and the newest last, so that what the newest tells is true after a kill, too. Beside
+        one that is kept, to fork from, the best one so far is kept.
         """
-        if self._unwritten is None:
-            return
         state, folder = self._unwritten, self.settings.model_folder
+        if state is None:
+            return
+        best = os.path.join(folder, checkpoint.BEST)
         if self._unwritten_best is not None:
-            checkpoint.save(folder, [checkpoint.BEST], self._unwritten_best)
+            checkpoint.save(best, self._unwritten_best)
             self._unwritten_best = None
-        self._keep(state)
-        checkpoint.save(folder, [checkpoint.NEWEST], state)
+        if self._is_kept(state["epoch"]):
+            if os.path.exists(best):
+                shutil.copyfile(best, os.path.join(folder, checkpoint.best_name(state["epoch"])))
+            checkpoint.save(os.path.join(folder, checkpoint.epoch_name(state["epoch"])), state)
+        checkpoint.save(os.path.join(folder, checkpoint.NEWEST), state)
         if self._records is not None:
             self._records.write_summary(state["history"])
         self._unwritten, self._written_at = None, time.monotonic()
 
-    def _keep(self, state):
-        """Keep a checkpoint to fork from, and the best one so far beside it, if this is one of those epochs."""
-        done, folder = state["epoch"], self.settings.model_folder
-        if done in (self.settings.start_ib_epoch, *self.settings.keep_epochs):
-            best = os.path.join(folder, checkpoint.BEST)
-            if os.path.exists(best):
-                shutil.copyfile(best, os.path.join(folder, checkpoint.best_name(done)))
-            checkpoint.save(folder, [checkpoint.epoch_name(done)], state)
-
     def _state(self):
         """A checkpoint: the parts' states, copied to the CPU, and what the run is."""
-        info, done = self.info, self.history[-1]["epoch"] + 1
+        info = self.info
         return {
-            "epoch": done,
+            "epoch": self.epoch + 1,
             "arch": self.settings.arch,
-            "best_acc1": max(best_epoch(self.history)["test"]["acc1"], self._published_best()),
-            **checkpoint.on_cpu({_key(name): part.state_dict() for name, part in self.parts.items()}),
-            "settings": info["settings"],
-            "split_sha256": info["split"]["sha256"],
-            "files_sha256": info["split"]["files_sha256"],
-            "classes": info["classes"],
+            "best_acc1": best_epoch(self.history)["test"]["acc1"],
+            **checkpoint.on_cpu({name: part.state_dict() for name, part in self.parts.items()}),
+            **{name: info[name] for name in ("settings", "classes", "class_counts", "trained_on", "forced")},
+            "split_sha256": self.data.split_sha256,
+            "files_sha256": self.data.files_sha256,
             "class_names": self.data.class_names,
             "preprocessing": preprocessing(self.settings, self.data),
-            "class_counts": info["class_counts"],
-            "trained_on": info["trained_on"],
-            "forced": self.forced,
             "history": self.history,
         }
-
-    def _published_best(self):
-        """`best_acc1` of a published checkpoint, which brings no history; a validation set makes it meaningless."""
-        best = float(self.start.checkpoint.get("best_acc1", -1.0))
-        is_ours = any(record["test"]["acc1"] >= best for record in self.start.history)
-        return -1.0 if is_ours or self.settings.val_fraction or self.settings.val_left_out else best
 
     # ------------------------------------------------------------------------------------------------ folders
 
@@ -371,29 +357,20 @@ class Run:
             self._records.close()
 
 
-def _key(name):
-    """The name of a part's state in a checkpoint: the model's is the published one."""
-    return "state_dict" if name == "model" else name
-
-
 def _inherited_best(start):
-    """The best checkpoint of the epochs before `start.epoch`, or None where there is none."""
+    """The best checkpoint of the epochs before a fork, or None where it is not beside the one that it starts from."""
     if not start.history:
         return None
-    best, folder = best_epoch(start.history), os.path.dirname(start.path)
+    best = best_epoch(start.history)
     if best is start.history[-1]:
         return start.checkpoint
     for name in (checkpoint.best_name(start.epoch), checkpoint.BEST):
-        path = os.path.join(folder, name)
+        path = os.path.join(os.path.dirname(start.path), name)
         if os.path.exists(path):
             state = checkpoint.load(path)
-            # another run, or epochs that were trained again, may have left the file
-            if repr(state.get("history", [])[-1:]) == repr([best]):  # as text, in which NaN equals NaN
+            if state.get("epoch") == best["epoch"] + 1:
                 return state
-    warn(
-        f"the best checkpoint of the first {start.epoch} epochs is not beside {start.path}: none is written before a "
-        f"better epoch than epoch {best['epoch'] + 1}"
-    )
+    warn(f"{checkpoint.BEST} of epoch {best['epoch'] + 1} is not beside {start.path}: a better epoch will write one")
     return None
 
 

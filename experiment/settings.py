@@ -77,6 +77,13 @@ def plain_name(text: str) -> str:
     return text
 
 
+def path(text: str) -> str:
+    """An argparse type: a path, which an unset shell variable is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty value")
+    return text
+
+
 def _explain(entries):
     """Names and what they mean, for --help."""
     return "; ".join(f"{name}: {entry.help}" for name, entry in entries.items())
@@ -102,7 +109,7 @@ class Settings:
 
     # fmt: off
     dataset: str = _data(None, "--dataset", plain_name, "the data set")
-    data_dir: str = _data("./data", "--data_dir DIR", None, "folder of the data", affects="nothing")
+    data_dir: str = _data("./data", "--data_dir DIR", path, "folder of the data", affects="nothing")
     train_list: str | None = _data(None, "--train_list FILE", None,
         "training images as lines 'path label' below --data_dir, instead of folders")
     val_list: str | None = _data(None, "--val_list FILE", None, "test images, in the same form")
@@ -139,7 +146,7 @@ class Settings:
         "paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold", affects="nothing")
 
     arch: str = _model(None, "-a --arch NAME", plain_name, "the network")
-    pretrained: str | None = _model(None, "--pretrained imagenet|none|PATH", None,
+    pretrained: str | None = _model(None, "--pretrained imagenet|none|PATH", path,
         "first weights: ImageNet's, always with a new last layer, or those of a checkpoint, whose last layer is taken "
         "where it fits", affects="start", nargs="?")
 
@@ -243,17 +250,17 @@ class Settings:
         "with -e: as --tau_norm, but keep the bias", nargs="+")
     save_logits: bool = _run(False, "--save_logits", None,
         "with -e: write logits, targets, file names and class names to logits.npz")
-    predict: str | None = _run(None, "--predict DIR", None,
+    predict: str | None = _run(None, "--predict DIR", path,
         "with -e: write the classes of the unlabelled images in DIR, or of one image, to a CSV file; needs no other "
         "data")
     top: int = _run(1, "--top N", COUNT, "with --predict: the N likeliest classes of each image, a row each")
-    export_split: str | None = _run(None, "--export_split FILE", None,
+    export_split: str | None = _run(None, "--export_split FILE", path,
         "write the indices of the images that are trained on, one a line, and stop")
     keep_epochs: tuple[int, ...] = _run((), "--keep_epochs N", COUNT,
         "also keep the checkpoints after N epochs, to fork from", nargs="*")
     exp_str: str = _run("0", "--exp_str NAME", plain_name, "last part of the run's name")
-    root_log: str = _run("log", "--root_log DIR", None, "folder of the logs of all runs")
-    root_model: str = _run("checkpoint", "--root_model DIR", None, "folder of the checkpoints of all runs")
+    root_log: str = _run("log", "--root_log DIR", path, "folder of the logs of all runs")
+    root_model: str = _run("checkpoint", "--root_model DIR", path, "folder of the checkpoints of all runs")
     dry_run: bool = _run(False, "--dry_run", None, "print the recipe, one CSV row an epoch, and stop")
     force: bool = _run(False, "--force", None,
         "continue although settings or data differ from the checkpoint's, or a newer one exists; what differed is "
@@ -323,34 +330,20 @@ def recorded(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _fits(how, value):
-    """Whether a recorded value is one that its flag takes."""
-    items = value if isinstance(value, tuple) else (value,)
-    try:
-        return all(
-            item in list(how.get("choices", [item])) and ("type" not in how or how["type"](str(item)) == item)
-            for item in items
-        )
-    except (argparse.ArgumentTypeError, ValueError):
-        return False
-
-
 def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Settings:
     """The Settings of a checkpoint or a record. What it lacks, being older, is as in `base` (None: the defaults).
 
     Raises:
-        ValueError: a value that the flag does not take, or milestones without their factors.
+        ValueError: a name that is not offered here, a loss of another checkout for example.
     """
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in FIELDS
     }
     for name, value in values.items():
-        if value not in (None, FIELDS[name].default) and not _fits(FIELDS[name].metadata["argparse"], value):
+        offered = FIELDS[name].metadata["argparse"].get("choices")
+        if offered is not None and value is not None and value not in offered:
             raise ValueError(f"{name} is {value!r}")
-    settings = dataclasses.replace(base or Settings(), **values, given=frozenset())
-    if len(settings.milestones) != len(settings.lr_factors):
-        raise ValueError(f"milestones is {settings.milestones!r} and lr_factors is {settings.lr_factors!r}")
-    return settings
+    return dataclasses.replace(base or Settings(), **values, given=frozenset())
 
 
 # ---------------------------------------------------------------------------------------------- combinations
@@ -369,14 +362,10 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--imb_factor needs --imb_type exp or step: without it the images stay as they are")
     if settings.val_fraction and settings.val_left_out:
         raise UsageError("--val_fraction and --val_left_out exclude each other")
-    if settings.val_left_out and settings.imb_type == "none":
-        raise UsageError("--val_left_out needs --imb_type exp or step: without it no images are left out")
     if settings.evaluate and not settings.resume:
         raise UsageError("--evaluate needs --resume PATH (or --resume auto)")
     if settings.resume == "auto" and settings.overwrite:
         raise UsageError("--resume auto and --overwrite exclude each other")
-    if settings.evaluate and settings.export_split:
-        raise UsageError("--export_split and -e exclude each other")
     for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits", "predict"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
@@ -408,17 +397,10 @@ def _check_schedule(settings):
         )
     if rule.start and getattr(settings, rule.start) >= epochs:
         warn(f"--{rule.start} {getattr(settings, rule.start)} never comes in {epochs} epochs: the rule does nothing")
-    late = [m for m in milestones if settings.drw_epoch <= m < epochs]
-    if rule.trains == "head" and late and settings.schedule == "step":
-        warn(f"the lr milestones {late} never come: from --drw_epoch {settings.drw_epoch} on the head has its own lr")
     if settings.start_epoch >= epochs:
         raise UsageError(f"--start-epoch {settings.start_epoch} is past the last epoch, {epochs - 1}")
     if settings.start_epoch and not settings.resume:
         warn(f"--start-epoch {settings.start_epoch} without --resume: the epochs before it are left out, not trained")
-    if settings.start_epoch > settings.drw_epoch and rule.trains == "head" and not settings.resume:
-        raise UsageError(
-            f"--train_rule {settings.train_rule} from --start-epoch {settings.start_epoch} on has no network"
-        )
 
 
 def _check_method(settings):
@@ -432,8 +414,6 @@ def _check_method(settings):
             raise UsageError(f"--{name} is for --alpha auto: add it")
     if "auto_ratio" in settings.given and settings.auto_target != "gradient":
         raise UsageError(f"--auto_ratio is for --auto_target gradient: {settings.auto_target} has none")
-    if settings.mixup and not accepts_soft_targets(settings):
-        raise UsageError(f"--mixup makes soft targets, which {method} does not take: use another loss, or --mixup 0")
     if settings.evaluate:
         return
     recipe = Recipe.from_settings(settings)
@@ -445,11 +425,3 @@ def _check_method(settings):
             warn(f"{FIELDS[name].metadata['flags'][0]} has no effect: {method} with {rule} does not use it")
     if "momentum" in settings.given and "momentum" not in constants_of(settings.optimizer):
         warn(f"--momentum has no effect: --optimizer {settings.optimizer} does not use it")
-
-
-def accepts_soft_targets(settings: Settings) -> bool:
-    """Whether the run's loss takes targets (N, K) of probabilities, as --mixup makes them."""
-    recipe = Recipe.from_settings(settings)
-    stage = dataclasses.replace(recipe.stage(settings.epochs - 1), loss=settings.loss_type)
-    criterion = recipe.criterion(stage, [2, 1])
-    return getattr(criterion, "accepts_soft_targets", not criterion.needs_features)

@@ -124,7 +124,7 @@ def slim(path: str, to: pathlib.Path) -> pathlib.Path:
     content = {name: value for name, value in state.items() if name not in LEFT_OUT}
     kept = {name: value for name, value in state.get("settings", {}).items() if name not in places}
     content["settings"] = {**kept, "exp_str": "weights"}
-    checkpoint.save(str(to.parent), [to.name], content)
+    checkpoint.save(str(to), content)
     return to
 
 

@@ -44,36 +44,26 @@ def refused(args, cwd, capsys, status, *words):
 
 USAGE = {
     "unknown dataset": (["--dataset", "mnist"], "--dataset", "'mnist'", "cifar10"),
-    "unknown loss": (["--loss_type", "Hinge"], "--loss_type", "'Hinge'", "IBFocal"),
     "unknown flag": (["--aplha", "3"], "--aplha"),
     "factor 0": (["--imb_factor", "0"], "--imb_factor", "0 is not allowed"),
-    "factor over 1": (["--imb_factor", "1.5"], "--imb_factor", "1.5", "at most 1"),
     "factor that empties a class": (["--imb_factor", "0.001"], "0.001", "of 10 classes empty", "class 7"),
     "num_classes that contradicts": (["--num_classes", "100"], "--num_classes 100", "digits has 10 classes"),
-    "epochs 0": (["--epochs", "0"], "--epochs", "0"),
-    "alpha 0": (["--alpha", "0"], "--alpha", "0"),
+    "no number": (["--epochs", "many"], "--epochs", "'many'"),
     "infinite lr": (["--lr", "inf"], "--lr", "inf"),
-    "seed past the range": (["--seed", str(2**31)], "--seed", str(2**31)),
     "milestone that never comes": (["--epochs", "3", "--milestones", "1", "3"], "--milestones 3 never comes"),
     "milestones that fall": (["--milestones", "8", "4"], "--milestones must rise"),
     "milestones and factors": (["--milestones", "1", "--lr_factors", "0.1", "0.1"], "--lr_factors"),
     "start past the end": (["--start-epoch", "9", "--epochs", "9", "--milestones", "1"], "--start-epoch 9"),
     "evaluate what": (["--evaluate"], "--evaluate", "--resume"),
     "negative gpu": (["--gpu=-1"], "--gpu -1"),
-    "escape in exp_str": (["--exp_str", "a\x1b[2Jb"], "--exp_str"),
     "separator in exp_str": (["--exp_str", "../elsewhere"], "--exp_str"),
-    "newline in a flag": (["--epochs", "1", "odd\nword"], "odd"),
-    "threads beyond all": (["--threads", str(10**11)], "--threads", str(10**11)),
+    "newline and escape in a flag": (["--epochs", "1", "odd\n\x1b[2Jword"], "odd"),
     "ImageNet's weights": (["--pretrained", "imagenet"], "--pretrained imagenet", "name a checkpoint"),
     "auto and overwrite": (["--resume", "auto", "--overwrite"], "--resume auto", "--overwrite"),
-    "split of an evaluation": (["-e", "--resume", "x", "--export_split", "y"], "--export_split and -e exclude"),
     "two corrections": (["-e", "--resume", "x", "--posthoc_la", "1", "--tau_norm", "1"], "--posthoc_la and --tau_norm"),
     "size of IB without L1": (["--auto_target", "ib", "--ib_norm", "l2"], "--auto_target ib", "--ib_norm l2"),
-    "size of nothing": (["--loss_type", "IB", "--ib_norm", "none", "--auto_target", "ib"], "is for --alpha auto"),
     "two validation sets": (["--val_fraction", "0.1", "--val_left_out", "5"], "--val_fraction and --val_left_out"),
     "left out of all": (["--imb_type", "none", "--val_left_out", "5"], "--val_left_out", "--imb_type"),
-    "a decay of 1": (["--ema", "1"], "--ema", "at most"),
-    "a head without a network": (["--train_rule", "cRT", "--start-epoch", "170"], "--train_rule cRT", "170"),
 }
 
 
@@ -83,18 +73,14 @@ def test_usage_errors(case, tmp_path, capsys):
     refused([*DIGITS, *TINY, *flags], tmp_path, capsys, 2, *words)
 
 
-@pytest.mark.parametrize(
-    "flags", [["--loss_type", "Hinge"], ["--imb_factor", "0"], ["--num_classes", "9"], ["--milestones", "200"]]
-)
-def test_dry_run_refuses_the_same(flags, tmp_path, capsys):
-    refused([*DIGITS, *TINY, "--dry_run", *flags], tmp_path, capsys, 2, flags[0])
+def test_dry_run_refuses_the_same(tmp_path, capsys):
+    refused([*DIGITS, *TINY, "--dry_run", "--milestones", "200"], tmp_path, capsys, 2, "--milestones")
 
 
 @pytest.mark.parametrize(
     ("flags", "warning"),
     [
-        (["--loss_type", "IB", "--start_ib_epoch", "2"], "--start_ib_epoch 2 never comes in 2 epochs"),
-        (["--loss_type", "IBFocal", "--start_ib_epoch", "9"], "--loss_type IBFocal will be plain CE"),
+        (["--loss_type", "IB", "--start_ib_epoch", "2"], "never comes in 2 epochs: --loss_type IB will be plain CE"),
         (["--train_rule", "DRW", "--drw_epoch", "2"], "--drw_epoch 2 never comes"),
         (["--pretrained"], "--pretrained"),
     ],
@@ -146,14 +132,14 @@ def no_network(*args, **kwargs):
     raise urllib.error.URLError("[Errno -3] Temporary failure in name resolution")
 
 
-@pytest.mark.parametrize(
-    ("dataset", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")]
-)
-def test_missing_data_without_a_network(dataset, archive, tmp_path, capsys):
+def test_missing_data_without_a_network(tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    args = ["--dataset", dataset, *TINY, "--data_dir", "images"]
+    args, words = (
+        ["--dataset", "cifar100", *TINY, "--data_dir", "images"],
+        ("cifar-100-python.tar.gz", "--dataset digits"),
+    )
     with mock.patch("urllib.request.urlopen", no_network):
-        line = refused(args, tmp_path, capsys, 1, f"no {dataset} in images", archive, "--dataset digits")
+        line = refused(args, tmp_path, capsys, 1, "no cifar100 in images", *words)
     assert "cannot be downloaded" in line
 
 
@@ -167,13 +153,6 @@ def test_damaged_data_are_one_line(tmp_path, capsys):
     assert "no cifar10 in ./data, or a damaged one, and it cannot be downloaded" in line
 
 
-def test_data_dir_that_is_a_file(tmp_path, capsys):
-    (tmp_path / "images").write_text("")
-    args = ["--dataset", "cifar10", *TINY, "--data_dir", "images"]
-    with mock.patch("urllib.request.urlopen", no_network):
-        refused(args, tmp_path, capsys, 1, "images")
-
-
 # ------------------------------------------------------------------------------------------------- folders
 
 
@@ -184,11 +163,10 @@ def test_a_file_where_the_log_or_the_checkpoint_folder_should_be(flag, tmp_path,
     assert "Not a directory" in line or "File exists" in line
 
 
-@pytest.mark.parametrize("flags", [["--lr", "0.2", "--overwrite"], ["--loss_type", "IB"]])
-def test_an_unwritable_log_folder_costs_no_other_run_anything(flags, tmp_path, capsys):
+def test_an_unwritable_log_folder_costs_no_other_run_anything(tmp_path, capsys):
     run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
     (tmp_path / "taken").write_text("a file")
-    refused([*TWO_EPOCHS, *TINY, *flags, "--root_log", "taken"], tmp_path, capsys, 1, "taken")
+    refused([*TWO_EPOCHS, *TINY, "--lr", "0.2", "--overwrite", "--root_log", "taken"], tmp_path, capsys, 1, "taken")
 
 
 def test_a_name_that_is_too_long_for_a_folder(tmp_path, capsys):
@@ -219,20 +197,11 @@ def good_checkpoint(tmp_path_factory):
 
 #: The part of a checkpoint, and what stands in its place; None: it is missing.
 ODD = {
-    "a weight that is no tensor": (["state_dict", "conv1.weight"], 3.0),
     "a weight of another shape": (["state_dict", "conv1.weight"], torch.zeros(5, 3, 3, 3)),
     "a weight too few": (["state_dict", "linear.bias"], None),
-    "a weight too many": (["state_dict", "fc.bias"], torch.zeros(10)),
-    "a name that is no text": (["state_dict", 7], torch.zeros(10)),
-    "an epoch that is no number": (["epoch"], "first"),
     "an optimizer of another model": (["optimizer", "param_groups"], [{"params": [0], "lr": 0.1, "momentum": 0.9}]),
     "momentum of another shape": (["optimizer", "state", 0, "momentum_buffer"], torch.zeros(5)),
-    "a history that is none": (["history"], "long ago"),
-    "a history that skips": (["history", 0, "epoch"], 7),
-    "settings that are none": (["settings"], "standard"),
-    "milestones that are too many": (["settings", "milestones"], [1, 2, 3]),
     "a loss of another name": (["settings", "loss_type"], "XX"),
-    "a name that leaves the folder": (["settings", "exp_str"], "../../elsewhere"),
 }
 
 MODES = {"resume": ["--resume"], "evaluate": ["-e", "--resume"], "pretrained": ["--pretrained"]}
@@ -246,12 +215,6 @@ class CreatesAFile:
         return open, ("executed", "w")
 
 
-def legacy(content):
-    file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=False)
-    return file.getvalue()
-
-
 def saved(content):
     file = io.BytesIO()
     torch.save(content, file)
@@ -261,16 +224,11 @@ def saved(content):
 FOREIGN = {
     "empty": b"",
     "text": b"These are not the weights you are looking for.\n",
-    "zip magic only": b"PK\x03\x04",
-    "pickle protocol only": b"\x80\x02",
-    "pickled text": pickle.dumps("weights"),
     "another thing that torch saved": saved([1, 2, 3]),
     "no state_dict": saved({"epoch": 1, "arch": "tiny"}),
-    "a state_dict alone": saved({"conv1.weight": torch.zeros(4, 3, 3, 3)}),
     "state_dict of another model": saved({"epoch": 1, "arch": "tiny", "state_dict": {"fc.weight": torch.zeros(2, 2)}}),
     "code": pickle.dumps({"state_dict": {}, "epoch": CreatesAFile()}),
     "code that torch saved": saved({"state_dict": {}, "epoch": 1, "x": CreatesAFile()}),
-    "code in the old format": legacy({"state_dict": {}, "epoch": 1, "x": CreatesAFile()}),
 }
 
 
@@ -286,7 +244,6 @@ def test_foreign_checkpoints(kind, tmp_path, capsys):
 def test_missing_checkpoint(mode, tmp_path, capsys):
     name = "ckpt\n\x1b[31m.pth.tar"
     refused([*ARGS, *MODES[mode], name], tmp_path, capsys, 1, "no checkpoint at ckpt\\n\\x1b[31m.pth.tar")
-    refused([*ARGS, *MODES[mode], "."], tmp_path, capsys, 1, "no checkpoint at .")
 
 
 @pytest.mark.parametrize("case", ODD)
@@ -308,10 +265,9 @@ def test_an_own_checkpoint_that_is_damaged_is_not_written_over(tmp_path, capsys)
     assert load_checkpoint(path)["epoch"] == 2
 
 
-@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
-def test_truncated_checkpoint(share, good_checkpoint, tmp_path, capsys):
+def test_truncated_checkpoint(good_checkpoint, tmp_path, capsys):
     whole = good_checkpoint(capsys)
-    (tmp_path / "cut.pth.tar").write_bytes(whole[: int(len(whole) * share)])
+    (tmp_path / "cut.pth.tar").write_bytes(whole[: len(whole) // 2])
     refused([*ARGS, "--resume", "cut.pth.tar"], tmp_path, capsys, 1, "cut.pth.tar")
 
 
@@ -328,10 +284,7 @@ def damage(state, path, value):
     return state
 
 
-#: Where only training reads the part.
-
-
-@pytest.mark.parametrize("change", [{"dataset": "tinyimagenet"}, {"arch": "resnet18"}, {"arch": "vgg99"}])
+@pytest.mark.parametrize("change", [{"dataset": "tinyimagenet"}, {"arch": "resnet18"}])
 def test_evaluating_a_checkpoint_of_another_script(change, good_checkpoint, tmp_path, capsys):
     state = torch.load(io.BytesIO(good_checkpoint(capsys)), weights_only=True)
     state["settings"] |= change
@@ -340,28 +293,12 @@ def test_evaluating_a_checkpoint_of_another_script(change, good_checkpoint, tmp_
     refused(["-e", "--resume", "other.pth.tar"], tmp_path, capsys, 2, "other.pth.tar", value, "cifar_train.py")
 
 
-@pytest.mark.parametrize("name", ["gamma", "ema"])
-def test_a_checkpoint_from_before_a_flag_existed_is_resumed(name, good_checkpoint, tmp_path, capsys):
+def test_a_checkpoint_from_before_a_flag_existed_is_resumed(good_checkpoint, tmp_path, capsys):
     state = torch.load(io.BytesIO(good_checkpoint(capsys)), weights_only=True)
-    del state["settings"][name]
+    del state["settings"]["gamma"], state["settings"]["ema"]
     torch.save(state, tmp_path / "older.pth.tar")
     out = run_ok([*ARGS, "--resume", "older.pth.tar"], tmp_path, capsys)
     assert "epoch 2/2 done" in out
-
-
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [
-        (["--dataset", "cifar10"], "dataset"),
-        (["--imb_factor", "0.1"], "imb_factor"),
-        (["--ema", "0.9"], "ema"),
-    ],
-)
-def test_evaluating_a_checkpoint_of_another_run(flags, name, good_checkpoint, tmp_path, capsys):
-    (tmp_path / "good.pth.tar").write_bytes(good_checkpoint(capsys))
-    args = [*ARGS, *flags, "-e", "--resume", "good.pth.tar"]
-    line = refused(args, tmp_path, capsys, 2, f"{name} is ", "good.pth.tar")
-    assert "--force" in line
 
 
 # ---------------------------------------------------------------------------------------- losses that blow up
@@ -374,6 +311,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
     (line,) = messages(err)
     assert "the loss is not finite in epoch 2, batch " in line
     assert "smaller --lr" in line
+    assert "--alpha" in line
     assert "epoch 1/4 done" in out
     state = load_checkpoint(model_folder(tmp_path, "IB") / "ckpt.pth.tar")
     assert state["epoch"] == 1
@@ -385,14 +323,6 @@ def test_outputs_that_are_not_finite_after_the_last_step_are_a_warning(tmp_path,
     status, _, err = run_main(args, tmp_path, capsys)
     assert status == 0
     assert "warning: after epoch 1 the model has outputs that are not finite: its accuracy means nothing" in err
-
-
-def test_the_ib_phase_that_blows_up_names_alpha(tmp_path, capsys):
-    args = [*TWO_EPOCHS, *TINY, "--loss_type", "IB", "--alpha", "1e38", "--ib_lr_factor", "1"]
-    status, _, err = run_main(args, tmp_path, capsys)
-    assert status == 1
-    assert "--alpha" in messages(err)[0]
-    assert "in epoch 2, batch " in messages(err)[0]
 
 
 # ----------------------------------------------------------------------------------------- as real processes
@@ -407,17 +337,12 @@ def test_help_can_be_printed(tmp_path, capsys):
     assert not log_folder(tmp_path).exists()
 
 
-@pytest.mark.parametrize("flag", ["--export_split", "--pretrained", "--exp_str", "--root_log", "--data_dir"])
-def test_an_empty_value_is_no_value(flag, tmp_path, capsys):
-    for given in ([flag, ""], [f"{flag}="]):
-        status, out, err = run_main([*ARGS, *given], tmp_path, capsys)
-        assert (status, out) == (2, "")
-        assert messages(err) == [f"cifar_train.py: error: argument {flag}: an empty value (--help lists the flags)"]
-    assert not (tmp_path / "log").exists()
+def test_an_empty_value_is_no_path(tmp_path, capsys):
+    refused([*ARGS, "--pretrained", ""], tmp_path, capsys, 2, "argument --pretrained: an empty value")
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"])
-def test_an_environment_that_torchrun_does_not_make_is_one_line(name, tmp_path, capsys, monkeypatch):
+def test_an_environment_that_torchrun_does_not_make_is_one_line(tmp_path, capsys, monkeypatch):
+    name = "WORLD_SIZE"
     monkeypatch.setenv(name, "abc")
     status, _, err = run_main(ARGS, tmp_path, capsys)
     assert status == 2

@@ -26,72 +26,71 @@ from script_runner import (
 from experiment.records import best_epoch
 from training import metrics
 
+#: loss, rule, flags of the second phase, and those that the first one shares.
+FORKS = {
+    "IB": ("IB", "IBReweight", [], []),
+    "alpha auto": ("IB", "IBReweight", ["--alpha", "auto"], []),
+    "IB and DRW": ("IB", "DRW", [], []),
+    "DRW": ("CE", "DRW", [], []),
+    "AdamW": ("IB", "None", [], ["--optimizer", "adamw", "--lr", "0.001"]),
+    "EMA": ("IB", "None", [], ["--ema", "0.9"]),
+    "mixup": ("CE", "DRW", [], ["--mixup", "0.4"]),
+}
 
-@pytest.mark.parametrize(
-    ("loss", "rule", "flags"),
-    [
-        ("IB", "None", []),
-        ("IB", "IBReweight", []),
-        ("IB", "CBReweight", []),
-        ("IBFocal", "IBReweight", []),
-        ("IB", "IBReweight", ["--alpha", "auto"]),
-        ("IB", "DRW", []),
-        ("CE", "DRW", []),
-        ("IB", "None", ["--optimizer", "adamw", "--lr", "0.001"]),
-        ("IB", "None", ["--ema", "0.9"]),
-        ("BS", "None", ["--mixup", "0.4", "--start_ib_epoch", "2"]),
-    ],
-)
-def test_a_fork_is_the_run_never_forked(loss, rule, flags, tmp_path, capsys):
-    source = [*FIVE, *TINY, *(flags if set(flags) & {"--optimizer", "--ema", "--mixup"} else [])]
-    source += ["--loss_type", "BS"] if loss == "BS" else []
-    run_ok([*source, "--keep_epochs", "1", "--exp_str", "source"], tmp_path, capsys)
-    ce_run = model_folder(tmp_path, "BS" if loss == "BS" else "CE", exp="source")
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A function that gives the model folder of a finished CE run with further flags; each is made once."""
+    folders = {}
+
+    def get(shared, capsys):
+        key = tuple(shared)
+        if key not in folders:
+            cwd = tmp_path_factory.mktemp("source")
+            run_ok([*FIVE, *TINY, *shared], cwd, capsys)
+            folders[key] = model_folder(cwd)
+        return folders[key]
+
+    return get
+
+
+@pytest.mark.parametrize(("loss", "rule", "flags", "shared"), FORKS.values(), ids=FORKS)
+def test_a_fork_is_the_run_never_forked(loss, rule, flags, shared, source, tmp_path, capsys):
+    ce_run = source(shared, capsys)
     before = snapshot(ce_run)
-    args = [*FIVE, *TINY, "--loss_type", loss, "--train_rule", rule, *flags]
-    args += ["--train_rule", "DRW"] if loss == "BS" else []
+    args = [*FIVE, *TINY, "--loss_type", loss, "--train_rule", rule, *flags, *shared]
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
     run_ok([*args, "--exp_str", "fork", "--resume", ce_run / "ckpt.epoch002.pth.tar"], tmp_path, capsys)
-    rule = "DRW" if loss == "BS" else rule
     whole, fork = (model_folder(tmp_path, loss, rule, exp=e) for e in ("whole", "fork"))
     for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
         assert_same_weights(fork / name, whole / name)
     logs = [read_logs(log_folder(tmp_path, loss, rule, exp=e)) for e in ("fork", "whole")]
     assert logs[0] == logs[1]
-    assert before == snapshot(ce_run)
+    assert before == snapshot(ce_run), "the fork wrote into the folder it came from"
 
 
-def test_a_fork_whose_best_epoch_is_in_phase_one_has_its_best_checkpoint(ce_run, tmp_path, capsys):
+def test_a_fork_whose_best_epoch_is_in_phase_one_has_its_best_checkpoint(source, tmp_path, capsys):
     # with an lr of next to nothing the IB phase changes no prediction, and the first of equals is the best
     args = [*FIVE, *TINY, "--loss_type", "IB", "--ib_lr_factor", "1e-30"]
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    run_ok([*args, "--exp_str", "fork", "--resume", ce_run / "ckpt.epoch002.pth.tar"], tmp_path, capsys)
+    run_ok([*args, "--exp_str", "fork", "--resume", source([], capsys) / "ckpt.epoch002.pth.tar"], tmp_path, capsys)
     whole, fork = (model_folder(tmp_path, "IB", exp=e) / "ckpt.best.pth.tar" for e in ("whole", "fork"))
     assert_same_weights(fork, whole)
 
 
-def test_a_fork_can_itself_be_stopped_and_resumed(ce_run, tmp_path, capsys):
+def test_a_fork_stopped_in_its_first_epoch_and_the_next_is_continued(source, tmp_path, capsys):
+    """By the same command, without --resume, and with --resume auto."""
     args = [*FIVE, *TINY, "--loss_type", "IB", "--alpha", "auto"]
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    break_off([*args, "--resume", ce_run / "ckpt.epoch002.pth.tar"], tmp_path, capsys, after=2)
-    run_ok([*args, "--resume", "auto"], tmp_path, capsys)
-    whole, fork = (model_folder(tmp_path, "IB", exp=e) / "ckpt.pth.tar" for e in ("whole", "0"))
-    assert_same_weights(fork, whole)
-
-
-@pytest.mark.parametrize("again", ["the same command", "without --resume", "auto"])
-def test_a_fork_stopped_in_its_first_epoch_is_continued(again, ce_run, tmp_path, capsys):
-    args = [*FIVE, *TINY, "--loss_type", "IB", "--alpha", "auto"]
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    forked = [*args, "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    forked = [*args, "--resume", source([], capsys) / "ckpt.epoch002.pth.tar"]
     status, _, err = break_off(forked, tmp_path, capsys, after=0)
     own = f"checkpoint/{model_folder(tmp_path, 'IB').name}/ckpt.pth.tar"
     assert (status, messages(err)[-1]) == (
         130, f"cifar_train.py: stopped by Ctrl-C: the same command continues from {own}"
     )  # fmt: skip
-    again = {"the same command": forked, "without --resume": args, "auto": [*args, "--resume", "auto"]}[again]
-    out = run_ok(again, tmp_path, capsys)
-    assert "after 2 epochs" in out
+    assert "after 2 epochs" in break_off(forked, tmp_path, capsys, after=0)[1]
+    assert "after 2 epochs" in break_off(args, tmp_path, capsys, after=1)[1]
+    assert "after 3 epochs" in run_ok([*args, "--resume", "auto"], tmp_path, capsys)
     whole, fork = (model_folder(tmp_path, "IB", exp=e) for e in ("whole", "0"))
     for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
         assert_same_weights(fork / name, whole / name)
@@ -171,7 +170,7 @@ def test_a_fork_takes_the_best_checkpoint_along(ce_run, tmp_path, capsys):
     shutil.copy(ce_run / "ckpt.pth.tar", ce_run / "ckpt.best.pth.tar")
     _, _, err = break_off([*fork, "--overwrite"], tmp_path, capsys, after=0)
     assert not best.exists()
-    assert "the best checkpoint of the first 3 epochs is not beside" in err
+    assert "ckpt.best.pth.tar of epoch 2 is not beside" in err
 
 
 def test_a_fork_that_cannot_start_deletes_nothing(ce_run, tmp_path, capsys):
@@ -186,9 +185,9 @@ def test_a_fork_that_cannot_start_deletes_nothing(ce_run, tmp_path, capsys):
     assert snapshot(tmp_path) == before
 
 
-def test_a_new_figure_does_not_break_a_fork_from_an_older_checkpoint(ce_run, tmp_path, capsys):
+def test_a_new_figure_does_not_break_a_fork_from_an_older_checkpoint(source, tmp_path, capsys):
     """A metric that is added in one place reaches CSV, TensorBoard, summary.json and the screen."""
-    fork = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    fork = [*FIVE, *TINY, "--loss_type", "IB", "--resume", source([], capsys) / "ckpt.epoch002.pth.tar"]
     worst = {"worst": lambda per_class, confusion, class_counts: min(per_class)}
     with mock.patch.dict(metrics.CLASS_FIGURES, worst):
         out = run_ok(fork, tmp_path, capsys)
@@ -201,9 +200,9 @@ def test_a_new_figure_does_not_break_a_fork_from_an_older_checkpoint(ce_run, tmp
     assert f"worst {last['worst']:.2f}" in out
 
 
-def test_a_fork_may_add_left_out_images_and_chooses_among_its_own_epochs(ce_run, tmp_path, capsys):
+def test_a_fork_may_add_left_out_images_and_chooses_among_its_own_epochs(source, tmp_path, capsys):
     """They change nothing of the training; epochs that were not scored on them do not compete."""
-    args = [*FIVE, *TINY, "--loss_type", "IB", "--resume", ce_run / "ckpt.epoch002.pth.tar"]
+    args = [*FIVE, *TINY, "--loss_type", "IB", "--resume", source([], capsys) / "ckpt.epoch002.pth.tar"]
     run_ok([*args, "--exp_str", "plain"], tmp_path, capsys)
     run_ok([*args, "--exp_str", "scored", "--val_left_out", "5"], tmp_path, capsys)
     plain, scored = (model_folder(tmp_path, "IB", exp=e) for e in ("plain", "scored"))

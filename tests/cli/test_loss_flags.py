@@ -1,7 +1,7 @@
 """The losses with the class prior, and the control without influence, through the script."""
 
 import pytest
-from script_runner import TINY, TWO_EPOCHS, log_folder, read_csv, run_main, run_ok
+from script_runner import TINY, TWO_EPOCHS, log_folder, read_csv, run_ok
 
 
 def test_the_script_trains_them_and_la_at_tau_1_is_bs(tmp_path, capsys):
@@ -17,14 +17,6 @@ def test_the_script_trains_them_and_la_at_tau_1_is_bs(tmp_path, capsys):
         weights[exp] = [row["loss"] for row in rows]
         assert {row["criterion"] for row in rows} == {flags[1]}
     assert weights["bs"] == weights["la"] != weights["ce"] == weights["la0"]
-
-
-def test_another_tau_is_another_run(tmp_path, capsys):
-    flags = [*TINY, *TWO_EPOCHS, "--loss_type", "LA"]
-    run_ok(flags, tmp_path, capsys)
-    status, _, err = run_main([*flags, "--la_tau", "2"], tmp_path, capsys)
-    assert status == 2
-    assert "la_tau is 1.0 there and 2.0 here" in err
 
 
 def test_vs_without_its_multiplier_trains_as_la(tmp_path, capsys):

@@ -23,7 +23,6 @@ from script_runner import (
     read_logs,
     run_main,
     run_ok,
-    run_process,
     run_process_until,
     snapshot,
 )
@@ -41,102 +40,60 @@ def leftovers(folder):
     return [p.name for p in folder.rglob("*") if p.is_file() and any(part in p.name for part in parts)]
 
 
-@pytest.fixture(scope="module")
-def never_stopped(tmp_path_factory):
-    """An IB run of a published model as a process, never stopped: its folder, and its flags."""
-    cwd = tmp_path_factory.mktemp("never_stopped")
+def test_killed_in_mid_epoch_and_resumed_is_the_run_never_stopped(tmp_path, capsys):
+    """A process, and a published model."""
     args = [*DIGITS, *REAL, "--epochs", "2", "--start_ib_epoch", "1", "--milestones", "1", "-p", "1"]
     args += ["--loss_type", "IB", "--train_rule", "CBReweight", "--checkpoint_seconds", "0"]
-    done = run_process(args, cwd)
-    assert done.returncode == 0, done.stderr
-    return cwd, args
-
-
-def where(cwd, loss="IB", rule="CBReweight", **kwargs):
-    kwargs = {"arch": "resnet20", **kwargs}
-    return log_folder(cwd, loss, rule, **kwargs), model_folder(cwd, loss, rule, **kwargs)
-
-
-def test_killed_in_mid_epoch_and_resumed_is_the_run_never_stopped(never_stopped, tmp_path):
-    whole, args = never_stopped
     status, lines, _ = run_process_until(args, tmp_path, "epoch 2/2  batch 4/", signal.SIGKILL)
     assert status == -signal.SIGKILL
     assert "epoch 2/2 done" not in "".join(lines)
-    log, model = where(tmp_path)
+    run = {"loss": "IB", "rule": "CBReweight", "arch": "resnet20"}
+    log, model = log_folder(tmp_path, **run), model_folder(tmp_path, **run)
     assert load_checkpoint(model / "ckpt.pth.tar")["epoch"] == 1
 
-    done = run_process([*args, "--resume", "auto"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "resumes from" in done.stdout
-    assert "epoch 2/2 done" in done.stdout
-    assert "epoch 1/2" not in done.stdout
-    whole_log, whole_model = where(whole)
-    assert_same_weights(model / "ckpt.pth.tar", whole_model / "ckpt.pth.tar")
-    assert_same_weights(model / "ckpt.best.pth.tar", whole_model / "ckpt.best.pth.tar")
-    assert read_logs(log) == read_logs(whole_log)
-    assert [row["epoch_from_0"] for row in read_csv(log / "log_train.csv")] == ["0", "1"]
-    assert not leftovers(tmp_path)
-
-
-def test_ce_run_forked_into_ib_as_a_process_is_the_ib_run(never_stopped, tmp_path):
-    whole, args = never_stopped
-    ce = [*args, "--loss_type", "CE", "--train_rule", "None"]
-    # the CE run need not be finished to be forked from: it is stopped where the fork begins
-    status, _, err = run_process_until(ce, tmp_path, "epoch 2/2  batch 1/", signal.SIGINT)
-    assert status == 130
-    _, model = where(tmp_path, "CE", "None")
-    stopped = snapshot(model)
-    assert messages(err) == [
-        "cifar_train.py: stopped by Ctrl-C: the same command continues from "
-        "checkpoint/digits_resnet20_CE_None_exp_0.01_0/ckpt.pth.tar"
-    ]
-    assert not leftovers(tmp_path)
-
-    done = run_process([*args, "--resume", model / "ckpt.epoch001.pth.tar"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same_weights(where(tmp_path)[1] / "ckpt.pth.tar", where(whole)[1] / "ckpt.pth.tar")
-    assert read_logs(where(tmp_path)[0]) == read_logs(where(whole)[0])
-    assert snapshot(model) == stopped, "the fork wrote into the folder it came from"
-
-
-def test_sigterm_in_mid_epoch_leaves_the_last_finished_epoch_on_the_disk(tmp_path):
-    # the default --checkpoint_seconds: no checkpoint was due yet
-    args = [*DIGITS, *REAL, "--epochs", "2", "--milestones", "1", "-p", "1"]
-    status, lines, err = run_process_until(args, tmp_path, "epoch 2/2  batch 2/", signal.SIGTERM)
-    log, model = where(tmp_path, "CE", "None")
-    assert status == 143
-    (line,) = messages(err)
-    assert line.startswith("cifar_train.py: stopped by SIGTERM: the same command continues from checkpoint/")
-    assert "epoch 2/2 done" not in "".join(lines)
-    assert load_checkpoint(model / "ckpt.pth.tar")["epoch"] == 1
-    assert [row["epoch_from_0"] for row in read_csv(log / "log_train.csv")] == ["0"]
-    assert [row["epoch_from_0"] for row in read_csv(log / "log_test.csv")] == ["0"]
+    out = run_ok([*args, "--resume", "auto"], tmp_path, capsys)
+    assert "resumes from" in out
+    assert "epoch 2/2 done" in out
+    assert "epoch 1/2" not in out
+    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
+        assert_same_weights(model / name, model_folder(tmp_path, **run, exp="whole") / name)
+    assert read_logs(log) == read_logs(log_folder(tmp_path, **run, exp="whole"))
     assert not leftovers(tmp_path)
 
 
 # ---------------------------------------------------------------------------- every place to stop at, in this process
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
-def test_a_run_broken_off_in_any_epoch_is_resumed_to_the_same_end(after, tmp_path, capsys):
-    args = [*FIVE, *TINY, "--loss_type", "IB", "--train_rule", "IBReweight"]
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an IB run that was never stopped; made once, by whoever asks first."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def get(capsys):
+        if not (folder / "log").exists():
+            run_ok([*FIVE, *TINY, "--loss_type", "IB"], folder, capsys)
+        return folder
+
+    return get
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 4])
+def test_a_run_broken_off_in_any_epoch_is_resumed_to_the_same_end(after, whole, tmp_path, capsys):
+    args = [*FIVE, *TINY, "--loss_type", "IB"]
     status, _, err = break_off(args, tmp_path, capsys, after)
     assert status == 130
     assert ("no epoch was finished" if after == 0 else "the same command continues from") in messages(err)[0]
     out = run_ok(args, tmp_path, capsys)
     assert ("resumes from" in out) == (after > 0)
-    one, two = (model_folder(tmp_path, "IB", "IBReweight", exp=e) for e in ("0", "whole"))
     for name in ("ckpt.pth.tar", "ckpt.best.pth.tar", "ckpt.epoch002.pth.tar"):
-        assert_same_weights(one / name, two / name)
-    one, two = (log_folder(tmp_path, "IB", "IBReweight", exp=e) for e in ("0", "whole"))
-    assert read_logs(one) == read_logs(two)
+        assert_same_weights(model_folder(tmp_path, "IB") / name, model_folder(whole(capsys), "IB") / name)
+    assert read_logs(log_folder(tmp_path, "IB")) == read_logs(log_folder(whole(capsys), "IB"))
 
 
 RESUMED = {
     "Resample": ["--loss_type", "CE", "--train_rule", "Resample"],
     "DRW": ["--loss_type", "LDAM", "--train_rule", "DRW"],
-    "Focal": ["--loss_type", "Focal", "--train_rule", "CBReweight"],
     "IBFocal": ["--loss_type", "IBFocal", "--train_rule", "CBReweight"],
     "alpha auto": ["--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto"],
     "alpha auto and DRW": ["--loss_type", "IB", "--train_rule", "DRW", "--alpha", "auto"],
@@ -148,12 +105,13 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("after", [2, 3])
 @pytest.mark.parametrize("flags", RESUMED.values(), ids=RESUMED.keys())
-def test_every_kind_of_run_is_resumed_to_the_same_end(flags, after, tmp_path, capsys):
+def test_every_kind_of_run_is_resumed_to_the_same_end(flags, tmp_path, capsys):
+    """Stopped twice: before the epoch in which IB starts, and before the one in which DRW and cRT do."""
     args = [*FIVE, *TINY, *flags]
     run_ok([*args, "--root_log", "log/whole", "--root_model", "checkpoint/whole"], tmp_path, capsys)
-    assert break_off(args, tmp_path, capsys, after)[0] == 130
+    assert break_off(args, tmp_path, capsys, after=2)[0] == 130
+    assert break_off([*args, "--resume", "auto"], tmp_path, capsys, after=1)[0] == 130
     run_ok([*args, "--resume", "auto"], tmp_path, capsys)
     (one,) = (tmp_path / "checkpoint").glob("digits_*")
     whole = tmp_path / "checkpoint" / "whole" / one.name
@@ -168,29 +126,6 @@ def test_every_kind_of_run_is_resumed_to_the_same_end(flags, after, tmp_path, ca
     assert states[0].get("ema", {}).keys() == states[1].get("ema", {}).keys()
     for name, value in states[0].get("ema", {}).items():
         assert torch.equal(value, states[1]["ema"][name]), name
-
-
-def test_resumed_twice_is_still_the_same_run(tmp_path, capsys):
-    args = [*FIVE, *TINY, "--loss_type", "IB"]
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    for done in (1, 2):
-        flags = args if done == 1 else [*args, "--resume", "auto"]
-        assert break_off(flags, tmp_path, capsys, after=1)[0] == 130
-        assert load_checkpoint(model_folder(tmp_path, "IB") / "ckpt.pth.tar")["epoch"] == done
-    run_ok([*args, "--resume", "auto"], tmp_path, capsys)
-    one, two = (model_folder(tmp_path, "IB", exp=e) / "ckpt.pth.tar" for e in ("0", "whole"))
-    assert_same_weights(one, two)
-
-
-def test_a_line_cut_by_a_crash_is_mended(tmp_path, capsys):
-    args = [*FIVE, *TINY]
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    break_off(args, tmp_path, capsys, after=3)
-    for name in ("log_train.csv", "log_test.csv", "class_accuracy.csv"):
-        path = log_folder(tmp_path) / name
-        path.write_bytes(path.read_bytes()[:-7])
-    run_ok([*args, "--resume", "auto"], tmp_path, capsys)
-    assert read_logs(log_folder(tmp_path)) == read_logs(log_folder(tmp_path, exp="whole"))
 
 
 # ----------------------------------------------------------------------------------------------------- smaller things
@@ -250,29 +185,16 @@ def test_the_same_command_on_a_trained_run_makes_its_logs_and_trains_nothing(tmp
     assert (read_logs(log_folder(tmp_path)), snapshot(model_folder(tmp_path))) == before
 
 
-@pytest.fixture
-def published(tmp_path, capsys):
-    """A checkpoint of two epochs as the official code writes it, with a top-1 that no run of ours reaches."""
-    run_ok([*FIVE, *TINY, "--keep_epochs", "2", "--val_fraction", "0.2"], tmp_path, capsys)
-    state = load_checkpoint(model_folder(tmp_path) / "ckpt.epoch002.pth.tar")
+def test_a_published_checkpoint_is_continued(tmp_path, capsys):
+    """Of two epochs, as the official code writes it: without settings and history."""
+    run_ok([*FIVE, *TINY, "--exp_str", "whole"], tmp_path, capsys)
+    state = load_checkpoint(model_folder(tmp_path, exp="whole") / "ckpt.epoch002.pth.tar")
     content = {name: state[name] for name in ("epoch", "arch", "state_dict", "optimizer")}
     torch.save({**content, "best_acc1": torch.tensor(90.0)}, tmp_path / "published.pth.tar")
-    return [*FIVE, *TINY, "--exp_str", "more", "--resume", "published.pth.tar"]
-
-
-def test_the_best_accuracy_of_a_published_checkpoint_outlives_a_stop(published, tmp_path, capsys):
-    break_off(published, tmp_path, capsys, after=2)
-    run_ok(published, tmp_path, capsys)
-    more = model_folder(tmp_path, exp="more")
-    assert load_checkpoint(more / "ckpt.pth.tar")["best_acc1"] == 90.0
-    assert not (more / "ckpt.best.pth.tar").exists()
-
-
-def test_with_a_validation_set_the_published_test_accuracy_decides_nothing(published, tmp_path, capsys):
-    out = run_ok([*published, "--val_fraction", "0.2"], tmp_path, capsys)
-    best = best_epoch(load_checkpoint(model_folder(tmp_path, exp="more") / "ckpt.pth.tar")["history"])
-    assert load_checkpoint(model_folder(tmp_path, exp="more") / "ckpt.best.pth.tar")["epoch"] == best["epoch"] + 1
-    assert f"best (epoch {best['epoch'] + 1})" in out
+    out = run_ok([*FIVE, *TINY, "--resume", "published.pth.tar"], tmp_path, capsys)
+    assert "epoch 3/5 done" in out
+    assert "epoch 2/5" not in out
+    assert_same_weights(model_folder(tmp_path) / "ckpt.pth.tar", model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints by time
@@ -283,9 +205,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("seconds", ["0", "1000"])
-def test_a_kill_costs_the_epochs_since_the_last_checkpoint_and_no_bit(seconds, tmp_path, capsys):
+def test_a_kill_costs_the_epochs_since_the_last_checkpoint_and_no_bit(seconds, whole, tmp_path, capsys):
     args = [*FIVE, *TINY, "--loss_type", "IB"]
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
     write, train, trained = Run.write, cifar_train.train_one_epoch, []
 
     def killed_in_the_last(*args, **kwargs):
@@ -309,10 +230,9 @@ def test_a_kill_costs_the_epochs_since_the_last_checkpoint_and_no_bit(seconds, t
     assert json.loads((log / "summary.json").read_text())["epochs_done"] == state["epoch"]
     assert len(read_csv(log / "log_train.csv")) == 4
     run_ok(args, tmp_path, capsys)
-    whole = model_folder(tmp_path, "IB", exp="whole")
     for name in ("ckpt.pth.tar", "ckpt.best.pth.tar", "ckpt.epoch002.pth.tar", "ckpt.epoch002.best.pth.tar"):
-        assert_same_weights(folder / name, whole / name)
-    assert read_logs(log) == read_logs(log_folder(tmp_path, "IB", exp="whole"))
+        assert_same_weights(folder / name, model_folder(whole(capsys), "IB") / name)
+    assert read_logs(log) == read_logs(log_folder(whole(capsys), "IB"))
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_completed(tmp_path, capsys):

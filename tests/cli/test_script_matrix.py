@@ -1,5 +1,6 @@
-"""Every loss with every train rule, two epochs on long-tailed digits, through the script; three as processes."""
+"""Every loss and every train rule, two epochs on long-tailed digits, through the script."""
 
+import itertools
 import json
 import math
 from unittest import mock
@@ -13,11 +14,9 @@ from script_runner import (
     TWO_EPOCHS,
     load_checkpoint,
     log_folder,
-    messages,
     model_folder,
     read_csv,
     run_ok,
-    run_process,
 )
 
 import losses
@@ -95,12 +94,10 @@ def test_every_loss_and_every_rule(loss, rule, tmp_path, capsys):
     check_run(tmp_path, loss, rule, "tiny", out)
 
 
-@pytest.mark.parametrize(("loss", "rule"), [("LDAM", "DRW")])
-def test_as_a_process_with_a_published_net(loss, rule, tmp_path):
-    done = run_process([*TWO_EPOCHS, *REAL, "--loss_type", loss, "--train_rule", rule], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert not messages(done.stderr)
-    check_run(tmp_path, loss, rule, "resnet20", done.stdout)
+def test_with_a_published_net_and_figures(tmp_path, capsys):
+    loss, rule = "LDAM", "DRW"
+    out = run_ok([*TWO_EPOCHS, *REAL, "--loss_type", loss, "--train_rule", rule], tmp_path, capsys, figures=True)
+    check_run(tmp_path, loss, rule, "resnet20", out)
     for line in (
         "class counts: 124 76 46 27 16 9 5 3 2 1, total 309",
         "classes by group: many 1, medium 3, few 6 (many: over 100 training images, medium: 20 to 100, few: under 20)",
@@ -109,85 +106,67 @@ def test_as_a_process_with_a_published_net(loss, rule, tmp_path):
         "seed 0",
         "torch ",
     ):
-        assert line in done.stdout
+        assert line in out
     figures = [path.name for path in log_folder(tmp_path, loss, rule, arch="resnet20").glob("*.png")]
     assert sorted(figures) == ["class_accuracy.png", "confusion.png", "curves.png"]
 
 
-@pytest.mark.parametrize(("loss", "other"), [("IB", "CE"), ("IBFocal", "IB")])
-def test_the_loss_that_is_asked_for_is_trained_with(loss, other, tmp_path, capsys):
-    weights = []
-    for name in (loss, other):
-        run_ok([*TWO_EPOCHS, *TINY, "--loss_type", name], tmp_path, capsys)
-        weights.append(load_checkpoint(model_folder(tmp_path, name) / "ckpt.pth.tar")["state_dict"]["conv1.weight"])
-    assert not weights[0].equal(weights[1])
-
-
-FLAGS = {
-    "alpha auto": ["--alpha", "auto"],
-    "epsilon": ["--epsilon", "1"],
-    "gamma": ["--gamma", "3"],
-    "detached factor": ["--detach_ib"],
-    "norm l2": ["--ib_norm", "l2"],
-    "lr of the IB phase": ["--ib_lr_factor", "1"],
-    "factor of the milestone": ["--lr_factors", "1"],
-    "weight decay": ["--wd", "0.05"],
-    "cosine": ["--schedule", "cosine"],
-    "kept warm-up": ["--keep_warmup"],
-    "images": ["--rand_number", "1"],
-    "flips": ["--flip", "on"],
-}
-
-
 @pytest.fixture(scope="module")
 def plain_weights(tmp_path_factory):
-    """The first layer of an IBFocal run with the defaults; made once, by whoever asks first."""
-    cache = {}
+    """A function that gives the first layer of a run with the defaults of a loss and a rule; each is made once."""
+    found = {}
 
-    def get(capsys):
-        if not cache:
-            cwd = tmp_path_factory.mktemp("plain")
-            run_ok([*TWO_EPOCHS, *TINY, "--loss_type", "IBFocal"], cwd, capsys)
-            cache["weights"] = load_checkpoint(model_folder(cwd, "IBFocal") / "ckpt.pth.tar")["state_dict"]
-        return cache["weights"]["conv1.weight"]
+    def get(loss, rule, capsys):
+        if (loss, rule) not in found:
+            found[loss, rule] = weights_after(loss, rule, [], tmp_path_factory.mktemp("plain"), capsys)
+        return found[loss, rule]
 
     return get
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
-def test_every_flag_of_the_method_reaches_the_training(flags, plain_weights, tmp_path, capsys):
+def weights_after(loss, rule, flags, cwd, capsys):
     given = TWO_EPOCHS[:-2] if "cosine" in flags else TWO_EPOCHS  # a cosine has no milestones
-    run_ok([*given, *TINY, "--loss_type", "IBFocal", *flags], tmp_path, capsys)
-    state = load_checkpoint(model_folder(tmp_path, "IBFocal") / "ckpt.pth.tar")
-    assert not state["state_dict"]["conv1.weight"].equal(plain_weights(capsys))
+    run_ok([*given, *TINY, "--loss_type", loss, "--train_rule", rule, *flags], cwd, capsys)
+    return load_checkpoint(model_folder(cwd, loss, rule) / "ckpt.pth.tar")["state_dict"]["conv1.weight"]
+
+
+def test_the_loss_that_is_asked_for_is_trained_with(plain_weights, capsys):
+    weights = [plain_weights(loss, "None", capsys) for loss in ("IB", "IBFocal", "CE", "Focal")]
+    assert all(not one.equal(two) for one, two in itertools.combinations(weights, 2))
 
 
 @pytest.mark.parametrize(
     ("loss", "rule", "flags"),
     [
+        ("IBFocal", "None", ["--alpha", "auto"]),
+        ("IBFocal", "None", ["--epsilon", "1"]),
+        ("IBFocal", "None", ["--gamma", "3"]),
+        ("IBFocal", "None", ["--detach_ib"]),
+        ("IBFocal", "None", ["--ib_norm", "l2"]),
+        ("IBFocal", "None", ["--ib_lr_factor", "1"]),
+        ("IBFocal", "None", ["--lr_factors", "1"]),
+        ("IBFocal", "None", ["--wd", "0.05"]),
+        ("IBFocal", "None", ["--schedule", "cosine"]),
+        ("IBFocal", "None", ["--keep_warmup"]),
+        ("IBFocal", "None", ["--rand_number", "1"]),
+        ("IBFocal", "None", ["--flip", "on"]),
+        ("IB", "None", ["--alpha", "auto", "--auto_target", "ib"]),
         ("Focal", "None", ["--focal_scale", "1"]),
         ("Focal", "None", ["--gamma", "3"]),
         ("LDAM", "None", ["--max_m", "0.1"]),
         ("LDAM", "None", ["--s", "10"]),
         ("CE", "CBReweight", ["--beta", "0.9"]),
+        ("CE", "Resample", ["--beta", "0.5"]),
+        ("CE", "DRW", ["--drw_epoch", "0"]),
+        ("CE", "None", ["--optimizer", "adamw"]),
+        ("CE", "None", ["--mixup", "1"]),
         ("LA", "None", ["--la_tau", "2"]),
         ("VS", "None", ["--vs_gamma", "0.3"]),
         ("VS", "None", ["--vs_tau", "0.5"]),
-        ("IB", "None", ["--alpha", "auto", "--auto_target", "ib"]),
-        ("CE", "Resample", ["--beta", "0.5"]),
-        ("BS", "None", ["--mixup", "1"]),
-        ("CE", "None", ["--optimizer", "adamw"]),
-        ("CE", "DRW", ["--drw_epoch", "0"]),
     ],
 )
-def test_constants_of_the_other_losses_and_rules_reach_the_training(loss, rule, flags, tmp_path, capsys):
-    weights = []
-    for name, extra in (("default", []), ("other", flags)):
-        args = [*TWO_EPOCHS, *TINY, "--loss_type", loss, "--train_rule", rule, "--exp_str", name]
-        run_ok([*args, *extra], tmp_path, capsys)
-        state = load_checkpoint(model_folder(tmp_path, loss, rule, exp=name) / "ckpt.pth.tar")
-        weights.append(state["state_dict"]["conv1.weight"])
-    assert not weights[0].equal(weights[1])
+def test_every_flag_of_the_method_reaches_the_training(loss, rule, flags, plain_weights, tmp_path, capsys):
+    assert not weights_after(loss, rule, flags, tmp_path, capsys).equal(plain_weights(loss, rule, capsys))
 
 
 def test_the_same_seed_gives_the_same_run_and_incidental_flags_change_nothing(tmp_path, capsys):
@@ -241,11 +220,10 @@ def assert_effective_number_shares(drawn, beta):
         assert abs(count - n * share) < 4 * math.sqrt(n * share * (1 - share))
 
 
-@pytest.mark.parametrize("beta", [0.9999, 0.99])
-def test_resample_trains_on_effective_number_shares_from_the_first_epoch_on(beta, tmp_path, capsys):
-    drawn = trained_targets(10, ["--train_rule", "Resample", "--beta", beta], tmp_path, capsys)
-    assert_effective_number_shares(drawn.sum(0).tolist(), beta)
-    assert_effective_number_shares(drawn[0].tolist(), beta)
+def test_resample_trains_on_effective_number_shares_from_the_first_epoch_on(tmp_path, capsys):
+    drawn = trained_targets(10, ["--train_rule", "Resample", "--beta", "0.99"], tmp_path, capsys)
+    assert_effective_number_shares(drawn.sum(0).tolist(), 0.99)
+    assert_effective_number_shares(drawn[0].tolist(), 0.99)
     assert len({tuple(epoch) for epoch in drawn.tolist()}) == 10  # each epoch draws anew
 
 

@@ -117,11 +117,10 @@ FAULTS = [
     ("fork: recipes are not compared", "experiment/compare.py", "for epoch in range(epochs):", "for epoch in range(0):", OTHER),
     ("fork: settings are not compared", "experiment/compare.py", "return differing(settings, theirs, (*SHARED, "
      '"use_norm")) or', "return", OTHER),
-    ("checkpoint written in place", "files.py", "handle, temporary = tempfile.mkstemp(dir=folder, prefix="
-     'f".{os.path.basename(path)}.", suffix=TEMPORARY)',
-     "temporary = os.fspath(path); handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)", CHECKPOINTS),
+    ("checkpoint written in place", "files.py", 'os.path.join(folder, f".{name}.{os.getpid()}{TEMPORARY}")',
+     "os.fspath(path)", CHECKPOINTS),
     ("sums are not checked", "experiment/checkpoint.py", "            _check_sums(path)\n", "", CHECKPOINTS),
-    ("checkpoint not copied", "experiment/checkpoint.py", "return value.clone()", "return value", CHECKPOINTS),
+    ("checkpoint not copied", "experiment/checkpoint.py", 'value.detach().to("cpu", copy=True)', "value.detach()", CHECKPOINTS),
     # evaluation, metrics
     ("EMA: raw weights are tested", "cifar_train.py", "tested = ema.module if ema else model", "tested = model", RECORDS),
     ("EMA: decay inverted", "training/ema.py", "current, 1 - decay)", "current, decay)", EMA),

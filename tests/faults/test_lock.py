@@ -107,30 +107,13 @@ def test_one_folder_for_logs_and_checkpoints(tmp_path, capsys):
     assert not list(tmp_path.rglob(LOCK))
 
 
-def test_an_unreadable_note_of_the_holder_is_no_owner(tmp_path):
-    with run_lock(tmp_path):
-        (tmp_path / OWNER).write_bytes(b"\xff\x1b[31m")
-        with pytest.raises(DataError, match=r"in use by \ufffd\\x1b\[31m: a run"), run_lock(tmp_path, patience=0):
-            pass
-        (tmp_path / OWNER).unlink()
-        with pytest.raises(DataError, match="in use by another process: a run"), run_lock(tmp_path, patience=0):
-            pass
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EROFS])
-def test_folders_without_locks(tmp_path, capsys, number):
-    """No locks: said, and trained without. A folder of data that cannot be written is read without."""
-    error = OSError(number, os.strerror(number))
+def test_a_folder_of_data_that_is_read_only_is_read_without_a_lock(tmp_path):
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS))
     with mock.patch.object(files.FileLock, "acquire", side_effect=error):
         with folder_lock(tmp_path):
             pass
-        if number == errno.EROFS:
-            with pytest.raises(OSError, match="Read-only"), run_lock(str(tmp_path)):
-                pass
-            return
-        with run_lock(str(tmp_path)):
+        with pytest.raises(OSError, match="Read-only"), run_lock(str(tmp_path)):
             pass
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_one_process_at_a_time_has_a_folder_of_data(holder, tmp_path):

@@ -52,7 +52,7 @@ def test_a_mean_of_three_channels_comes_back():
     assert from_record(json.loads(json.dumps(recorded(mine)))).mean == (0.5, 0.4, 0.3)
 
 
-@pytest.mark.parametrize(("name", "value"), [("loss_type", "XX"), ("train_rule", "XX"), ("milestones", [1, 2, 3])])
+@pytest.mark.parametrize(("name", "value"), [("loss_type", "XX"), ("train_rule", "XX")])
 def test_a_recorded_name_that_is_not_offered_here_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is"):
         from_record({name: value})
@@ -66,13 +66,9 @@ def test_given_flags_are_known():
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--pretrained", "imagenet"], "no ImageNet weights"),
         (["--schedule", "cosine", "--milestones", "3"], "cosine"),
         (["--posthoc_la", "1"], "-e"),
-        (["--save_logits"], "-e"),
-        (["-e"], "--resume"),
         (["--ib_norm", "none", "--loss_type", "IB", "--epsilon", "0"], "--epsilon"),
-        (["--resume", "auto", "--overwrite"], "exclude"),
     ],
 )
 def test_combinations_that_cannot_work(argv, part):
@@ -84,14 +80,10 @@ def test_combinations_that_cannot_work(argv, part):
     ("argv", "unused"),
     [
         (["--gamma", "2"], ["--gamma"]),
-        (["--loss_type", "IB", "--gamma", "2"], ["--gamma"]),
-        (["--loss_type", "IBFocal", "--gamma", "2", "--alpha", "10"], []),
         (["--loss_type", "IB", "--alpha", "10", "--start_ib_epoch", "250", "--epochs", "300"], []),
         (["--loss_type", "IB", "--alpha", "10", "--start_ib_epoch", "400", "--epochs", "300"], ["--alpha"]),
-        (["--train_rule", "DRW", "--beta", "0.9"], []),
         (["--train_rule", "IBReweight", "--beta", "0.9", "--la_tau", "2"], ["--beta", "--la_tau"]),
         (["-e", "--resume", "x", "--gamma", "2"], []),
-        (["--loss_type", "LDAM"], []),
         (["--optimizer", "adamw", "--momentum", "0.5"], ["--momentum"]),
     ],
 )
@@ -111,7 +103,6 @@ def test_help_fits_80_columns(monkeypatch):
     for script in SCRIPTS:
         text = build_parser(script).format_help()
         assert max(map(len, text.splitlines())) <= 80
-        assert "(default: 160 180)" in text or script != "cifar_train.py"
 
 
 # -------------------------------------------------------------------------------- against the official code
