@@ -129,13 +129,13 @@ def describe(settings: dict[str, Any]) -> tuple[runs.Run, Difference]:
     if found.dataset not in runs.SETUPS:
         names = [name for name in (*COMPARED, *SCHEDULE) if name not in OF_RUN]
         return dataclasses.replace(base, protocol="own"), _named(found, names)
-    candidates = [
-        dataclasses.replace(base, variant=variant, protocol=protocol)
-        for protocol in runs.SHORTENING
-        for variant in runs.variants_of(found.dataset, method)
-    ]
-    differing = [(run, differences(command_settings(run), found)) for run in candidates]
-    return min(differing, key=lambda pair: len(pair[1]))
+    candidates = {}
+    for protocol in runs.SHORTENING:
+        for variant in runs.variants_of(found.dataset, method):
+            run = dataclasses.replace(base, variant=variant, protocol=protocol)
+            # seeds do not count: one command is parsed for all of them
+            candidates[run] = differences(command_settings(dataclasses.replace(run, seed=0)), found)
+    return min(candidates.items(), key=lambda pair: len(pair[1]))
 
 
 def _differences_of_data(run, record):
@@ -199,6 +199,8 @@ def _value(settings, name):
 
 @functools.lru_cache(maxsize=1024)
 def _plan(settings):
-    """The first epoch, and the stage of every epoch with the constants in force."""
+    """The first epoch, the stage of every epoch, and the constants in force in each kind of stage."""
     recipe = Recipe.from_settings(settings)
-    return settings.start_epoch, [(stage, recipe.constants_at(i)) for i, stage in enumerate(recipe.stages())]
+    stages = recipe.stages()
+    kinds = {dataclasses.replace(stage, lr=0.0): epoch for epoch, stage in enumerate(stages)}
+    return settings.start_epoch, stages, {kind: recipe.constants_at(epoch) for kind, epoch in kinds.items()}
