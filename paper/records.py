@@ -29,7 +29,7 @@ NUMERICS = (*fields_affecting("numerics"), "processes")
 #: Settings of which the Run itself says what they are.
 OF_RUN = ("dataset", "imb_type", "imb_factor", "rand_number", "loss_type", "train_rule")
 #: What sets a record apart from its Run: (setting, its value there).
-Difference = tuple[tuple[str, str], ...]
+Differences = tuple[tuple[str, str], ...]
 
 
 # ------------------------------------------------------------------------------------------ the small record
@@ -102,7 +102,7 @@ def read(folder: str | pathlib.Path) -> tuple[list[tuple[str, dict[str, Any]]], 
 # ------------------------------------------------------------------------------------------ which run it is
 
 
-def identify(record: dict[str, Any]) -> tuple[runs.Run, Difference]:
+def identify(record: dict[str, Any]) -> tuple[runs.Run, Differences]:
     """The Run that a record is, and what sets it apart from it: nothing, for the Run exactly as the paper has it.
 
     What `describe` says of its settings; then other data than the paper's, batch norm over a part of each batch, and
@@ -117,7 +117,7 @@ def identify(record: dict[str, Any]) -> tuple[runs.Run, Difference]:
     return run, difference + tuple(("--force", what) for what in record.get("forced", ()))
 
 
-def describe(settings: dict[str, Any]) -> tuple[runs.Run, Difference]:
+def describe(settings: dict[str, Any]) -> tuple[runs.Run, Differences]:
     """The Run that recorded settings are, and the settings that set them apart from it.
 
     A data set that the paper does not have gives a Run of the protocol 'own', and all its settings.
@@ -176,7 +176,7 @@ def _parsed(script, *argv):
     return parser.parse(script, argv)
 
 
-def differences(wanted: Settings, found: Settings) -> Difference:
+def differences(wanted: Settings, found: Settings) -> Differences:
     """The settings of `found` that make it another run than `wanted`; the seed is not looked at."""
     names = [name for name in COMPARED if _value(wanted, name) != _value(found, name)]
     if _plan(wanted) != _plan(found):
