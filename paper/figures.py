@@ -10,7 +10,7 @@ from typing import Any
 from experiment import checkpoint, plots
 from imbalance import groups
 from paper import records, runs, style
-from paper.rows import DATASETS, Row, Rows, by_place, published, title, values
+from paper.rows import DATASETS, Row, Rows, by_place, order, published, title, values
 
 #: Class names stand on the axis up to this many classes; beyond, many, medium and few.
 MOST_NAMED = 20
@@ -239,8 +239,7 @@ def _weight_norms(folder, to):
     if not found:
         return {}
     figure, axes = plots.subplots(height=2.3)
-    order = list(runs.METHODS)
-    for row in sorted(found, key=lambda row: order.index(row.run.method)):
+    for row in sorted(found, key=order):
         sizes, norms = found[row]
         look = style.of(row.run.method, row.run.variant)
         line = {"linewidth": 0.8} if len(sizes) <= MOST_NAMED else {"linestyle": "none", "markersize": 2, "alpha": 0.8}

@@ -29,7 +29,7 @@ NUMERICS = (*fields_affecting("numerics"), "processes")
 #: Settings of which the Run itself says what they are.
 OF_RUN = ("dataset", "imb_type", "imb_factor", "rand_number", "loss_type", "train_rule")
 #: What sets a record apart from its Run: (setting, its value there).
-Difference = tuple[tuple[str, str], ...]
+Differences = tuple[tuple[str, str], ...]
 
 
 # ------------------------------------------------------------------------------------------ the small record
@@ -102,7 +102,7 @@ def read(folder: str | pathlib.Path) -> tuple[list[tuple[str, dict[str, Any]]], 
 # ------------------------------------------------------------------------------------------ which run it is
 
 
-def identify(record: dict[str, Any]) -> tuple[runs.Run, Difference]:
+def identify(record: dict[str, Any]) -> tuple[runs.Run, Differences]:
     """The Run that a record is, and what sets it apart from it: nothing, for the Run exactly as the paper has it.
 
     What `describe` says of its settings; then other data than the paper's, batch norm over a part of each batch, and
@@ -117,7 +117,7 @@ def identify(record: dict[str, Any]) -> tuple[runs.Run, Difference]:
     return run, difference + tuple(("--force", what) for what in record.get("forced", ()))
 
 
-def describe(settings: dict[str, Any]) -> tuple[runs.Run, Difference]:
+def describe(settings: dict[str, Any]) -> tuple[runs.Run, Differences]:
     """The Run that recorded settings are, and the settings that set them apart from it.
 
     A data set that the paper does not have gives a Run of the protocol 'own', and all its settings.
@@ -129,13 +129,13 @@ def describe(settings: dict[str, Any]) -> tuple[runs.Run, Difference]:
     if found.dataset not in runs.SETUPS:
         names = [name for name in (*COMPARED, *SCHEDULE) if name not in OF_RUN]
         return dataclasses.replace(base, protocol="own"), _named(found, names)
-    candidates = [
-        dataclasses.replace(base, variant=variant, protocol=protocol)
-        for protocol in runs.SHORTENING
-        for variant in runs.variants_of(found.dataset, method)
-    ]
-    differing = [(run, differences(command_settings(run), found)) for run in candidates]
-    return min(differing, key=lambda pair: len(pair[1]))
+    candidates = {}
+    for protocol in runs.SHORTENING:
+        for variant in runs.variants_of(found.dataset, method):
+            run = dataclasses.replace(base, variant=variant, protocol=protocol)
+            # seeds do not count: one command is parsed for all of them
+            candidates[run] = differences(command_settings(dataclasses.replace(run, seed=0)), found)
+    return min(candidates.items(), key=lambda pair: len(pair[1]))
 
 
 def _differences_of_data(run, record):
@@ -176,7 +176,7 @@ def _parsed(script, *argv):
     return parser.parse(script, argv)
 
 
-def differences(wanted: Settings, found: Settings) -> Difference:
+def differences(wanted: Settings, found: Settings) -> Differences:
     """The settings of `found` that make it another run than `wanted`; the seed is not looked at."""
     names = [name for name in COMPARED if _value(wanted, name) != _value(found, name)]
     if _plan(wanted) != _plan(found):
@@ -199,6 +199,8 @@ def _value(settings, name):
 
 @functools.lru_cache(maxsize=1024)
 def _plan(settings):
-    """The first epoch, and the stage of every epoch with the constants in force."""
+    """The first epoch, the stage of every epoch, and the constants in force in each kind of stage."""
     recipe = Recipe.from_settings(settings)
-    return settings.start_epoch, [(stage, recipe.constants_at(i)) for i, stage in enumerate(recipe.stages())]
+    stages = recipe.stages()
+    kinds = {dataclasses.replace(stage, lr=0.0): epoch for epoch, stage in enumerate(stages)}
+    return settings.start_epoch, stages, {kind: recipe.constants_at(epoch) for kind, epoch in kinds.items()}

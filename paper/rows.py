@@ -22,7 +22,7 @@ class Row(NamedTuple):
     """The runs of one row: their Run with seed 0, and the settings that are not its own."""
 
     run: runs.Run
-    difference: records.Difference = ()
+    difference: records.Differences = ()
 
     @property
     def label(self) -> str:
@@ -69,13 +69,14 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
             left_out.append(f"{paths}: different runs of one seed; keep one of them")
             continue
         seeds[Row(dataclasses.replace(run, seed=0), difference)] += [record for _, record in curves.values()]
-    methods, variants = list(runs.METHODS), list(runs.VARIANTS)
-
-    def order(row):
-        at = methods.index(row.run.method) if row.run.method in methods else len(methods)
-        return row.place, at, row.run.method, variants.index(row.run.variant), row.run.subset, row.difference
-
     return {row: seeds[row] for row in sorted(seeds, key=order)}, left_out
+
+
+def order(row: Row) -> tuple:
+    """A key to sort rows by: places, the paper's methods in its order, other ones, variants, subsets."""
+    methods, run = list(runs.METHODS), row.run
+    at = methods.index(run.method) if run.method in methods else len(methods)
+    return row.place, at, run.method, list(runs.VARIANTS).index(run.variant), run.subset, row.difference
 
 
 def _usual_settings(identified):
