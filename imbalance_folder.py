@@ -223,19 +223,18 @@ def check_all(
 
     paths = train.paths + test.paths
     with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter's lock
-        found = list(pool.map(problem, paths))
-    problems = [text for text in found if text]
+        problems = {k: text for k, text in enumerate(pool.map(problem, paths)) if text}
     if not problems:
         return train, test
-    damaged = f"{len(problems)} of {len(paths)} images are damaged"
+    damaged, which = f"{len(problems)} of {len(paths)} images are damaged", named([*problems.values()], "; ")
     if not skip_damaged:
-        raise DataError(f"{damaged} (--skip_damaged leaves them out): {named(problems, '; ')}")
+        raise DataError(f"{damaged} (--skip_damaged leaves them out): {which}")
     if len(problems) > MAX_DAMAGED * len(paths):
-        raise DataError(f"{damaged}, --skip_damaged leaves out {MAX_DAMAGED:.0%} at most: {named(problems, '; ')}")
-    warn(f"{damaged} and left out: {named(problems, '; ')}")
-    whole = np.array([text is None for text in found])
+        raise DataError(f"{damaged}, --skip_damaged leaves out {MAX_DAMAGED:.0%} at most: {which}")
+    warn(f"{damaged} and left out: {which}")
     n = len(train.paths)
-    train, test = train.subset(np.flatnonzero(whole[:n])), test.subset(np.flatnonzero(whole[n:]))
+    train = train.subset([k for k in range(n) if k not in problems])
+    test = test.subset([k for k in range(len(test.paths)) if n + k not in problems])
     if train.targets:
         _check_no_class_is_empty(train)
     return train, test

@@ -46,7 +46,7 @@ def save(figure: Any, folder: str | os.PathLike, name: str) -> str:
     path, kind = os.path.join(folder, name), name.rsplit(".", 1)[1]
     fixed = {"metadata": {"CreationDate": None}} if kind == "pdf" else {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
+        warnings.simplefilter("ignore", UserWarning)  # of names that are too long, or in scripts that the font lacks
         write_atomically(path, lambda file: figure.savefig(file, format=kind, **fixed))
     return path
 
@@ -80,9 +80,11 @@ def of_calibration(rows: Sequence[dict], folder: str, title: str = "") -> list[s
     return [save(figure, folder, "calibration.png")]
 
 
-def label(name: str) -> str:
-    """A name as matplotlib shows it: on one line, in Unicode, and a $ is a $, not a formula."""
-    return one_line(name).encode(errors="replace").decode().replace("$", r"\$")
+def label(name: str, longest: int = 30) -> str:
+    """A name as matplotlib shows it: on one line, in Unicode, a $ is a $, not a formula, and cut."""
+    name = one_line(name)
+    name = name if len(name) <= longest else f"{name[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return name.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def plain_log_ticks(axis: Any) -> None:
@@ -113,7 +115,7 @@ def draw_confusion(axes: Any, confusion: Sequence[Sequence[int]], names: Sequenc
 
 
 def _titled(what, run):
-    return f"{what}\n{label(run)}" if run else what
+    return f"{what}\n{label(run, 200)}" if run else what
 
 
 def _confusion(confusion, names, folder, title):
@@ -168,5 +170,5 @@ def of_history(history: Sequence[dict], start_ib_epoch: int, folder: str, title:
         where = {"xycoords": test.get_xaxis_transform(), "textcoords": "offset points", "va": "top", "fontsize": 6}
         test.annotate("IB starts", (start_ib_epoch + 0.5, 1), (3, -1), **where)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(label(title), fontsize=6)
+    figure.suptitle(label(title, 200), fontsize=6)
     return [save(figure, folder, "curves.png")]

@@ -47,7 +47,7 @@ def name_of(method: str, variant: str = "") -> str:
 def of(method: str, variant: str = "", nth: int = 0) -> dict[str, Any]:
     """Colour, marker and label for `axes.plot`; nth: which of a figure's methods it is, for one without an entry."""
     *_, color, marker = METHODS.get((method, variant), OTHERS[nth % len(OTHERS)])
-    return {"color": color, "marker": marker, "label": plots.label(name_of(method, variant))}
+    return {"color": color, "marker": marker, "label": plots.label(name_of(method, variant), 200)}
 
 
 def save(figure: Any, folder: str | os.PathLike, name: str) -> pathlib.Path:

@@ -34,9 +34,10 @@ def test_unreadable_image_in_a_worker_is_one_line(folder, tmp_path):
     assert "bad\\x1b[31m.jpg cannot be decoded" in line
 
 
+@pytest.mark.filterwarnings("error:constrained_layout", "error:Glyph")
 def test_names_of_classes_reach_neither_the_terminal_nor_the_figures_raw(tmp_path, capsys, monkeypatch):
-    names = ["a\x1b[31mred", 'b\nline, "q"', "c$\\frac$"]
-    folder = make_folder(tmp_path / "hostile", names=names)
+    names = ["a\x1b[31mred", 'b\nline, "q"', "c$\\frac$", "\N{CJK UNIFIED IDEOGRAPH-732B}" + 80 * "W"]
+    folder = make_folder(tmp_path / "hostile", (20, 10, 4, 4), names=names)
     monkeypatch.chdir(tmp_path)
     folder_train.main(["--data_dir", str(folder), *RUN])
     out, err = capsys.readouterr()

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import io
 import pickle
-import struct
 import tarfile
 from pathlib import Path
 from unittest import mock
@@ -45,25 +44,6 @@ def images_of(labels, first=0):
     return np.stack(images)
 
 
-class _Python2Pickler(pickle._Pickler):
-    """Writes text and bytes as Python 2's str, as the official files have both."""
-
-    dispatch = pickle._Pickler.dispatch.copy()
-
-    def save_str(self, value):
-        content = value if isinstance(value, bytes) else value.encode()
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
-        self.memoize(value)
-
-    dispatch[str] = dispatch[bytes] = save_str
-
-
-def _pickled(content):
-    file = io.BytesIO()
-    _Python2Pickler(file, protocol=2).dump(content)
-    return file.getvalue()
-
-
 def _batch(label_of_batch, images, labels):
     """What every file of images holds, but the labels: a row is an image, its red plane first."""
     names = [f"made_{label}_{number}.png" for number, label in enumerate(labels)]
@@ -101,7 +81,7 @@ def _archive(name):
     packed, md5 = io.BytesIO(), {}
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for file, content in files.items():
-            info, content = tarfile.TarInfo(f"{folder}/{file}"), _pickled(content)
+            info, content = tarfile.TarInfo(f"{folder}/{file}"), pickle.dumps(content, protocol=2)
             info.size, md5[file] = len(content), hashlib.md5(content).hexdigest()
             archive.addfile(info, io.BytesIO(content))
     return packed.getvalue(), md5
