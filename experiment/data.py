@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from experiment.compare import refuse_or_force
 from experiment.resume import Start
 from experiment.settings import Settings
 from files import files_sha256, write_text
@@ -106,35 +107,34 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
     if settings.num_classes not in (None, known):
         raise UsageError(f"--num_classes {settings.num_classes}: {settings.dataset} has {known} classes")
     where = f"in {settings.data_dir}"
-    found: list[tuple[str, Any, Any, str]] = [
-        ("other classes", state.get("classes"), data.classes, f"has other classes than those {where}")
-    ]
+    compared = {"other classes": ("classes", f"has other classes than those {where}")}
     # several values are compared on a held-out part of these images
     chooses = any(len(taus) > 1 for taus in (settings.posthoc_la, settings.tau_norm, settings.tau_norm_bias))
     # else the images that are tested may be the ones that were trained on
     if not settings.evaluate or ((settings.test_fraction or chooses) and any(data.class_counts)):
         counts = f"{sum(state.get('class_counts') or ())} there, {sum(data.class_counts)} here"
-        found += [
-            ("other images", state.get("split_sha256"), data.split_sha256, f"was trained on other images than {where}"),
-            (
-                "changed image files", state.get("files_sha256"), data.files_sha256,
-                f"was trained on other image files than those {where}: names, classes or sizes differ",
-            ),
-            (
-                "another part of the images", state.get("class_counts"), data.class_counts,
-                f"was trained on another part of the images ({counts})",
-            ),
-        ]  # fmt: skip
+        files = f"was trained on other image files than those {where}: names, classes or sizes differ"
+        compared |= {
+            "other images": ("split_sha256", f"was trained on other images than {where}"),
+            "changed image files": ("files_sha256", files),
+            "another part of the images": ("class_counts", f"was trained on another part of the images ({counts})"),
+        }
     forced = []
-    for kind, there, here, what in found:
+    for kind, (name, what) in compared.items():
+        there, here = state.get(name), getattr(data, name)
         if there in (None, here):
             continue
-        first = _first_difference(there, here) if kind == "other classes" else ""
+        if name == "classes":
+            what += _first_difference(there, here)
         if start.is_finished or not settings.force:
             way = "--overwrite trains it again" if start.is_finished else "use --force to continue anyway"
-            raise DataError(f"{start.path} {what}{first} ({way})")
-        warn(f"{start.path} {what}{first}; continuing because of --force")
+            raise DataError(f"{start.path} {what} ({way})")
+        warn(f"{start.path} {what}; continuing because of --force")
         forced.append(kind)
+    if chooses and state.get("split_sha256") is None:
+        what = f"{start.path} does not record its training images: maybe it was trained on those held out here"
+        refuse_or_force(settings, what)
+        forced.append("unknown images")
     return forced
 
 

@@ -397,6 +397,9 @@ def _check_schedule(settings):
         )
     if rule.start and getattr(settings, rule.start) >= epochs:
         warn(f"--{rule.start} {getattr(settings, rule.start)} never comes in {epochs} epochs: the rule does nothing")
+    late = [m for m in milestones if settings.drw_epoch <= m < epochs]
+    if rule.trains == "head" and late and settings.schedule == "step":
+        warn(f"the lr milestones {late} never come: from --drw_epoch {settings.drw_epoch} on the head has its own lr")
     if settings.start_epoch >= epochs:
         raise UsageError(f"--start-epoch {settings.start_epoch} is past the last epoch, {epochs - 1}")
     if settings.start_epoch and not settings.resume:

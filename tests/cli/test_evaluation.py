@@ -175,6 +175,17 @@ def test_other_classes_than_the_models_are_refused(copied, capsys):
     assert run_main(["-e", "--resume", path, "--threads", "1", "--force"], copied, capsys)[0] == 0
 
 
+def test_a_checkpoint_that_tells_no_images_chooses_no_correction(copied, capsys):
+    state = load_checkpoint(model_folder(copied) / "ckpt.pth.tar")
+    torch.save({name: state[name] for name in ("epoch", "arch", "state_dict")}, copied / "published.pth")
+    args = ["--dataset", "digits", "-a", "tiny", "-e", "--resume", "published.pth", "--val_fraction", "0.3"]
+    status, _, err = run_main([*args, "--posthoc_la", "0", "1"], copied, capsys)
+    assert status == 2
+    assert "published.pth does not record its training images" in messages(err)[-1]
+    assert run_main([*args, "--posthoc_la", "1"], copied, capsys)[0] == 0
+    assert run_main([*args, "--posthoc_la", "0", "1", "--force"], copied, capsys)[0] == 0
+
+
 def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
     evaluate(copied, capsys, "--save_logits")
     plain, _ = logits_of(copied)

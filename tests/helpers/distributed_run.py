@@ -53,7 +53,7 @@ def die_at(epoch):
 def reporting(run, *args, report=Run.report):
     report(run, *args)
     digest = hashlib.sha256()
-    for name, tensor in run.parts["model"].state_dict().items():
+    for name, tensor in run.parts["state_dict"].state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())
     path = pathlib.Path(f"rank{distributed.rank()}of{distributed.world_size()}")
     path.write_text(f"{digest.hexdigest()} {run.history[-1]['test']['seen']}")
@@ -91,7 +91,6 @@ if __name__ == "__main__":
     models.CIFAR_MODELS.update(plain=plain, tiny=tiny)
     if "REPORT" in os.environ:
         Run.report = reporting
-        plots.available = lambda: False
         plots.of_evaluation = plots.of_history = plots.of_calibration = lambda *args: []
     if "DIE_AT" in os.environ:
         die_at(int(os.environ["DIE_AT"]))
