@@ -36,8 +36,6 @@ EPSILON = 1e-3
 #: K training-set counts: numbers in the order of the classes, or {class: count} with the classes 0 to K-1 (a Counter)
 ClassCounts = Sequence[float] | Mapping[int, float] | Tensor
 Weight = Sequence[float] | Tensor | None
-PerSample = tuple[Tensor, Tensor]
-AllReduce = Callable[[Tensor], Tensor]
 
 
 # ------------------------------------------------------------------------- class counts and class weights
@@ -236,7 +234,7 @@ class Loss(nn.Module):
             return loss
         return loss.sum() if self.reduction == "sum" else loss.sum() / count.sum()
 
-    def per_sample(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> PerSample:
+    def per_sample(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The loss of each sample and what the sample counts in a mean, both (N, ...).
 
         The mean over a batch, or over several that share one, is loss.sum() / count.sum().
@@ -254,15 +252,6 @@ class Loss(nn.Module):
             loss = loss if factor is None else loss * factor
             count = weight if weight is not None and self.divides_by_weights else torch.ones_like(loss)
             return loss.where(kept, 0.0), count.where(kept, 0.0), None if factor is None else factor.detach()
-
-    def calibrate(
-        self, logits: Tensor, target: Tensor, features: Tensor | None, all_reduce_sum: AllReduce | None = None
-    ) -> None:
-        """Of IB losses with alpha 'auto': add a batch to the calibration. Other losses have none.
-
-        Args:
-            all_reduce_sum: a tensor's sum over the ranks that share the batch; a rank's share may be empty.
-        """
 
     def _loss(self, logits, target, weight):
         """The loss of each sample, (N, ...); weight: (N, ...) or None."""
@@ -617,9 +606,14 @@ class IBLoss(Loss):
 
     @torch.no_grad()
     def calibrate(
-        self, logits: Tensor, target: Tensor, features: Tensor | None, all_reduce_sum: AllReduce | None = None
-    ) -> None:
-        """Add a batch to the calibration of alpha 'auto' (targets 'ce' and 'ib'); see `Loss.calibrate`."""
+        self, logits: Tensor, target: Tensor, features: Tensor | None,
+        all_reduce_sum: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Add a batch to the calibration of alpha 'auto' (targets 'ce' and 'ib').
+
+        Args:
+            all_reduce_sum: a tensor's sum over the ranks that share the batch; a rank's share may be empty.
+        """
         if self.auto is None or self.auto_target == "gradient":
             return
         with torch.autocast(logits.device.type, enabled=False):

@@ -60,7 +60,7 @@ class Loops:
         from benchmarks import plain
         from loaders.in_memory import InMemoryBatches
         from training import loop
-        from training.precision import Compiled, Precision, use_native_batch_norm
+        from training.precision import Compiled, Precision, on_device
 
         self.plain, self.loop, self.graphs = plain, loop, {}
         self.train_set, self.test_set = synthetic(train_size), synthetic(test_size)
@@ -70,11 +70,10 @@ class Loops:
         self.plain_model = plain.out_of_place(models.resnet32(CLASSES)).to(device)
         self.plain_optimizer = sgd(self.plain_model.parameters(), fused=False)
 
-        def ours():
-            return models.resnet32(CLASSES).to(device).to(memory_format=torch.channels_last)
+        def ours(batch_norm="cudnn"):
+            return on_device(models.resnet32(CLASSES), device, batch_norm)
 
-        native, model = ours(), ours()
-        use_native_batch_norm(native)
+        native, model = ours("native"), ours()
         self.ways: dict[str, tuple[Any, Any, bool]] = {"ours": (model, Precision(), False)}
         if device.type == "cuda":
             for name, precision in (("", Precision()), (", bf16", Precision("bf16", "cuda"))):

@@ -24,15 +24,20 @@ def head_name(model: nn.Module) -> str:
     if name is not None:
         model.get_submodule(name)
         return name
-    names = [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, NormedLinear))]
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no linear layer, so it has no |h| to take the norm of")
+    names = _linear_layers(model)
     if len(names) > 1 and not type(model).__module__.startswith("torchvision.models."):
         raise ValueError(
             f"{type(model).__name__} has the linear layers {', '.join(names)}: say which one gives the logits, "
             f"model.head_name = {names[-1]!r} for example"
         )
     return names[-1]
+
+
+def _linear_layers(model):
+    names = [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, NormedLinear))]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no linear layer, so it has no |h| to take the norm of")
+    return names
 
 
 def replace_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -63,14 +68,15 @@ class HeadOnly(nn.Module):
 def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, norm: str = "l1") -> Any:
     """Make `module` return `(logits, features)`; features (N, 1) is the norm of the input of its head.
 
-    Works by hooks on the module itself: its type, parameters and state-dict keys stay as they are. The head's hook
-    notes the norm on its output, a tensor of this call alone, so calls may run in several threads (nn.DataParallel, a
-    server). torch.compile comes last: `torch.compile(with_feature_norm(model))`.
+    Works by hooks on the module itself: its type, parameters and state-dict keys stay as they are. That of a linear
+    layer notes the norm on its output, a tensor of this call alone, so calls may run in several threads
+    (nn.DataParallel, a server). torch.compile comes last: `torch.compile(with_feature_norm(model))`.
 
     Args:
         module: a classifier that returns logits, the head's own output; a tuple that begins with them, a dict with
             'logits' or an object with `.logits` is taken apart, and the rest left out.
-        layer: its head, as a dotted name ('fc', 'classifier.1') or the layer itself. None: see `head_name`.
+        layer: its head, as a dotted name ('fc', 'classifier.1') or the layer itself. None: see `head_name`; of several
+            linear layers that one whose output is what the module returns, in each call.
         norm: 'l1', 'l2' or 'linf'.
 
     Returns:
@@ -87,10 +93,13 @@ def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, n
         layer = names[0]
     if layer is not None:
         module.head_name = layer  # type: ignore[assignment]
-    name = head_name(module)
-
-    module.get_submodule(name).register_forward_hook(functools.partial(_note, norm))
-    module.register_forward_hook(functools.partial(_attach, name))
+    try:
+        names = [head_name(module)]
+    except ValueError:  # there are several
+        names = _linear_layers(module)
+    for name in names:
+        module.get_submodule(name).register_forward_hook(functools.partial(_note, norm))
+    module.register_forward_hook(functools.partial(_attach, names))
     return module
 
 
@@ -98,12 +107,12 @@ def _note(norm, head, args, output):
     output.norm_of_input = row_norm(args[0].flatten(1), norm)[:, None]
 
 
-def _attach(name, module, args, output):
+def _attach(names, module, args, output):
     logits = _logits(output)
     if not hasattr(logits, "norm_of_input"):
         raise ValueError(
-            f"the output of the layer {name!r} is not what the model returns, so its input is not the h of the logits: "
-            "name the last linear layer with layer="
+            f"the output of the layer {' or '.join(map(repr, names))} is not what the model returns, so its input is "
+            "not the h of the logits: name the last linear layer with layer="
         )
     return logits, logits.norm_of_input
 

@@ -118,15 +118,11 @@ def train_step(
 def forward(model: torch.nn.Module, images: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits, features) of this rank's images in training, of which a small batch may leave it none."""
     with precision.autocast():
-        if len(images) or _takes_empty(model):
+        # batch norm over all ranks takes a batch without images, and blank ones would enter it
+        if len(images) or any(isinstance(part, torch.nn.SyncBatchNorm) for part in model.modules()):
             return model(images)
         logits, features = model(images.new_zeros((2, *images.shape[1:])))  # blank images that count nothing
     return logits[:0], features[:0]
-
-
-def _takes_empty(model):
-    """Whether the model takes a batch without images: batch norm over all ranks does, and blanks would enter it."""
-    return any(isinstance(part, torch.nn.SyncBatchNorm) for part in model.modules())
 
 
 def mean_over_ranks(

@@ -78,17 +78,14 @@ class NativeBatchNorm2d(torch.nn.BatchNorm2d):
 
 
 def on_device(model: torch.nn.Module, device: torch.device, batch_norm: str = "cudnn") -> torch.nn.Module:
-    """The model as it is trained: on the device, channels last; batch_norm: 'cudnn' or 'native'."""
-    if batch_norm == "native":
-        use_native_batch_norm(model)
-    return model.to(device).to(memory_format=torch.channels_last)
+    """The model as it is trained: on the device, channels last.
 
-
-def use_native_batch_norm(model: torch.nn.Module) -> None:
-    """--batch_norm native: let the BatchNorm2d layers of `model` be NativeBatchNorm2d; in place, state unchanged."""
+    batch_norm: 'cudnn', or 'native': its BatchNorm2d layers become NativeBatchNorm2d, in place, their state unchanged.
+    """
     for part in model.modules():
-        if type(part) is torch.nn.BatchNorm2d:
+        if batch_norm == "native" and type(part) is torch.nn.BatchNorm2d:
             part.__class__ = NativeBatchNorm2d
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def set_determinism(deterministic: bool, tf32: bool = True) -> None:

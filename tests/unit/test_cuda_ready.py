@@ -37,7 +37,7 @@ from experiment.checkpoint import on_cpu
 from loaders.in_memory import InMemoryBatches
 from training import distributed, loop
 from training.metrics import MetricAccumulator
-from training.precision import Compiled, NativeBatchNorm2d, Precision, set_determinism, use_native_batch_norm
+from training.precision import Compiled, NativeBatchNorm2d, Precision, on_device, set_determinism
 from utils import UsageError, versions
 
 
@@ -205,9 +205,7 @@ def test_native_batch_norm_gives_the_bits_of_torchs_own_on_a_cpu(amp):
     found = []
     for native in (False, True):
         torch.manual_seed(0)
-        model = models.resnet20(10).to(memory_format=torch.channels_last)
-        if native:
-            use_native_batch_norm(model)
+        model = on_device(models.resnet20(10), torch.device("cpu"), "native" if native else "cudnn")
         assert sum(isinstance(part, NativeBatchNorm2d) for part in model.modules()) == 19 * native
         images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
         with Precision(amp).autocast():

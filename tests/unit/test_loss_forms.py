@@ -434,9 +434,9 @@ def test_what_does_not_enter_the_calibration():
     criterion.per_sample(*auto_batch(3))
     assert_same(before.values(), criterion.state_dict().values(), rtol=0, atol=0)
     assert criterion.is_set
-    for fixed in (build("IB", alpha=7.0), build("CE")):
-        fixed.calibrate(*auto_batch(0))
-        assert fixed.state_dict() == {}
+    fixed = build("IB", alpha=7.0)
+    fixed.calibrate(*auto_batch(0))
+    assert fixed.state_dict() == {}
 
 
 @pytest.mark.parametrize("stop", [7, 25])

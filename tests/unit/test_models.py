@@ -323,7 +323,7 @@ def assert_features(model, found, x):
 
 def test_the_head_is_never_guessed():
     model = HeadFirst()
-    for use in (models.head_name, models.HeadOnly, models.with_feature_norm):
+    for use in (models.head_name, models.HeadOnly):
         with pytest.raises(ValueError, match=r"the linear layers head, body: say which .*model.head_name = 'body'"):
             use(model)
     model.head_name = "head"
@@ -342,9 +342,12 @@ def test_the_head_is_never_guessed():
 
 
 def test_a_wrong_layer_is_refused():
+    x = torch.randn(2, 5)
+    model = models.with_feature_norm(HeadFirst())  # of several layers the one whose output is returned
+    assert_features(model, model(x)[1], x)
     for model, layer in ((HeadFirst(), "body"), (HeadFirst(lambda logits: logits * 30), "head")):
         with pytest.raises(ValueError, match=f"the layer '{layer}' is not what the model returns.*layer=") as error:
-            models.with_feature_norm(model, layer)(torch.randn(2, 5))
+            models.with_feature_norm(model, layer)(x)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="not a part of the module"):
         models.with_feature_norm(HeadFirst(), nn.Linear(4, 3))
