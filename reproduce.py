@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from paper import runs
-from utils import DataError, HelpFormatter, Parser, UsageError, command, number
+from utils import DataError, HelpFormatter, Parser, UsageError, command, number, path
 
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
 #: The largest --seed and --rand_number that the scripts take.
@@ -39,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_execution(running)
     report = commands.add_parser("report", help="Markdown and figures from what has run")
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with records of runs")
-    report.add_argument("--to", metavar="DIR", help="where report.md and figures go (default: the first folder)")
+    report.add_argument(
+        "--to", type=path, metavar="DIR", help="where report.md and figures go (default: the first folder)"
+    )
     report.add_argument(
         "--influence", nargs=2, metavar=("BALANCED", "LONG_TAILED"),
         help="Fig. 2 from two checkpoints: the same model trained on balanced and on long-tailed data",
@@ -85,7 +87,7 @@ def _add_selection(parser):
     )  # fmt: skip
     add("--protocol", choices=list(runs.SHORTENING), default="full", help="short: every length divided by five")
     add(
-        "--out", default="reproduced", metavar="DIR",
+        "--out", type=path, default="reproduced", metavar="DIR",
         help="folder of logs and checkpoints (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="flags for every training script")
@@ -94,7 +96,7 @@ def _add_selection(parser):
 def _add_execution(parser):
     group = parser.add_argument_group("execution")
     add = group.add_argument
-    add("--results", metavar="DIR", help="a small record of each finished run (default: OUT/results)")
+    add("--results", type=path, metavar="DIR", help="a small record of each finished run (default: OUT/results)")
     add(
         "--jobs", type=number(int, low=1), metavar="N",
         help="runs at a time, spread over the GPUs (default: one a GPU, 1 without; with Ray, as many as fit)",

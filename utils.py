@@ -142,6 +142,13 @@ def number(
     return convert
 
 
+def path(text: str) -> str:
+    """An argparse type: a path, which an unset shell variable is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty value")
+    return text
+
+
 # ---------------------------------------------------------------------------------------------- randomness
 
 

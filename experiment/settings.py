@@ -29,7 +29,7 @@ from training.optimizer import OPTIMIZERS, constants_of
 from training.precision import AMP_TYPES
 from training.recipe import SCHEDULES, Recipe
 from training.registry import LOSSES, RULES, all_constants
-from utils import UsageError, number, warn
+from utils import UsageError, number, path, warn
 
 KINDS = ("data", "model", "start", "schedule", "optimizer", "selection", "numerics", "rounding", "nothing")
 
@@ -74,13 +74,6 @@ def plain_name(text: str) -> str:
     """An argparse type: a part of a folder's name."""
     if not text or os.sep in text or not text.isprintable():
         raise argparse.ArgumentTypeError("it is part of a folder's name: printable, without a separator, not empty")
-    return text
-
-
-def path(text: str) -> str:
-    """An argparse type: a path, which an unset shell variable is not."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty value")
     return text
 
 

@@ -396,7 +396,7 @@ def test_incomplete_and_foreign_files_are_named_and_left_out(write_record, tmp_p
     (tmp_path / "cut.json").write_bytes((tmp_path / "cut.json").read_bytes()[:5000])
     contents["unfinished.json"]["epochs_done"] = 7
     contents["without.json"] = {n: v for n, v in contents["without.json"].items() if n not in ("best", "class_counts")}
-    contents["wrong.json"]["settings"]["alpha"] = "x"
+    contents["wrong.json"]["settings"]["loss_type"] = "XX"
     for name in names[1:]:
         (tmp_path / name).write_text(json.dumps(contents[name]))
     (tmp_path / "list.json").write_text("[1, 2]")
@@ -405,7 +405,7 @@ def test_incomplete_and_foreign_files_are_named_and_left_out(write_record, tmp_p
     text = (tmp_path / "report.md").read_text()
     expected = {
         "cut.json": "damaged or cut short", "unfinished.json": "unfinished, 7 of 200 epochs",
-        "without.json": "lacks best, class_counts", "wrong.json": "alpha is 'x'",
+        "without.json": "lacks best, class_counts", "wrong.json": "loss_type is 'XX'",
     }  # fmt: skip
     for name, reason in expected.items():
         assert f"- {name}: {reason}\n" in section(text + "\n#", "## Left out")
