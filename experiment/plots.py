@@ -33,6 +33,7 @@ def available() -> bool:
 
 def subplots(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 2.4, **how: Any) -> Any:
     """(figure, axes) in the style of a paper's column; sizes in inches. pyplot is not used: it may have no backend."""
+    os.environ["MPLBACKEND"] = "Agg"  # a Jupyter cell exports a backend that is not installed here
     import matplotlib
     from matplotlib.figure import Figure
 
