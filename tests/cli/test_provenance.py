@@ -41,7 +41,7 @@ def test_a_process_that_trains_nothing_leaves_no_trace(tmp_path, capsys):
     with at_commit("a"):
         run_ok(ARGS, tmp_path, capsys)
     before = summary_of(tmp_path)
-    (log_folder(tmp_path) / "summary.json").unlink()  # so that the logs are made anew
+    (log_folder(tmp_path) / "summary.json").unlink()  # so that the logs are made again
     with at_commit("b"):
         run_ok([*ARGS, "--deterministic"], tmp_path, capsys)
     assert summary_of(tmp_path) == before

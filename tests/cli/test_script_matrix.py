@@ -224,7 +224,7 @@ def test_resample_trains_on_effective_number_shares_from_the_first_epoch_on(tmp_
     drawn = trained_targets(10, ["--train_rule", "Resample", "--beta", "0.99"], tmp_path, capsys)
     assert_effective_number_shares(drawn.sum(0).tolist(), 0.99)
     assert_effective_number_shares(drawn[0].tolist(), 0.99)
-    assert len({tuple(epoch) for epoch in drawn.tolist()}) == 10  # each epoch draws anew
+    assert len({tuple(epoch) for epoch in drawn.tolist()}) == 10  # each epoch has its own draws
 
 
 def test_drs_trains_on_every_image_once_until_drw_epoch_and_on_those_shares_from_then_on(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The optimizers: SGD's momentum from the first step on and from other layouts; every one goes on where it was."""
+"""The optimizers: SGD's momentum from the first step on and from other layouts; every one continues where it was."""
 
 import copy
 
