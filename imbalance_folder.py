@@ -312,7 +312,7 @@ def _walk(class_folder, skipped):
         if not name.lower().endswith(EXTENSIONS):
             skipped[f"files that end in {os.path.splitext(name)[1] or 'nothing'}"] += 1
         elif not os.path.isfile(path):
-            skipped["no regular files"] += 1
+            skipped["not regular files"] += 1
         else:
             yield path
 

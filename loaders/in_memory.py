@@ -79,7 +79,7 @@ class TrainEpoch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         source: whose images they are.
         sizes: of the batches; the attribute has those that iterating has not made yet.
         order: (N,) images, batch after batch.
-        offsets, flips: (N, 2) and (N,), see `transforms.crop_and_flip`.
+        offsets, flips: (N, 2) and (N,), see `crop_and_flip`.
     """
 
     def __init__(

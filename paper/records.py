@@ -187,7 +187,7 @@ def differences(wanted: Settings, found: Settings) -> Differences:
 def _named(settings, names):
     """(name, value as text) of some settings."""
     values = [_value(settings, name) for name in names]
-    texts = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
+    texts = [" ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value) for value in values]
     return tuple(zip(names, texts, strict=True))
 
 

@@ -18,7 +18,7 @@ from experiment.provenance import lengths
 from experiment.records import csv_text
 from files import write_text
 from paper import figures, records, runs, statistics
-from paper.rows import WHEN, Row, Rows, by_place, first_phases, gaps, group, one_image, pairs, title, values
+from paper.rows import WHEN, Row, Rows, by_place, first_phases, gaps, group, labels, one_image, pairs, title, values
 from utils import DataError, warn
 
 TABLES = {
@@ -245,6 +245,8 @@ def others(rows: Rows, all_pairs: bool = False) -> list[str]:
             parts += [f"{length}: not the paper's length, and not to be set against published figures.", ""]
         if len(first["class_counts"]) <= 20:
             parts += [f"Training images of each class: {' '.join(map(str, first['class_counts']))}.", ""]
+        names, shared = labels(here)
+        parts += [f"All of these: {shared}.", ""] if shared else []
         phases, metrics = first_phases(here), _metrics(here)
         heads = ["method", "n", *(f"top-1 {when}" for when in WHEN)]
         heads += [f"{NAMES.get(name, name)}, plateau" for name in metrics]
@@ -252,13 +254,13 @@ def others(rows: Rows, all_pairs: bool = False) -> list[str]:
         lines = []
         for row, found in here.items():
             seconds = median(epoch["seconds"] for record in found for epoch in record["history"])
-            lines.append([*_reached(row, found, metrics), f"{seconds:.1f}", *[phases.get(row)] * bool(phases)])
+            lines.append([*_reached(names[row], found, metrics), f"{seconds:.1f}", *[phases.get(row)] * bool(phases)])
         parts += table(heads, lines)
         parts += [f"{first['group_rule'][0].upper()}{first['group_rule'][1:]}.", ""]
         if phases:
             text = "Rows of different letters start from different first phases of the same seed, trained apart: they"
             parts += [f"{text} are not compared.", ""]
-        parts += _pairs(here, all_pairs)
+        parts += _pairs(here, names, all_pairs)
     return parts
 
 
@@ -268,10 +270,10 @@ def _metrics(here):
     return [name for name in SHOWN[1:] if any(record["last"].get(name) is not None for record in records_of_all)]
 
 
-def _reached(row, found, metrics):
-    """Label, number of seeds, top-1 best, plateau and last, the plateau of each metric."""
+def _reached(label, found, metrics):
+    """The label, number of seeds, top-1 best, plateau and last, the plateau of each metric."""
     top1 = [mean_and_spread(values(found, when, "acc1")) for when in WHEN]
-    return [row.label, len(found), *top1, *(mean_and_spread(values(found, "plateau", name)) for name in metrics)]
+    return [label, len(found), *top1, *(mean_and_spread(values(found, "plateau", name)) for name in metrics)]
 
 
 def _chosen_pairs(here, all_pairs):
@@ -288,7 +290,7 @@ def _chosen_pairs(here, all_pairs):
     return list(unique.values())[::-1]
 
 
-def _pairs(here, all_pairs):
+def _pairs(here, names, all_pairs):
     """Ours against ours: two rows that differ in the method alone, over the seeds that both have."""
     both = {(one, other): pairs(here, one, other) for one, other in _chosen_pairs(here, all_pairs)}
     both = {rows: found for rows, found in both.items() if found}
@@ -298,7 +300,7 @@ def _pairs(here, all_pairs):
     on_plateau = {rows: gaps(found, "plateau", metric) for rows, found in both.items()}
     lines = []
     for rows, contrast in statistics.family(on_plateau, resolution=resolution).items():
-        line = [f"{rows[0].label} minus {rows[1].label}", contrast.n]
+        line = [f"{names[rows[0]]} minus {names[rows[1]]}", contrast.n]
         line += [mean_and_spread(of, sign="+") for of in (gaps(both[rows], "best", metric), on_plateau[rows])]
         lines.append([*line, *contrast.texts])
     text = f"Ours against ours: difference of {NAMES[metric]} over the seeds that both have"
@@ -325,15 +327,16 @@ def latex_text(rows: Rows) -> str:
     """LaTeX, a booktabs table a place: top-1 best, plateau and last, class mean and groups on the plateau."""
     parts = ["% \\usepackage{booktabs}"]
     for where, here in by_place(rows).items():
-        metrics = _metrics(here)
+        metrics, (names, shared) = _metrics(here), labels(here)
         heads = ["method", "$n$", *WHEN, *(NAMES.get(name, name) for name in metrics)]
         parts += ["\\begin{table}", "\\centering", rf"\begin{{tabular}}{{l{'c' * (len(heads) - 1)}}}", "\\toprule"]
         parts += [" & ".join(heads) + r" \\", "\\midrule"]
         for row, found in here.items():
-            label, *cells = map(str, _reached(row, found, metrics))
+            label, *cells = map(str, _reached(names[row], found, metrics))
             line = " & ".join([_latex(label), *(cell.replace("±", r"$\pm$") for cell in cells)])
             parts.append(line + r" \\")
         caption = rf"{_latex(title(where))}: test accuracy [\%]; class mean and groups: last tenth of the epochs."
+        caption += f" All of these: {_latex(shared)}." if shared else ""
         parts += ["\\bottomrule", "\\end{tabular}", rf"\caption{{{caption}}}", "\\end{table}", ""]
     return "\n".join(parts)
 

@@ -97,6 +97,13 @@ def by_place(rows: Rows) -> dict[tuple[str, str, int, str], Rows]:
     return places
 
 
+def labels(here: Rows) -> tuple[dict[Row, str], str]:
+    """What the rows of a place are called there: their labels without the settings that all share, and those."""
+    shared = set.intersection(*(set(row.difference) for row in here)) if len(here) > 1 else set()
+    named = {row: Row(row.run, tuple(one for one in row.difference if one not in shared)).label for row in here}
+    return named, ", ".join(f"{name} {value}" for name, value in next(iter(here)).difference if (name, value) in shared)
+
+
 def title(where: tuple[str, str, int, str]) -> str:
     """A place as a heading.
 

@@ -93,7 +93,7 @@ def test_what_is_skipped_is_counted(train, capsys):
     (folder / "gone.jpg").symlink_to("nowhere")
     (train / "class3").symlink_to("nowhere")
     assert counts(train) == list(COUNTS)
-    parts = "links that lead nowhere: 1, hidden: 4, files that end in .gif: 2, no regular files: 2"
+    parts = "links that lead nowhere: 1, hidden: 4, files that end in .gif: 2, not regular files: 2"
     assert capsys.readouterr().err == f"warning: skipped in {train}: {parts}\n"
 
 

@@ -220,6 +220,15 @@ def test_other_lengths_settings_and_subsets_have_tables_of_their_own(
     assert cells(section(text, f"## CIFAR-10, exponential imbalance, ratio 100, {heading}"), label)[1] == "1"
 
 
+def test_what_all_rows_of_a_table_share_is_said_once(write_record, tmp_path, capsys):
+    for run, more in ((CE, {}), (IB, {"alpha": 10.0})):
+        write_record(run, 70.0, 70.0, epochs=150, amp="bf16", **more)
+    text = section(written(tmp_path, capsys), "## CIFAR-10, exponential imbalance, ratio 100, 150 epochs")
+    assert "All of these: amp bf16, epochs 150." in text
+    assert cells(text, "CE")[1] == cells(text, "IB, but alpha 10.0")[1] == "1"
+    assert cells(text, "IB, but alpha 10.0 minus CE")[1] == "1"
+
+
 def changed(name, value):
     """Another value that the setting may have."""
     choices = FIELDS[name].metadata["argparse"].get("choices")
