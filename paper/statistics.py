@@ -61,13 +61,13 @@ def quantile(n: int, level: float) -> float:
     return float(student.ppf(1 - level / 2, n - 1))
 
 
-def _summary(differences, resolution):
-    """Mean, sample standard deviation, and half the widths of the 95 % and the 90 % interval."""
+def _summary(differences, resolution, level=LEVEL):
+    """Mean, sample standard deviation, and half the widths of the 95 % interval and of that for equivalence (90 %)."""
     n, mean = len(differences), float(np.mean(differences))
     if n < 2:
         return mean, math.nan, math.nan, math.nan
     spread = float(np.std(differences, ddof=1))
-    halves = [max(quantile(n, level) * spread / math.sqrt(n), resolution) for level in (LEVEL, 2 * LEVEL)]
+    halves = [max(quantile(n, at) * spread / math.sqrt(n), resolution) for at in (LEVEL, 2 * level)]
     return mean, spread, *halves
 
 
@@ -108,23 +108,25 @@ def seeds_to_decide(distance: float, spread: float) -> int | None:
 
 
 def family(
-    contrasts: Mapping[Key, Sequence[float]], margin: float = PAIRED_MARGIN, resolution: float = 0.0
-) -> dict[Key, Contrast]:
+    contrasts: Mapping[Key, Sequence[float]], margin: float = PAIRED_MARGIN, resolution: float = 0.0,
+    level: float = LEVEL,
+) -> dict[Key, Contrast]:  # fmt: skip
     """What paired differences show, one a seed, in percent points, for contrasts that are read together.
 
-    'equal within ±margin': the 90 % interval of the mean lies inside ± margin. Else 'adds' or 'takes away': the 95 %
-    interval leaves 0, and Holm's p is below 5 %. Else 'not known'; 'one seed' for a single difference. Intervals and
+    'adds' or 'takes away': Holm's p is below `level`, and the 95 % interval leaves 0; with '(small)' where the mean is
+    shown to lie inside ± margin, too. Else 'equal within ±margin': the interval of two one-sided tests at `level`
+    (90 % by default) lies inside ± margin. Else 'not known'; 'one seed' for a single difference. Intervals and
     equivalences are not adjusted.
     """
     ps = holm([_p_value(differences, resolution) for differences in contrasts.values()])
     found = {}
     for (name, differences), p in zip(contrasts.items(), ps, strict=True):
-        n, (mean, _, half, half_90) = len(differences), _summary(differences, resolution)
-        verdict = NOT_KNOWN if n > 1 else ONE_SEED
-        if abs(mean) + half_90 < margin:
+        n, (mean, _, half, half_equal) = len(differences), _summary(differences, resolution, level)
+        verdict, is_small = NOT_KNOWN if n > 1 else ONE_SEED, abs(mean) + half_equal < margin
+        if p < level and abs(mean) > half:
+            verdict = ("adds" if mean > 0 else "takes away") + is_small * " (small)"
+        elif is_small:
             verdict = f"equal within ±{margin:g}"
-        elif p < LEVEL and abs(mean) > half:
-            verdict = "adds" if mean > 0 else "takes away"
         found[name] = Contrast(n, mean, (mean - half, mean + half) if n > 1 else None, verdict, p)
     return found
 

@@ -141,7 +141,7 @@ FAULTS = [
     ("buffers are not restored", "training/gradients.py", "buffer.copy_(buffers[name])", "pass", GRADIENTS),
     ("spread over n", "paper/statistics.py", "ddof=1", "ddof=0", STATISTICS),
     ("Holm: no multiplier", "paper/statistics.py", "(len(order) - rank) * ps[i]", "ps[i]", STATISTICS),
-    ("equivalence at 95 %", "paper/statistics.py", "(LEVEL, 2 * LEVEL)]", "(LEVEL, LEVEL)]", STATISTICS),
+    ("equivalence at 95 %", "paper/statistics.py", "(LEVEL, 2 * level)]", "(LEVEL, level)]", STATISTICS),
     ("plateau: last fifth", "experiment/records.py", "len(history) // 10) :]", "len(history) // 5) :]", REPORT),
     ("all runs on the first card", "paper/executors.py", "min(self.cards, key=lambda card: taken[card])", "self.cards[0]",
      "tests/unit/test_executors.py"),

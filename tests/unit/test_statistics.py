@@ -65,13 +65,30 @@ def test_an_equivalence_is_two_one_sided_tests():
     [
         (shifted(NARROW, 2), "adds"),
         (shifted(NARROW, -2), "takes away"),
-        (shifted(NARROW, 0.2), "equal within ±0.5"),
+        (shifted(NARROW, 0.2), "adds (small)"),
+        (NARROW, "equal within ±0.5"),
         (WIDE, "not known"),
         ([2.0], "one seed"),
     ],
 )
-def test_a_contrast_has_one_of_five_verdicts(differences, verdict):
+def test_a_contrast_has_one_of_six_verdicts(differences, verdict):
     assert paired(differences).verdict == verdict
+
+
+@pytest.mark.parametrize("level", [0.05, 0.025])
+def test_verdicts_of_a_level_are_those_of_the_t_tests(level):
+    rng, seen = np.random.default_rng(1), set()
+    for mean in (0.0, 0.3, 1.0):
+        for differences in rng.normal(mean, 0.3, (100, 4)):
+            differs = stats.ttest_1samp(differences, 0).pvalue < level
+            sides = ((-0.5, "greater"), (0.5, "less"))
+            is_small = all(stats.ttest_1samp(differences, at, alternative=side).pvalue < level for at, side in sides)
+            sign = "adds" if differences.mean() > 0 else "takes away"
+            other = "equal within ±0.5" if is_small else "not known"
+            expected = sign + " (small)" * is_small if differs else other
+            assert paired(differences.tolist(), level=level).verdict == expected
+            seen.add(expected)
+    assert {"adds", "adds (small)", "equal within ±0.5", "not known"} <= seen
 
 
 def test_holm_against_his_rule_by_hand():
