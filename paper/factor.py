@@ -119,19 +119,24 @@ def contrasts(found: Found, dataset: str) -> dict[str, statistics.Contrast]:
 
 
 def tables(found: Found, dataset: str) -> list[str]:
-    """Markdown: what each run reached, and the contrasts."""
+    """Markdown: what each run reached, and the contrasts.
+
+    'its epoch', counted from 0, is the one that the left-out images choose, 'best' the test set's own.
+    """
     lines = []
     for place, record in sorted(found.items()):
         gradient = next((epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")), {})
         figures = [gradient.get(name) for name in ("ce", "loss", "ratio", "again")]
-        figures.append(left_out_mean(record) if record["history"][-1].get("val") else None)
-        figures += [record["best"]["acc1"], top1(record), record["last"]["acc1"]]
+        chooses, best = record["history"][-1].get("val"), record["best"]  # the epoch that the left-out images choose
+        figures += [left_out_mean(record), best["acc1"]] if chooses else [None, None]
+        figures += [max(epoch["test"]["acc1"] for epoch in record["history"]), top1(record), record["last"]["acc1"]]
         texts = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+        texts.insert(5, str(best["epoch"]) if chooses else "")
         lines.append([place.arm, place.seed, place.epochs, *texts])
     heads = ["arm", "seed", "epochs", "gradient of CE", "of the loss", "ratio", "measured again"]
     rows = [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found, dataset).items()]
     return [
-        *table([*heads, "left-out plateau", "best", "plateau", "last"], lines),
+        *table([*heads, "left-out plateau", "its epoch", "test there", "best", "plateau", "last"], lines),
         *table(["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"], rows),
     ]
 

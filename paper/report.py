@@ -247,6 +247,8 @@ def others(rows: Rows, all_pairs: bool = False) -> list[str]:
             parts += [f"Training images of each class: {' '.join(map(str, first['class_counts']))}.", ""]
         names, shared = labels(here)
         parts += [f"All of these: {shared}.", ""] if shared else []
+        if any(record["history"][-1].get("val") for found in here.values() for record in found):
+            parts += ["Best: of runs with a validation set the epoch that it chooses, else the test set's.", ""]
         phases, metrics = first_phases(here), _metrics(here)
         heads = ["method", "n", *(f"top-1 {when}" for when in WHEN)]
         heads += [f"{NAMES.get(name, name)}, plateau" for name in metrics]

@@ -53,8 +53,9 @@ def test_runs_are_told_apart_by_what_they_do(settings, arm):
 def test_contrasts_are_the_paired_means_at_the_chosen_ratios(tmp_path):
     """Attached: ratio 3 is better on the left-out images though not on the test set."""
     weights = {"ib_norm": "none"}
+    chosen = {**record({}, (0, 0))["best"], "epoch": 0, "acc1": 75.0}
     made = [
-        record(automatic(1.0), (80, 80), val=60.0), record(automatic(3.0), (72, 74), val=61.0),
+        record(automatic(1.0), (80, 80), val=60.0) | {"best": chosen}, record(automatic(3.0), (72, 74), val=61.0),
         record(automatic(1.0, **weights), (70, 70), val=50.0), record(automatic(3.0, **weights), (90, 90), val=49.0),
         record(automatic(3.0, seed=1), (75, 75)), record(automatic(1.0, seed=1, **weights), (71, 73)),
     ]  # fmt: skip
@@ -66,7 +67,10 @@ def test_contrasts_are_the_paired_means_at_the_chosen_ratios(tmp_path):
     assert factor.choose(found) == {"A": 3.0, "W": 1.0}
     contrast = factor.contrasts(found, "cifar10")["A - W, at the chosen ratios"]
     assert (contrast.n, contrast.mean) == (2, pytest.approx((73 - 70 + 75 - 72) / 2))
-    assert any("A - W, at the chosen ratios | 2 | +3.00" in line for line in factor.tables(found, "cifar10"))
+    lines = factor.tables(found, "cifar10")
+    assert any("A - W, at the chosen ratios | 2 | +3.00" in line for line in lines)
+    # the records' best is the left-out images' choice; the test set's own is 80
+    assert "| A | 0 | 20 |  |  |  |  | 60.00 | 0 | 75.00 | 80.00 | 80.00 | 80.00 |" in lines
 
 
 def test_shares_of_the_gradient_are_those_of_a_slow_formula():
