@@ -3,6 +3,7 @@
     python -m paper.factor results/factor_cifar10 --data_dir data
 
 prints the tables from the records below the folder, and writes factor.png there; with --checkpoints gradient_by_p.png.
+With --arms CHECKPOINT ... it prints how large the gradient of each arm is beside that of CE after the epochs done.
 """
 
 import argparse
@@ -14,12 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiment import plots
+from experiment import checkpoint, plots
+from experiment.compare import settings_of_checkpoint
 from experiment.records import plateau
 from loaders.in_memory import InMemoryBatches
 from losses import IBLoss, inverse_frequency_weights
 from paper import influence, records, statistics, style
 from paper.report import table
+from training.gradients import gradient_norms
+from training.recipe import Recipe
+from utils import DataError, command
 
 #: Arm -> its name, colour and marker.
 ARMS = {
@@ -141,6 +146,23 @@ def tables(found: Found, dataset: str) -> list[str]:
     ]
 
 
+def norms_after(path: str, data_dir: str) -> tuple[int, float, float]:
+    """(epochs done, norm of CE's gradient, norm of its own loss's) of a run's checkpoint, before its next epoch.
+
+    See `gradient_norms`; in float32. Raises DataError: not a checkpoint of an arm.
+    """
+    epochs, model, data = influence.trained(path, data_dir)
+    state = checkpoint.load(path)
+    settings: Any = settings_of_checkpoint(state, path)
+    recipe = Recipe.from_settings(settings)
+    criterion = recipe.criterion(recipe.stage(epochs - 1), data.get_cls_num_list())
+    if not criterion.needs_features:
+        raise DataError(f"{path} is before the second phase, or of a run without one")
+    criterion.load_state_dict(state["criterion"])  # its alpha
+    batches = InMemoryBatches(data, settings.batch_size, seed=settings.seed)
+    return epochs, *gradient_norms(model, batches.train_epoch(epochs), criterion)
+
+
 # ------------------------------------------------------------------------- where in p the gradient comes from
 
 
@@ -209,16 +231,21 @@ def shares_of_arms(path: str, data_dir: str) -> tuple[str, dict[str, list[float]
     return f"after {epochs} epochs", shares
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="paper.factor", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path, help="of the records; the figure goes there")
     parser.add_argument("--checkpoints", nargs="+", default=[], help="for the shares of the gradient by p")
+    parser.add_argument("--arms", nargs="+", default=[], help="checkpoints whose gradients are measured")
     parser.add_argument("--data_dir", default="./data", help="default: %(default)s")
     options = parser.parse_args(argv)
     found = read(options.folder)
     if not found:
         parser.error(f"no record of the experiment in {options.folder}")
     print("\n".join(tables(found, next(iter(found.values()))["settings"]["dataset"])))
+    for path in options.arms:
+        epochs, ce, loss = norms_after(path, options.data_dir)
+        print(f"{path}, after {epochs} epochs: gradient of CE {ce:.3f}, of its loss {loss:.3f}, ratio {loss / ce:.2f}")
     shares = dict(shares_of_arms(path, options.data_dir) for path in options.checkpoints)
     for model, arms in shares.items():
         print(model)

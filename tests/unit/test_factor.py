@@ -6,8 +6,16 @@ import pytest
 import torch
 from script_runner import tiny
 
+import imbalance_cifar
+import models
+from experiment import checkpoint
+from experiment.parser import parse
+from experiment.settings import recorded
+from loaders.in_memory import InMemoryBatches
 from losses import CrossEntropyLoss, IBLoss
 from paper import factor, records
+from training.gradients import match_gradient
+from training.recipe import Recipe
 
 BASE = {"dataset": "cifar10", "arch": "resnet32", "loss_type": "IB", "train_rule": "IBReweight", "epochs": 20}
 
@@ -71,6 +79,21 @@ def test_contrasts_are_the_paired_means_at_the_chosen_ratios(tmp_path):
     assert any("A - W, at the chosen ratios | 2 | +3.00" in line for line in lines)
     # the records' best is the left-out images' choice; the test set's own is 80
     assert "| A | 0 | 20 |  |  |  |  | 60.00 | 0 | 75.00 | 80.00 | 80.00 | 80.00 |" in lines
+
+
+def test_the_norms_of_a_checkpoint_are_those_that_set_its_alpha(tmp_path):
+    """Measured on the batches on which alpha was matched, the ratio is the one that was asked for."""
+    argv = ["--dataset", "digits", "-a", "resnet20", "-b", "8", "--loss_type", "IB", "--start_ib_epoch", "0"]
+    settings = parse("cifar_train.py", [*argv, "--alpha", "auto", "--auto_ratio", "0.5", "--seed", "3"])
+    torch.manual_seed(0)
+    model, data = models.resnet20(10), imbalance_cifar.IMBALANCEDIGITS()
+    recipe = Recipe.from_settings(settings)
+    criterion = recipe.criterion(recipe.stage(0), data.get_cls_num_list())
+    found = match_gradient(model, InMemoryBatches(data, 8, seed=3).train_epoch(1), criterion)
+    state = {"epoch": 1, "state_dict": model.state_dict(), "criterion": criterion.state_dict()}
+    checkpoint.save(str(tmp_path / checkpoint.NEWEST), {**state, "settings": recorded(settings)})
+    epochs, ce, loss = factor.norms_after(str(tmp_path / checkpoint.NEWEST), "nowhere")
+    assert (epochs, ce, loss) == (1, pytest.approx(found["ce"]), pytest.approx(0.5 * found["ce"]))
 
 
 def test_shares_of_the_gradient_are_those_of_a_slow_formula():
