@@ -67,7 +67,7 @@ def _add_selection(parser):
         help="what the paper lacks, for the data and ratios given. ib-lr: CE with the lr of the IB phase; l1-auto: "
         "the IB loss at the size of CE; weights-only: class weights without the factor, at the size of CE; "
         "weights-at-ib: the same at the size of the IB loss; detached: no gradient through the factor; "
-        "factor: the nine arms of docs/factor.md",
+        "factor: the nine arms of docs/factor.md; or one of them",
     )  # fmt: skip
     add(
         "--dataset", nargs="+", metavar="NAME",

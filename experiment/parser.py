@@ -74,6 +74,9 @@ SCRIPTS = {
     ),
 }  # fmt: skip
 
+#: Defaults of all scripts that differ from those of `Settings`, which are what older records mean.
+COMMON = {"auto_target": "gradient"}
+
 _UNSET = object()  # what a flag that is not given leaves in its place
 GROUPS = ("data", "model", "method", "training", "run")
 
@@ -87,7 +90,8 @@ def build_parser(script: str, description: str | None = None) -> Parser:
         flags = field.metadata["flags"]
         if not flags or (name in OPTIONAL and name not in of.offers):
             continue
-        how = {**field.metadata["argparse"], "default": of.defaults.get(name, field.default), "dest": name}
+        default = {**COMMON, **of.defaults}.get(name, field.default)
+        how = {**field.metadata["argparse"], "default": default, "dest": name}
         if name == "dataset" and of.datasets:
             how |= {"choices": list(of.datasets), "default": next(iter(of.datasets))}
         elif name == "dataset":
@@ -126,8 +130,8 @@ def parse(script: str, argv: Sequence[str] | None = None, description: str | Non
             values[name] = value
     if "milestones" in given and "lr_factors" not in given and len(values["milestones"]) != len(values["lr_factors"]):
         values["lr_factors"] = [values["lr_factors"][0]] * len(values["milestones"])
-    if values["alpha"] == "auto" and "auto_target" not in given:
-        values["auto_target"] = "gradient"  # elsewhere it stays the neutral value of the records
+    if values["alpha"] != "auto" and "auto_target" not in given:
+        values["auto_target"] = "ce"  # which changes nothing: what records without --alpha auto have
     if values["pretrained"] == "imagenet" and not SCRIPTS[script].has_imagenet_weights:
         raise UsageError("--pretrained imagenet: there are no ImageNet weights for these models; name a checkpoint")
     if values["pretrained"] == "none":

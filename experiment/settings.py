@@ -151,7 +151,7 @@ class Settings:
     auto_target: str = _method("ce", "--auto_target", ("gradient", "ce", "ib"),
         "what --alpha auto matches. gradient: the norm of the gradient in all weights to that of plain CE, before the "
         "first IB epoch; ce, ib: the size of the loss to that of plain CE, or of the IB loss with L1 norm and alpha "
-        "1000, in its first batches (default: gradient)")
+        "1000, in its first batches (default: %(default)s)")
     auto_ratio: float = _method(1.0, "--auto_ratio R", POSITIVE,
         "with --auto_target gradient: how large the gradient is beside that of plain CE")
     epsilon: float = _method(1e-3, "--epsilon E", NOT_NEGATIVE, "added to the influence in the denominator")

@@ -128,11 +128,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 #: What the paper lacks, name -> (method, variants): CE with the lr of the IB phase; two by two, {IB factor, class
 #: weights alone} x {loss at the size of CE, loss at the size that IB with alpha 1000 has}, of which IB itself is one;
-#: no gradient through the factor; the arms of docs/factor.md.
+#: no gradient through the factor; the arms of docs/factor.md, all or one.
 CONTROLS = {
     "ib-lr": ("CE", ["ib-lr"]),
     **{name: ("IB", [name]) for name in ("l1-auto", "weights-only", "weights-at-ib", "detached")},
     "factor": ("IB", list(FACTOR)),
+    **{name: ("IB", [name]) for name in FACTOR},
 }
 
 
