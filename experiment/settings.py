@@ -224,7 +224,7 @@ class Settings:
     deterministic: bool = _run(False, "--deterministic", None,
         "bitwise repeatable on CUDA too; slower there", affects="rounding")
     workers: int = _run(min(4, _cores()), "-j --workers N", number(int, low=0, high=1024),
-        "processes that load image files (default: the cores that are there, at most 4); without effect for images in "
+        "processes that load image files (default: the available cores, at most 4); without effect for images in "
         "memory")
     print_freq: int = _run(10, "-p --print_freq N", COUNT, "batches between progress lines")
     checkpoint_seconds: float = _run(15.0, "--checkpoint_seconds S", NOT_NEGATIVE,
