@@ -202,12 +202,18 @@ def _add_folder(options):
         raise
     if "data_dir" not in settings.given:
         raise UsageError("--dataset folder needs -- --data_dir DIR")
+    if settings.dataset in runs.SETUPS:
+        raise UsageError(f"{settings.dataset} is a data set of the paper: name this one with --dataset NAME after --")
+    if settings.schedule == "cosine" and "ib-lr" in options.control:
+        raise UsageError("--control ib-lr lowers the lr at a milestone, which --schedule cosine has not")
     runs.folder_setup(settings.dataset, settings, settings.given)
     options.dataset = [settings.dataset]
     options.imb_type = options.imb_type or ["none"]
     extra = []
     for name in sorted(settings.given - set(NAMED_BY_RUN)):
         value = getattr(settings, name)
+        if value is None:  # --pretrained none
+            continue
         many = value if isinstance(value, tuple) else (value,)
         extra += [FIELDS[name].metadata["flags"][-1], *([] if isinstance(value, bool) else map(str, many))]
     options.extra = extra
@@ -261,7 +267,10 @@ def _executor(options, folder):
     if options.gpus is not None and options.gpus > len(cards):
         raise UsageError(f"--gpus {options.gpus}: this machine has {len(cards)}")
     cards = cards[: options.gpus]
-    return executors.Local(options.jobs or len(cards) or 1, options.threads, cards, folder)
+    local = executors.Local(options.jobs or len(cards) or 1, options.threads, cards, folder)
+    if options.gpus == 0:
+        local.variables["CUDA_VISIBLE_DEVICES"] = ""
+    return local
 
 
 def _last_line(path):

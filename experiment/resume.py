@@ -117,7 +117,8 @@ def _check_folders(settings, held):
         assert theirs is not None
         is_longer = held is not None and settings.resume == "auto" and settings.epochs > theirs.epochs
         differs = None if is_longer else differing(settings, theirs, IDENTITY)
-        if differs is not None and not (settings.force and settings.resume):
+        continues = settings.resume == "auto" or _is_below(settings.resume, settings.model_folder)
+        if differs is not None and not (settings.force and continues):
             seed = f" (--exp_str seed{settings.seed}, say)" if differs.startswith("seed") else ""
             longer = dataclasses.replace(settings, epochs=theirs.epochs)
             ways = [f"choose another --exp_str{seed}", "--overwrite it"]

@@ -18,7 +18,7 @@ import models
 from experiment import checkpoint, plots, provenance
 from experiment.data import Data, check_data, export_split, preprocessing
 from experiment.records import Records, best_epoch
-from experiment.resume import Start, find_evaluated, find_start
+from experiment.resume import FACTS, Start, find_evaluated, find_start
 from experiment.screen import Progress, print_classes, summary_line
 from experiment.settings import Settings, recorded
 from files import run_lock
@@ -328,7 +328,8 @@ class Run:
             pathlib.Path(settings.model_folder, checkpoint.BEST).unlink(missing_ok=True)
             if start.history:
                 mine = {name: self.info[name] for name in ("settings", "forced", "classes", "class_counts")}
-                self._unwritten, self._unwritten_best = {**start.checkpoint, **mine}, best
+                facts = {name: value for name, value in start.checkpoint.items() if name in FACTS}
+                self._unwritten, self._unwritten_best = {**facts, **start.states, **mine}, best
                 self.write()
         self._records = Records(settings.log_folder, self.data.class_names, self.info, self.history)
         self._written_at = time.monotonic()

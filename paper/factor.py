@@ -20,19 +20,25 @@ from experiment.compare import settings_of_checkpoint
 from experiment.records import plateau
 from loaders.in_memory import InMemoryBatches
 from losses import IBLoss, inverse_frequency_weights
-from paper import influence, records, statistics, style
+from paper import influence, records, runs, statistics, style
 from paper.report import table
 from training.gradients import gradient_norms
 from training.recipe import Recipe
-from utils import DataError, command
+from utils import DataError, command, warn
 
-#: Arm -> its name, colour and marker.
+#: Arm -> the start of its variant's name in `runs.FACTOR`, its name, colour and marker.
 ARMS = {
-    "W": ("class weights alone", "#0072b2", "^"),
-    "A": ("factor attached", "#d55e00", "s"),
-    "D": ("factor detached", "#009e73", "D"),
+    "W": ("weights", "class weights alone", "#0072b2", "^"),
+    "A": ("attached", "factor attached", "#d55e00", "s"),
+    "D": ("detached", "factor detached", "#009e73", "D"),
 }
+#: Runs beside the arms: (method, variant) -> name.
+BESIDE = {("CE", ""): "CE", ("CE", "ib-lr"): "CE, lr of IB", ("IB", ""): "IB"}
 CONTRASTS = (("A", "W"), ("D", "W"), ("A", "D"))
+#: Epochs of a whole run and of the pilot's.
+FULL, PILOT = 200, 160
+#: Settings in which a run of the experiment may differ from reproduce.py's, see `records.identify`.
+FREE = {"amp", "val_left_out", "epochs", "milestones", "lr_factors", "--force"}
 #: The gain of IB over CE, Table 4, long-tailed, ratio 100.
 PUBLISHED_GAIN = {"cifar10": 7.39, "cifar100": 4.09}
 #: Of each test: three seeds may be followed by three more, and each look has half of 0.05.
@@ -42,12 +48,11 @@ BINS = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
 
 
 class Place(NamedTuple):
-    """What a run of the experiment is. arm: a key of ARMS, or 'CE', 'CE, lr of IB', 'IB'; ratio: of its gradient to
-    CE's, 0 for the last three; epochs: the length; seed."""
+    """What a run of the experiment is. arm: a key of ARMS, or a name of BESIDE; ratio: of its gradient to CE's, 0 for
+    the latter."""
 
     arm: str
     ratio: float
-    epochs: int
     seed: int = 0
 
 
@@ -56,80 +61,101 @@ Found = dict[Place, dict[str, Any]]
 
 def place_of(record: dict[str, Any]) -> Place | None:
     """The place of a record in the experiment, None for a run that is no part of it."""
-    settings = records.settings_of(record["settings"])
-    rest = settings.epochs, settings.seed or 0
-    if (settings.loss_type, settings.train_rule) == ("CE", "None"):
-        return Place("CE" if len(settings.milestones) < 3 else "CE, lr of IB", 0.0, *rest)
-    if (settings.loss_type, settings.train_rule) != ("IB", "IBReweight"):
+    run, difference = records.identify(record)
+    if (run.imb_type, run.ratio, run.subset) != ("exp", 100, 0) or not {name for name, _ in difference} <= FREE:
         return None
-    if settings.alpha == 1000 and settings.ib_norm == "l1" and not settings.detach_ib:
-        return Place("IB", 0.0, *rest)
-    if settings.alpha != "auto" or settings.auto_target != "gradient":
-        return None
-    arm = "W" if settings.ib_norm == "none" else "D" if settings.detach_ib else "A"
-    return Place(arm, settings.auto_ratio, *rest)
+    variant, _, ratio = run.variant.partition("-grad")
+    arm = next((arm for arm, (start, *_) in ARMS.items() if ratio and start == variant), None)
+    if arm is not None and run.method == "IB":
+        return Place(arm, runs.GRADIENTS[ratio], run.seed)
+    name = BESIDE.get((run.method, run.variant))
+    return None if name is None else Place(name, 0.0, run.seed)
 
 
 def read(folder: str | pathlib.Path) -> Found:
-    """The records of the experiment below `folder`, by their places."""
-    placed = [(place_of(record), record) for _, record in records.read(folder)[0]]
-    return {place: record for place, record in placed if place is not None}
+    """The records of the experiment below `folder`, by their places; of a pilot's run and its whole one the latter.
+
+    Raises:
+        DataError: none, two runs of one place, or of two data sets.
+    """
+    good, left_out = records.read(folder)
+    found: Found = {}
+    for path, record in sorted(good, key=lambda pair: pair[1]["epochs_done"]):
+        place = place_of(record)
+        if place is None:
+            left_out.append(f"{path}: no run of the experiment")
+        elif place in found and found[place]["epochs_done"] == record["epochs_done"]:
+            raise DataError(f"{folder} has two runs of {place.arm}, ratio {place.ratio:g}, seed {place.seed}")
+        else:
+            found[place] = record
+    for line in left_out:
+        warn(f"left out: {line}")
+    if len({record["settings"]["dataset"] for record in found.values()}) != 1:
+        raise DataError(f"{folder} needs runs of the experiment on one data set")
+    return found
 
 
-def top1(record: dict[str, Any]) -> float:
-    """The plateau of test top-1, in percent."""
-    return plateau(record["history"])["acc1"]
+def top1(record: dict[str, Any], epochs: int = FULL) -> float:
+    """The plateau of test top-1 of the first `epochs` epochs, in percent."""
+    return plateau(record["history"][:epochs])["acc1"]
 
 
-def left_out_mean(record: dict[str, Any]) -> float:
-    """The plateau of the class mean on the left-out images, in percent."""
-    return plateau(record["history"])["val"]["class_mean"]
+def left_out_mean(record: dict[str, Any], epochs: int = FULL) -> float | None:
+    """The plateau of the class mean on the left-out images, in percent; None for a run without them."""
+    return plateau(record["history"][:epochs]).get("val", {}).get("class_mean")
 
 
 def choose(found: Found) -> dict[str, float]:
-    """The ratio that each arm takes: the best plateau on the left-out images in the shortest runs of seed 0; of equal
-    ones the smaller."""
-    epochs = min((place.epochs for place in found if place.arm in ARMS), default=0)
-    pilot = {place: record for place, record in found.items() if (place.epochs, place.seed) == (epochs, 0)}
-    scores = {(p.arm, p.ratio): left_out_mean(r) for p, r in pilot.items() if p.arm in ARMS}
-    return {
-        arm: max(sorted(ratio for a, ratio in scores if a == arm), key=lambda ratio: scores[arm, ratio])
-        for arm in sorted({arm for arm, _ in scores})
-    }
+    """The ratio of each arm that has all three: the best plateau on the left-out images in the first `PILOT` epochs of
+    seed 0; of equal ones the smaller."""
+    scores: dict[str, dict[float, float]] = {arm: {} for arm in ARMS}
+    for place, record in sorted(found.items(), key=lambda item: item[0]):
+        mean = left_out_mean(record, PILOT)
+        if place.arm in ARMS and place.seed == 0 and record["epochs_done"] >= PILOT and mean is not None:
+            scores[place.arm][place.ratio] = mean
+    whole = {arm: of for arm, of in scores.items() if len(of) == len(runs.GRADIENTS)}
+    return {arm: max(of, key=lambda ratio: of[ratio]) for arm, of in whole.items()}
 
 
-def differences(found: Found, one: Place, other: Place) -> list[float]:
-    """Plateau of `one` minus that of `other` for each seed that both have; the seeds in the places do not count."""
-    seeds = sorted({place.seed for place in found})
-    pairs = [(one._replace(seed=seed), other._replace(seed=seed)) for seed in seeds]
-    return [top1(found[a]) - top1(found[b]) for a, b in pairs if a in found and b in found]
+def differences(found: Found, one: tuple[str, float], other: tuple[str, float], epochs: int) -> list[float]:
+    """Plateau of `one` minus that of `other`, (arm, ratio) each, after `epochs` epochs, for each seed that has both in
+    one precision."""
+    values = []
+    for seed in sorted({place.seed for place in found}):
+        pair = [found[place] for place in (Place(*one, seed), Place(*other, seed)) if place in found]
+        lasts, precisions = (min(r["epochs_done"] for r in pair) if pair else 0), {_precision(r) for r in pair}
+        if len(pair) == 2 and lasts >= epochs and len(precisions) == 1:
+            values.append(top1(pair[0], epochs) - top1(pair[1], epochs))
+    return values
 
 
-def contrasts(found: Found, dataset: str) -> dict[str, statistics.Contrast]:
-    """The contrasts of docs/factor.md that have runs, with Holm's p, by name."""
+def _precision(record):
+    return record["settings"].get("amp", "none")
+
+
+def contrasts(found: Found) -> dict[str, statistics.Contrast]:
+    """The contrasts of docs/factor.md that have runs, with Holm's p, by name; what two of them share counts once."""
     chosen, named = choose(found), {}
-    lengths = sorted({place.epochs for place in found if place.arm in ARMS})
     for a, b in CONTRASTS:
         if {a, b} <= chosen.keys():
-            places = (Place(arm, chosen[arm], lengths[-1]) for arm in (a, b))
-            named[f"{a} - {b}, at the chosen ratios"] = differences(found, *places)
-    for a, b in CONTRASTS:
-        of_lengths = [differences(found, Place(a, 1.0, n), Place(b, 1.0, n)) for n in lengths]
-        named[f"{a} - {b}, at ratio 1"] = max(of_lengths, key=len, default=[])
-    longest = max((place.epochs for place in found if place.arm == "IB"), default=0)
-    gains = differences(found, Place("IB", 0.0, longest), Place("CE", 0.0, longest))
-    gain = PUBLISHED_GAIN[dataset]
-    named[f"IB - CE, minus the published {gain}"] = [value - gain for value in gains]
+            named[f"{a} - {b}, at the chosen ratios"] = differences(found, (a, chosen[a]), (b, chosen[b]), FULL)
+        if not chosen.get(a) == chosen.get(b) == 1.0:
+            named[f"{a} - {b}, at ratio 1, to epoch {PILOT}"] = differences(found, (a, 1.0), (b, 1.0), PILOT)
+    gain = PUBLISHED_GAIN.get(next(iter(found.values()))["settings"]["dataset"])
+    if gain is not None:
+        gains = differences(found, ("IB", 0.0), ("CE", 0.0), FULL)
+        named[f"IB - CE, minus the published {gain}"] = [value - gain for value in gains]
     return statistics.family({name: values for name, values in named.items() if values}, level=LEVEL)
 
 
-def tables(found: Found, dataset: str) -> list[str]:
+def tables(found: Found) -> list[str]:
     """Markdown: what each run reached, and the contrasts.
 
-    'its epoch', counted from 0, is the one that the left-out images choose, 'best' the test set's own.
+    'next': the ratio on the batches after those that set alpha; 'its epoch', counted from 0, is the one that the
+    left-out images choose, 'best' the test set's own.
     """
     lines = []
-    for place, record in sorted(found.items()):
+    for place, record in sorted(found.items(), key=lambda item: item[0]):
         gradient = next((epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")), {})
         figures = [gradient.get(name) for name in ("ce", "loss", "ratio", "again")]
         chooses, best = record["history"][-1].get("val"), record["best"]  # the epoch that the left-out images choose
@@ -137,9 +163,9 @@ def tables(found: Found, dataset: str) -> list[str]:
         figures += [max(epoch["test"]["acc1"] for epoch in record["history"]), top1(record), record["last"]["acc1"]]
         texts = ["" if figure is None else f"{figure:.2f}" for figure in figures]
         texts.insert(5, str(best["epoch"]) if chooses else "")
-        lines.append([place.arm, place.seed, place.epochs, *texts])
-    heads = ["arm", "seed", "epochs", "gradient of CE", "of the loss", "ratio", "measured again"]
-    rows = [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found, dataset).items()]
+        lines.append([place.arm, place.seed, record["epochs_done"], _precision(record), *texts])
+    heads = ["arm", "seed", "epochs", "amp", "gradient of CE", "of the loss", "ratio", "next"]
+    rows = [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found).items()]
     return [
         *table([*heads, "left-out plateau", "its epoch", "test there", "best", "plateau", "last"], lines),
         *table(["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"], rows),
@@ -189,17 +215,19 @@ def gradient_shares(
 
 
 def draw(found: Found, to: pathlib.Path) -> pathlib.Path | None:
-    """factor.png and factor.pdf: accuracy against the ratio of the gradients, an arm a line, seeds as points."""
-    if not any(place.arm in ARMS for place in found):
+    """factor.png and factor.pdf: accuracy after the pilot's epochs against the ratio of the gradients, an arm a line,
+    seeds as points."""
+    found = {place: record for place, record in found.items() if place.arm in ARMS and record["epochs_done"] >= PILOT}
+    if not found:
         return None
     figure, axes = plots.subplots()
-    for arm, (name, color, marker) in ARMS.items():
-        points = sorted((place.ratio, top1(record)) for place, record in found.items() if place.arm == arm)
+    for arm, (_, name, color, marker) in ARMS.items():
+        points = sorted((place.ratio, top1(record, PILOT)) for place, record in found.items() if place.arm == arm)
         ratios = sorted({ratio for ratio, _ in points})
         means = [fmean(value for at, value in points if at == ratio) for ratio in ratios]
-        axes.plot(ratios, means, color=color, label=name)
+        axes.plot(ratios, means, color=color, label=name if points else None)
         axes.plot([ratio for ratio, _ in points], [value for _, value in points], marker, color=color, ms=4)
-    axes.set(xscale="log", xlabel="gradient beside that of CE", ylabel="test top-1, plateau [%]")
+    axes.set(xscale="log", xlabel="gradient beside that of CE", ylabel=f"test top-1, plateau to epoch {PILOT} [%]")
     axes.set_xticks([1 / 3, 1, 3], ["1/3", "1", "3"])
     axes.minorticks_off()
     axes.legend(fontsize=7)
@@ -210,7 +238,7 @@ def draw_shares(of_models: dict[str, dict[str, list[float]]], to: pathlib.Path) 
     """gradient_by_p.png and .pdf: `gradient_shares` of the arms, a panel for each model, by its title."""
     figure, panels = plots.subplots(len(of_models), height=1.9 * len(of_models), sharex=True, squeeze=False)
     for axes, (title, shares) in zip(panels[:, 0], of_models.items(), strict=True):
-        for offset, (arm, (name, color, _)) in enumerate(ARMS.items()):
+        for offset, (arm, (_, name, color, _)) in enumerate(ARMS.items()):
             axes.bar(
                 [i + 0.27 * (offset - 1) for i in range(len(BINS) - 1)], shares[arm], 0.25, color=color, label=name
             )
@@ -240,9 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="./data", help="default: %(default)s")
     options = parser.parse_args(argv)
     found = read(options.folder)
-    if not found:
-        parser.error(f"no record of the experiment in {options.folder}")
-    print("\n".join(tables(found, next(iter(found.values()))["settings"]["dataset"])))
+    print("\n".join(tables(found)))
     for path in options.arms:
         epochs, ce, loss = norms_after(path, options.data_dir)
         print(f"{path}, after {epochs} epochs: gradient of CE {ce:.3f}, of its loss {loss:.3f}, ratio {loss / ce:.2f}")

@@ -1,6 +1,7 @@
 """Figures of a report, each with its caption: methods side by side, Fig. 2, Fig. 3, weight norms, confusion."""
 
 import collections
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from typing import Any
 from experiment import checkpoint, plots
 from imbalance import groups
 from paper import records, runs, style
-from paper.rows import DATASETS, Row, Rows, by_place, order, published, title, values
+from paper.rows import DATASETS, Row, Rows, by_place, order, published, shared, title, values
+from utils import DataError, warn
 
 #: Class names stand on the axis up to this many classes; beyond, many, medium and few.
 MOST_NAMED = 20
@@ -35,8 +37,12 @@ def draw(rows: Rows, to: pathlib.Path, folders: Sequence[str | pathlib.Path] = (
         if curves:
             found |= _starts(curves, dataset, protocol, to)
     for folder in map(pathlib.Path, folders):
-        found |= _weight_norms(folder, to)
-        found |= _confusion(folder, to)
+        suffix = f"_{folder.name}" if len(folders) > 1 else ""
+        try:
+            found |= _weight_norms(folder, to, suffix)
+            found |= _confusion(folder, to, suffix)
+        except (ValueError, DataError) as error:
+            warn(f"{folder}: not all figures of weights and evaluations: {error}")
     if (to / "figure2.json").is_file():
         found[_influence(json.loads((to / "figure2.json").read_text()), to)] = ""
     return found
@@ -48,7 +54,7 @@ def draw(rows: Rows, to: pathlib.Path, folders: Sequence[str | pathlib.Path] = (
 def panels(rows: Rows, where: tuple[str, str, int, str]) -> dict[str, Rows]:
     """{name of the figure: its rows, four at most}: methods, then variants, each further figure with CE or IB again."""
     here = [row for row in rows if not row.run.variant.startswith("start")]
-    here = [row for row in here if not row.difference or row.run.protocol == "own"]
+    here = [row for row in here if set(row.difference) == shared(here) or row.run.protocol == "own"]
     plain = [row for row in here if not row.run.variant]
     chosen = {"methods": _in_fours(plain, plain[:1])}
     ib = [row for row in plain if row.run.method == "IB"]
@@ -198,7 +204,8 @@ def starts(rows: Rows, dataset: str, protocol: str) -> dict[int, list[tuple[int,
 
 def _starts(curves, dataset, protocol, to):
     figure, axes = plots.subplots(height=2.3)
-    for color, (ratio, points) in zip(("#d55e00", "#0072b2", "#009e73"), curves.items(), strict=False):
+    colors = itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00"))
+    for color, (ratio, points) in zip(colors, curves.items(), strict=False):
         axes.plot([s for s, _ in points], [fmean(of) for _, of in points], color=color, label=f"ratio {ratio}")
         for start, of in points:
             axes.plot([start] * len(of), of, "o", color=color, alpha=0.6)
@@ -227,7 +234,7 @@ def _influence(found, to):
 # --------------------------------------------------------------------------------------- weights and evaluations
 
 
-def _weight_norms(folder, to):
+def _weight_norms(folder, to, suffix):
     """The length of each class's weight vector, of the weight files of a folder."""
     found = {}
     for path in sorted((folder / "weights").glob("*.pth.tar")):
@@ -249,7 +256,7 @@ def _weight_norms(folder, to):
     plots.plain_log_ticks(axes.xaxis)
     axes.legend(ncols=2)
     text = "Length of each class's weight vector in the last layer, after the last epoch, over its training images."
-    return {style.save(figure, to, "weight_norms"): text}
+    return {style.save(figure, to, f"weight_norms{suffix}"): text}
 
 
 def class_norms(state_dict: dict[str, Any], classes: int) -> list[float]:
@@ -259,7 +266,7 @@ def class_norms(state_dict: dict[str, Any], classes: int) -> list[float]:
     return matrix.double().norm(dim=1).tolist()
 
 
-def _confusion(folder, to):
+def _confusion(folder, to, suffix):
     """The confusion matrix of every evaluation whose file is named after a method."""
     captions = {}
     for method in ("CE", "IB", "IB+CB", "IB+Focal"):
@@ -271,5 +278,5 @@ def _confusion(folder, to):
         plots.draw_confusion(axes, result["confusion"], result["classes"])
         axes.set_title(f"{style.name_of(method)}, percent of the true class")
         text = f"Confusion of {method} after the last epoch, in percent of the true class; classes from the largest."
-        captions[style.save(figure, to, f"confusion_{method}")] = text
+        captions[style.save(figure, to, f"confusion_{method}{suffix}")] = text
     return captions

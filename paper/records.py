@@ -192,6 +192,8 @@ def _named(settings, names):
 
 
 def _value(settings, name):
+    if name == "imb_factor" and settings.imb_type == "none":  # it has no effect
+        return 1.0
     if name == "flip" and settings.flip == "auto":  # what the data set says
         return "off" if settings.dataset == "digits" else "on"
     return getattr(settings, name)

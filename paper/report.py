@@ -2,7 +2,7 @@
 
 Accuracies in percent of the test set. "Best" is the run's best epoch, picked on the test set as the official code
 does, "plateau" the mean over the last tenth of the epochs, "last" the last epoch. Only full-length runs that are
-exactly the paper's (`records.describe`) are judged against a published figure; another precision is shown there with
+exactly the paper's (`records.identify`) are judged against a published figure; another precision is shown there with
 its label; all others have tables of their own.
 """
 
@@ -245,8 +245,8 @@ def others(rows: Rows, all_pairs: bool = False) -> list[str]:
             parts += [f"{length}: not the paper's length, and not to be set against published figures.", ""]
         if len(first["class_counts"]) <= 20:
             parts += [f"Training images of each class: {' '.join(map(str, first['class_counts']))}.", ""]
-        names, shared = labels(here)
-        parts += [f"All of these: {shared}.", ""] if shared else []
+        names, of_all = labels(here)
+        parts += [f"{_said(of_all)}.", ""] if of_all else []
         if any(record["history"][-1].get("val") for found in here.values() for record in found):
             parts += ["Best: of runs with a validation set the epoch that it chooses, else the test set's.", ""]
         phases, metrics = first_phases(here), _metrics(here)
@@ -256,7 +256,9 @@ def others(rows: Rows, all_pairs: bool = False) -> list[str]:
         lines = []
         for row, found in here.items():
             seconds = median(epoch["seconds"] for record in found for epoch in record["history"])
-            lines.append([*_reached(names[row], found, metrics), f"{seconds:.1f}", *[phases.get(row)] * bool(phases)])
+            lines.append(
+                [*_reached(names[row], found, metrics), f"{seconds:.1f}", *[phases.get(row, "")] * bool(phases)]
+            )
         parts += table(heads, lines)
         parts += [f"{first['group_rule'][0].upper()}{first['group_rule'][1:]}.", ""]
         if phases:
@@ -264,6 +266,11 @@ def others(rows: Rows, all_pairs: bool = False) -> list[str]:
             parts += [f"{text} are not compared.", ""]
         parts += _pairs(here, names, all_pairs)
     return parts
+
+
+def _said(of_all):
+    """What all rows of a table share, as text."""
+    return "All of these: " + ", ".join(f"{name} {value}" for name, value in of_all)
 
 
 def _metrics(here):
@@ -283,7 +290,10 @@ def _chosen_pairs(here, all_pairs):
     listed = list(here)
     if all_pairs or len(listed) <= 5:
         return [(one, other) for i, other in enumerate(listed) for one in listed[i + 1 :]]
-    plain = {(row.run.method, row.run.variant): row for row in listed if not row.difference and not row.run.subset}
+    _, of_all = labels(here)
+    plain = {
+        (row.run.method, row.run.variant): row for row in listed if row.difference == of_all and not row.run.subset
+    }
     found = [(row, plain[base]) for base in (("CE", ""), ("IB", "")) if base in plain for row in listed]
     if {("IB", "l1-auto"), ("IB", "weights-only")} <= plain.keys():
         found.append((plain["IB", "l1-auto"], plain["IB", "weights-only"]))
@@ -329,7 +339,7 @@ def latex_text(rows: Rows) -> str:
     """LaTeX, a booktabs table a place: top-1 best, plateau and last, class mean and groups on the plateau."""
     parts = ["% \\usepackage{booktabs}"]
     for where, here in by_place(rows).items():
-        metrics, (names, shared) = _metrics(here), labels(here)
+        metrics, (names, of_all) = _metrics(here), labels(here)
         heads = ["method", "$n$", *WHEN, *(NAMES.get(name, name) for name in metrics)]
         parts += ["\\begin{table}", "\\centering", rf"\begin{{tabular}}{{l{'c' * (len(heads) - 1)}}}", "\\toprule"]
         parts += [" & ".join(heads) + r" \\", "\\midrule"]
@@ -338,7 +348,7 @@ def latex_text(rows: Rows) -> str:
             line = " & ".join([_latex(label), *(cell.replace("±", r"$\pm$") for cell in cells)])
             parts.append(line + r" \\")
         caption = rf"{_latex(title(where))}: test accuracy [\%]; class mean and groups: last tenth of the epochs."
-        caption += f" All of these: {_latex(shared)}." if shared else ""
+        caption += f" {_latex(_said(of_all))}." if of_all else ""
         parts += ["\\bottomrule", "\\end{tabular}", rf"\caption{{{caption}}}", "\\end{table}", ""]
     return "\n".join(parts)
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -97,11 +98,17 @@ def by_place(rows: Rows) -> dict[tuple[str, str, int, str], Rows]:
     return places
 
 
-def labels(here: Rows) -> tuple[dict[Row, str], str]:
+def shared(here: Iterable[Row]) -> set[tuple[str, str]]:
+    """What sets all of several rows apart from their Runs; nothing for one row."""
+    differences = [set(row.difference) for row in here]
+    return set.intersection(*differences) if len(differences) > 1 else set()
+
+
+def labels(here: Rows) -> tuple[dict[Row, str], records.Differences]:
     """What the rows of a place are called there: their labels without the settings that all share, and those."""
-    shared = set.intersection(*(set(row.difference) for row in here)) if len(here) > 1 else set()
-    named = {row: Row(row.run, tuple(one for one in row.difference if one not in shared)).label for row in here}
-    return named, ", ".join(f"{name} {value}" for name, value in next(iter(here)).difference if (name, value) in shared)
+    of_all = shared(here)
+    named = {row: Row(row.run, tuple(one for one in row.difference if one not in of_all)).label for row in here}
+    return named, tuple(one for one in next(iter(here)).difference if one in of_all)
 
 
 def title(where: tuple[str, str, int, str]) -> str:
@@ -154,21 +161,26 @@ def share_first_phase(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """False for two runs that both start with plain CE whose figures differ: neither is a fork of the other's first
     phase. True for methods that differ from the first epoch on."""
     for mine, theirs in zip(one["history"], other["history"], strict=False):
-        stages = (mine["stage"], theirs["stage"])
-        is_plain = all(s["loss"] == "CE" and s["class_weights"] == s["sampler"] == "none" for s in stages)
-        if not is_plain or stages[0]["lr"] != stages[1]["lr"]:
+        same_lr = math.isclose(mine["stage"]["lr"], theirs["stage"]["lr"], rel_tol=1e-3)  # small records are rounded
+        if not (_is_plain(mine) and _is_plain(theirs) and same_lr):
             return True
-        if mine["test"]["acc1"] != theirs["test"]["acc1"]:
+        if round(mine["test"]["acc1"], 4) != round(theirs["test"]["acc1"], 4):
             return False
     return True
 
 
+def _is_plain(epoch):
+    """Whether it is an epoch of plain CE."""
+    stage = epoch["stage"]
+    return stage["loss"] == "CE" and stage["class_weights"] == stage["sampler"] == "none"
+
+
 def pairs(found: Rows, one: Row, other: Row) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Records of the two rows for every seed that both have; of rows that differ in the method alone, without those of
-    two first phases."""
+    """Records of the two rows for every seed that both have, without those of two first phases; these count where the
+    rows are one Run with other settings."""
     mine, theirs = by_seed(found[one]), by_seed(found[other])
     both = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
-    return both if one.difference != other.difference else [pair for pair in both if share_first_phase(*pair)]
+    return both if one.run == other.run else [pair for pair in both if share_first_phase(*pair)]
 
 
 def first_phases(here: Rows) -> dict[Row, str]:
@@ -181,7 +193,7 @@ def first_phases(here: Rows) -> dict[Row, str]:
         phases: list[dict] = []
         for row, found in here.items():
             record = by_seed(found).get(seed)
-            if record is None or (row.difference and row.run.protocol != "own"):
+            if record is None or not _is_plain(record["history"][0]):
                 continue
             same = [i for i, other in enumerate(phases) if share_first_phase(record, other)]
             several = several or (bool(phases) and not same)

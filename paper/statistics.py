@@ -89,22 +89,23 @@ def against(differences: Sequence[float], margin: float = MARGIN, resolution: fl
     elif abs(mean) - half > margin:
         verdict = HIGHER if mean > 0 else LOWER
     else:
-        seeds = seeds_to_decide(abs(mean) - margin, spread)
+        seeds = seeds_to_decide(abs(mean) - margin, spread, resolution)
     return Contrast(n, mean, (mean - half, mean + half), verdict, seeds=seeds)
 
 
-def seeds_to_decide(distance: float, spread: float) -> int | None:
+def seeds_to_decide(distance: float, spread: float, resolution: float = 0.0) -> int | None:
     """The fewest seeds, three or more, that decide with this mean and this spread; None beyond MOST_SEEDS.
 
     Args:
         distance: of the mean difference from the margin; negative inside it.
+        resolution: see `against`.
 
     >>> seeds_to_decide(2.0, 0.6), seeds_to_decide(-0.9, 0.6), seeds_to_decide(0.01, 0.6)
     (3, 4, None)
     """
     level = LEVEL if distance > 0 else 2 * LEVEL
-    enough = (n for n in range(3, MOST_SEEDS + 1) if quantile(n, level) * spread / math.sqrt(n) < abs(distance))
-    return next(enough, None)
+    halves = ((n, quantile(n, level) * spread / math.sqrt(n)) for n in range(3, MOST_SEEDS + 1))
+    return next((n for n, half in halves if max(half, resolution) < abs(distance)), None)
 
 
 def family(

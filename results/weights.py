@@ -32,7 +32,7 @@ from utils import DataError, HelpFormatter, Parser, choose_device, command  # no
 TOLERANCE, WITH_GPU = 0.01, 0.05
 TABLE = "weights.csv"
 #: What of a checkpoint is of no use to others.
-LEFT_OUT = ("optimizer", "scaler", "history", "trained_on", "rng", "best")
+LEFT_OUT = ("optimizer", "scaler", "history", "trained_on")
 
 
 @command
@@ -120,7 +120,7 @@ def slim(path: str, to: pathlib.Path) -> pathlib.Path:
     if to.exists():
         raise DataError(f"{to} exists already: choose another name")
     state = checkpoint.load(path)
-    places = (*fields_affecting("nothing"), "train_list", "val_list", "pretrained")
+    places = (*fields_affecting("nothing", "rounding"), "train_list", "val_list", "pretrained")
     content = {name: value for name, value in state.items() if name not in LEFT_OUT}
     kept = {name: value for name, value in state.get("settings", {}).items() if name not in places}
     content["settings"] = {**kept, "exp_str": "weights"}

@@ -121,6 +121,28 @@ def test_another_constant_of_the_loss_by_force_starts_without_the_calibrated_alp
     assert criterion["auto.sums"][2] == batches, "the batches of the last epoch alone"
 
 
+@pytest.mark.parametrize("name", ["optimizer", "criterion"])
+def test_a_forced_fork_stopped_in_its_first_epoch_continues(name, tmp_path, capsys):
+    """What it drops of the other run's states is not in its own first checkpoint either."""
+    ib = [*FIVE, *TINY, "--loss_type", "IB", "--train_rule", "IBReweight"]
+    other = {"optimizer": ["--alpha", "auto", "--optimizer", "adamw"], "criterion": ["--alpha", "5"]}[name]
+    break_off([*ib, "--alpha", "auto"], tmp_path, capsys, after=4)
+    path = model_folder(tmp_path, "IB", "IBReweight") / "ckpt.pth.tar"
+    args = [*ib, *other, "--exp_str", "other", "--resume", str(path), "--force"]
+    break_off(args, tmp_path, capsys, after=0)
+    run_ok(args, tmp_path, capsys)
+    assert len(load_checkpoint(model_folder(tmp_path, "IB", "IBReweight", "other") / "ckpt.pth.tar")["history"]) == 5
+
+
+def test_force_does_not_continue_another_run_in_the_place_of_the_checkpoint_that_is_named(one_epoch, tmp_path, capsys):
+    run_ok([*FIVE, *TINY], tmp_path, capsys)
+    before = snapshot(tmp_path)
+    status, _, err = run_main([*FIVE, *TINY, "--wd", "0.1", "--resume", one_epoch(capsys), "--force"], tmp_path, capsys)
+    assert status == 2
+    assert "holds a run with other settings (weight_decay is 0.0002 there and 0.1 here)" in messages(err)[-1]
+    assert snapshot(tmp_path) == before
+
+
 # -------------------------------------------------------------------------------------------------------- --overwrite
 
 

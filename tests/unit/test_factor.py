@@ -1,5 +1,6 @@
 """The experiment on the influence factor: which run is which, the chosen ratios, contrasts by hand, shares by p."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,74 +12,129 @@ import models
 from experiment import checkpoint
 from experiment.parser import parse
 from experiment.settings import recorded
+from imbalance import class_counts
 from loaders.in_memory import InMemoryBatches
 from losses import CrossEntropyLoss, IBLoss
 from paper import factor, records
+from paper.runs import Run
 from training.gradients import match_gradient
 from training.recipe import Recipe
+from utils import DataError
 
-BASE = {"dataset": "cifar10", "arch": "resnet32", "loss_type": "IB", "train_rule": "IBReweight", "epochs": 20}
+IB, CE = Run("cifar10", "exp", 100, "IB"), Run("cifar10", "exp", 100, "CE")
+PILOT = ("--epochs", "160", "--milestones", "--lr_factors")
 
 
-def record(settings, test, val=None):
-    """A record of 20 epochs whose last two have these accuracies."""
-    epochs = [50.0] * 18 + list(test)
-    figures = [{"acc1": a, "acc5": a, "class_mean": a, "loss": 1.0} for a in epochs]
+def record(run, plateau, *extra, val=None, best=90.0, **settings):
+    """A record of a Run with further flags: 50 before, and `plateau` in its last tenth; `best`: of its best epoch."""
+    wanted = records.command_settings(run, extra)
+    n = wanted.epochs
+    figures = [50.0] * (n - n // 10) + [plateau] * (n // 10)
     history = [
         {
             "epoch": i,
             "stage": {"lr": 0.1, "loss": "IB"},
-            "test": t,
+            "test": {"acc1": value, "acc5": value, "class_mean": value, "loss": 1.0},
             "val": val and {"class_mean": val, "acc1": val},
             "gradient": None,
         }
-        for i, t in enumerate(figures)
+        for i, value in enumerate(figures)
     ]
-    best = max(figures, key=lambda test: test["acc1"])
     return {
-        "settings": {**BASE, **settings}, "history": history, "best": {"epoch": 0, **best},
-        "last": {"epoch": 19, **figures[-1]}, "epochs_done": 20, "classes": [], "class_counts": [], "group_rule": "",
+        "settings": {**recorded(wanted), **settings}, "history": history, "best": {"epoch": 7, "acc1": best},
+        "last": history[-1]["test"], "epochs_done": n, "classes": [], "group_rule": "",
+        "class_counts": class_counts([5000] * 10, "exp", 1 / run.ratio),
     }  # fmt: skip
 
 
-def automatic(ratio, seed=0, **settings):
-    return {"alpha": "auto", "auto_target": "gradient", "auto_ratio": ratio, "seed": seed, **settings}
+def arm(name, seed=0):
+    return dataclasses.replace(IB, variant=name, seed=seed)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A function that reads records back from a folder."""
+
+    def read(*made):
+        for number, one in enumerate(made):
+            summary = tmp_path / "summary"
+            summary.write_text(json.dumps(one))
+            records.collect(summary, tmp_path / f"{number}.json")
+        return factor.read(tmp_path)
+
+    return read
 
 
 @pytest.mark.parametrize(
-    ("settings", "arm"),
+    ("run", "extra", "place"),
     [
-        (automatic(3.0, ib_norm="none"), "W"), (automatic(3.0), "A"), (automatic(3.0, detach_ib=True), "D"),
-        ({"alpha": 1000.0}, "IB"), ({"loss_type": "CE", "train_rule": "None"}, "CE"),
-        ({"alpha": 1000.0, "detach_ib": True}, None), ({"alpha": "auto"}, None),
+        (arm("weights-grad3"), PILOT, ("W", 3.0, 0)),
+        (arm("attached-gradthird", seed=2), (), ("A", 1 / 3, 2)),
+        (arm("detached-grad1"), ("--amp", "bf16", "--val_left_out", "500"), ("D", 1.0, 0)),
+        (IB, (), ("IB", 0.0, 0)),
+        (CE, (), ("CE", 0.0, 0)),
+        (dataclasses.replace(CE, variant="ib-lr"), (), ("CE, lr of IB", 0.0, 0)),
+        (arm("detached"), (), None),
+        (arm("l1-auto"), (), None),
+        (arm("start020"), (), None),
+        (dataclasses.replace(IB, ratio=10), (), None),
+        (IB, ("--epsilon", "0.02"), None),
     ],
-)  # fmt: skip
-def test_runs_are_told_apart_by_what_they_do(settings, arm):
-    place = factor.place_of(record(settings, (70, 71)))
-    assert (place and place.arm) == arm
+)
+def test_runs_are_told_apart_by_what_they_do(run, extra, place):
+    assert factor.place_of(record(run, 70.0, *extra)) == place
 
 
-def test_contrasts_are_the_paired_means_at_the_chosen_ratios(tmp_path):
-    """Attached: ratio 3 is better on the left-out images though not on the test set."""
-    weights = {"ib_norm": "none"}
-    chosen = {**record({}, (0, 0))["best"], "epoch": 0, "acc1": 75.0}
-    made = [
-        record(automatic(1.0), (80, 80), val=60.0) | {"best": chosen}, record(automatic(3.0), (72, 74), val=61.0),
-        record(automatic(1.0, **weights), (70, 70), val=50.0), record(automatic(3.0, **weights), (90, 90), val=49.0),
-        record(automatic(3.0, seed=1), (75, 75)), record(automatic(1.0, seed=1, **weights), (71, 73)),
-    ]  # fmt: skip
-    for number, one in enumerate(made):
-        summary = tmp_path / "summary"
-        summary.write_text(json.dumps(one))
-        records.collect(summary, tmp_path / f"{number}.json")
-    found = factor.read(tmp_path)
-    assert factor.choose(found) == {"A": 3.0, "W": 1.0}
-    contrast = factor.contrasts(found, "cifar10")["A - W, at the chosen ratios"]
-    assert (contrast.n, contrast.mean) == (2, pytest.approx((73 - 70 + 75 - 72) / 2))
-    lines = factor.tables(found, "cifar10")
-    assert any("A - W, at the chosen ratios | 2 | +3.00" in line for line in lines)
-    # the records' best is the left-out images' choice; the test set's own is 80
-    assert "| A | 0 | 20 |  |  |  |  | 60.00 | 0 | 75.00 | 80.00 | 80.00 | 80.00 |" in lines
+def pilot(scores, seed=0):
+    """Records of a pilot: name of an arm -> (test, left-out images)."""
+    return [record(arm(name, seed), test, *PILOT, val=val) for name, (test, val) in scores.items()]
+
+
+def test_an_arm_takes_the_ratio_of_the_left_out_images_once_all_three_are_there(read):
+    """Attached: ratio 3, though it is worse on the test set. Detached has two ratios only."""
+    made = pilot({
+        "attached-gradthird": (79, 60), "attached-grad1": (80, 60.5), "attached-grad3": (73, 61),
+        "weights-gradthird": (70, 49), "weights-grad1": (70, 50), "weights-grad3": (90, 50),
+        "detached-grad1": (70, 50), "detached-grad3": (70, 50),
+    })  # fmt: skip
+    assert factor.choose(read(*made)) == {"A": 3.0, "W": 1.0}
+    whole = record(arm("attached-grad3"), 60.0, val=20.0)  # its first 160 epochs are the pilot's
+    whole["history"][:160] = next(one for one in made if one["settings"]["auto_ratio"] == 3.0)["history"]
+    assert factor.choose(read(*made, whole)) == {"A": 3.0, "W": 1.0}
+
+
+def test_contrasts_are_paired_means_over_seeds_of_one_precision_and_length(read):
+    made = pilot({
+        "attached-gradthird": (79, 60), "attached-grad1": (80, 60), "attached-grad3": (73, 61),
+        "weights-gradthird": (70, 49), "weights-grad1": (70, 50), "weights-grad3": (90, 49),
+    })  # fmt: skip
+    for seed, (attached, weights) in enumerate([(73, 70), (75, 72.5)]):
+        made += [record(arm("attached-grad3", seed), attached, val=61)]
+        made += [record(arm("weights-grad1", seed), weights, val=50)]
+    made += [record(IB, 76), record(CE, 70), record(dataclasses.replace(IB, seed=1), 76, "--amp", "bf16")]
+    made += [record(dataclasses.replace(CE, seed=1), 70)]
+    found = read(*made)
+    got = {name: (c.n, round(c.mean, 2)) for name, c in factor.contrasts(found).items()}
+    assert got["A - W, at the chosen ratios"] == (2, 2.75)
+    assert got["IB - CE, minus the published 7.39"] == (1, -1.39), "the other pair has two precisions"
+    assert any("A - W, at the chosen ratios | 2 | +2.75" in line for line in factor.tables(found))
+
+
+def test_the_epoch_that_the_left_out_images_choose_is_not_the_best_of_the_test_set(read):
+    lines = factor.tables(read(record(arm("attached-grad1"), 80.0, *PILOT, val=60.0, best=75.0)))
+    assert "| A | 0 | 160 | none |  |  |  |  | 60.00 | 7 | 75.00 | 80.00 | 80.00 | 80.00 |" in lines
+
+
+def test_two_runs_of_one_place_and_an_incomplete_record_are_named(read, tmp_path, capsys):
+    (tmp_path / "cut.json").write_text('{"settings": ')
+    with pytest.raises(DataError, match="two runs of A, ratio 1, seed 0"):
+        read(*pilot({"attached-grad1": (80, 60)}), record(arm("attached-grad1"), 81, *PILOT, val=60))
+    with pytest.raises(DataError, match="one data set"):
+        factor.read(tmp_path / "nothing")
+    read_again = factor.read
+    (tmp_path / "1.json").unlink()
+    read_again(tmp_path)
+    assert "cut.json: damaged or cut short" in capsys.readouterr().err
 
 
 def test_the_norms_of_a_checkpoint_are_those_that_set_its_alpha(tmp_path):

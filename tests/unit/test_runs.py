@@ -343,5 +343,7 @@ def test_a_folders_lengths_follow_its_epochs_unless_given(extra, lengths, capsys
 
 def test_a_folder_needs_its_place_and_stands_alone(capsys):
     assert "needs -- --data_dir" in refused("list", "--dataset", "folder", capsys=capsys)
+    line = refused("list", "--dataset", "folder", "--", "--data_dir", "x/cifar10", capsys=capsys)
+    assert "cifar10 is a data set of the paper: name this one with --dataset NAME after --" in line
     line = refused("list", "--dataset", "folder", "cifar10", "--", "--data_dir", "x", capsys=capsys)
     assert "stands alone" in line

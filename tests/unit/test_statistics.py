@@ -114,6 +114,7 @@ def test_a_difference_of_one_image_is_no_finding(differences):
 
 
 def test_the_seeds_that_would_decide():
+    assert statistics.against([0.995] * 3, 1.0, 0.01).seeds is None, "no number of seeds undercuts one image"
     n = statistics.seeds_to_decide(-0.5, 0.8)
     assert stats.t.ppf(0.95, n - 1) * 0.8 / n**0.5 < 0.5 < stats.t.ppf(0.95, n - 2) * 0.8 / (n - 1) ** 0.5
     assert statistics.seeds_to_decide(0.001, 1.0) is None
