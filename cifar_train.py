@@ -23,7 +23,7 @@ from experiment.run import open_run
 from loaders.in_memory import InMemoryBatches
 from training.cuda_graph import step_graph
 from training.ema import Ema
-from training.gradients import match_gradient, needs_alpha
+from training.gradients import match_gradient
 from training.loop import evaluate, for_evaluation, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
@@ -52,7 +52,6 @@ def main(argv=None):
         train_set, val_set = data.split_validation(chosen, settings)
         run.use_data(data.describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
         size = train_set.image_size
-        train_batches = InMemoryBatches(train_set, augment=settings.augment, **run.loading)
         test_batches = for_evaluation(InMemoryBatches(test_set, **run.loading), size)
         val_batches = for_evaluation(InMemoryBatches(val_set, **run.loading), size) if val_set else None
 
@@ -68,7 +67,8 @@ def main(argv=None):
             run.restore(model=model, ema=ema)
             return evaluate_checkpoint(run, tested, test_batches, val_batches, precision)
 
-        # optimizer, loss, schedule
+        # training batches, optimizer, loss, schedule
+        train_batches = InMemoryBatches(train_set, augment=settings.augment, **run.loading)
         optimizer = make_optimizer(settings.optimizer, model, settings.lr, vars(settings))
         stages = Stages(recipe, model, optimizer, run.class_counts, run.seed, ema, settings.sync_bn, settings.compile)
         mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
@@ -81,8 +81,9 @@ def main(argv=None):
             criterion, trained = stages.begin(epoch)  # with its lr; cRT: a new head
             rates = recipe.image_rates(stage, run.class_counts, train_batches.targets)
             gradient = None
-            if needs_alpha(criterion):  # --alpha auto, before its first epoch
-                gradient = match_gradient(model, train_batches.train_epoch(epoch, rates), criterion, precision)
+            if criterion.needs_alpha:  # --alpha auto, before its first epoch
+                measured = mixup.mix(train_batches.train_epoch(epoch, rates), epoch)
+                gradient = match_gradient(stages.part, measured, criterion, precision)
             train = train_one_epoch(
                 trained, mixup.mix(train_batches.train_epoch(epoch, rates), epoch), criterion, optimizer,
                 train_set.num_classes, precision, run.on_batch(len(train_batches), stage.lr), graph,

@@ -78,7 +78,8 @@ def files_sha256(samples: Iterable[tuple[str, int]]) -> str:
 
 @contextlib.contextmanager
 def folder_lock(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold the lock of a folder that is there; another process waits. In a folder that is read-only it does nothing."""
+    """Hold the lock of a folder, which is made where it is missing; another process waits. It does nothing in a folder
+    that is read-only."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stack.enter_context(FileLock(os.path.join(folder, LOCK)))

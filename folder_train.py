@@ -26,7 +26,7 @@ from experiment.run import open_run
 from loaders.image_folder import ImageFileBatches
 from training.cuda_graph import step_graph
 from training.ema import Ema
-from training.gradients import match_gradient, needs_alpha
+from training.gradients import match_gradient
 from training.loop import evaluate, for_evaluation, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
@@ -65,7 +65,6 @@ def main(argv=None):
         run.use_data(data.describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
         size = settings.image_size
         loading = {**run.loading, "image_size": size, "workers": settings.workers}
-        train_batches = ImageFileBatches(train_set, augment=settings.augment, **loading)
         test_batches = for_evaluation(ImageFileBatches(test_set, **loading), size)
         val_batches = for_evaluation(ImageFileBatches(val_set, **loading), size) if val_set else None
 
@@ -80,7 +79,8 @@ def main(argv=None):
             run.restore(model=model, ema=ema)
             return evaluate_checkpoint(run, tested, test_batches, val_batches, precision)
 
-        # optimizer, loss, schedule
+        # training batches, optimizer, loss, schedule
+        train_batches = ImageFileBatches(train_set, augment=settings.augment, **loading)
         optimizer = make_optimizer(settings.optimizer, model, settings.lr, vars(settings))
         stages = Stages(recipe, model, optimizer, run.class_counts, run.seed, ema, settings.sync_bn, settings.compile)
         mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
@@ -93,8 +93,9 @@ def main(argv=None):
             criterion, trained = stages.begin(epoch)  # with its lr; cRT: a new head
             rates = recipe.image_rates(stage, run.class_counts, train_batches.targets)
             gradient = None
-            if needs_alpha(criterion):  # --alpha auto, before its first epoch
-                gradient = match_gradient(model, train_batches.train_epoch(epoch, rates), criterion, precision)
+            if criterion.needs_alpha:  # --alpha auto, before its first epoch
+                measured = mixup.mix(train_batches.train_epoch(epoch, rates), epoch)
+                gradient = match_gradient(stages.part, measured, criterion, precision)
             train = train_one_epoch(
                 trained, mixup.mix(train_batches.train_epoch(epoch, rates), epoch), criterion, optimizer,
                 train_set.num_classes, precision, run.on_batch(len(train_batches), stage.lr), graph,

@@ -7,7 +7,7 @@ DIR/val/<class>/*      test images, or DIR/test/<class>/*; without them a part o
 import csv
 import functools
 import os
-import struct
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -127,6 +127,8 @@ def load(
         train = read_list(train_list, data_dir) if train_list else read_folder(_training_folder(data_dir))
         if train.num_classes < 2:
             raise DataError(f"{train_list or data_dir} has one class, {named(train.classes)}: training needs two")
+        if not train.targets:
+            raise DataError(f"no training images in {data_dir} (images end in {' '.join(EXTENSIONS)})")
         if test_fraction:
             own, (train, test) = None, train.hold_out(test_fraction)
         else:
@@ -376,7 +378,7 @@ def _lines(path):
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path} is UTF-16: save it as UTF-8")
-    return content.decode("utf-8-sig", errors="surrogateescape").splitlines()
+    return re.split(r"\r\n|\r|\n", content.decode("utf-8-sig", errors="surrogateescape"))  # as files have lines
 
 
 def _text_rows(path):
@@ -395,10 +397,13 @@ def _csv_rows(path):
     if missing:
         raise DataError(f"{path}, line 1: no column {named(missing)}: a CSV list begins with the line image,label")
     rows = []
-    for row in reader:
-        rows.append(tuple(row[column] for column in CSV_HEADER))
-        if not all(rows[-1]):
-            raise DataError(f"{path}, line {reader.line_num}: an image and its label are wanted")
+    try:
+        for row in reader:
+            rows.append(tuple(row[column] for column in CSV_HEADER))
+            if not all(rows[-1]):
+                raise DataError(f"{path}, line {reader.line_num}: an image and its label are wanted")
+    except csv.Error as error:  # a quote that is never closed
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
     return rows
 
 
@@ -409,7 +414,7 @@ def _is_number(text):
 def _classes_of(path, labels):
     """The names of the classes: 0 to K - 1 of labels without gaps, or the names that are used, sorted."""
     names = set(labels)
-    if not all(map(_is_number, names)):
+    if not all(_is_number(name) and name == str(int(name)) for name in names):  # 007 is a name
         _check_names(path, names)
         return sorted(names)
     gap = next((k for k in range(len(names)) if str(k) not in names), None)
@@ -450,7 +455,9 @@ def open_image(path: str | os.PathLike, exif: bool = False) -> Any:
             f"{path} has over {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels, which Pillow does not decode: "
             "make it smaller, or leave it out with --skip_damaged"
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
         reason = str(error).replace(f" {os.fspath(path)!r}", "").rstrip(":")  # the line begins with the name
         raise DataError(f"{path} cannot be decoded ({reason})") from None
     raise DataError(f"{path} has {kind} pixels, whose range is unknown: convert it to 8 or 16 bits")

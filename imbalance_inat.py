@@ -29,7 +29,7 @@ def load(
     annotated = [read_annotations(path) for path in paths]
     names = {}
     for images, categories in annotated:
-        names |= {number: str(number) for _, number in images} | categories
+        names = {number: str(number) for _, number in images} | names | categories
     if len(names) != CLASSES:
         warn(f"{data_dir} has {len(names)} classes, iNaturalist 2018 has {CLASSES}")
     label = {number: k for k, number in enumerate(sorted(names))}

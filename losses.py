@@ -16,7 +16,7 @@ A mean divides by the sum of the samples' class weights for CE, LDAM, Balanced S
 the number of samples for Focal and the IB losses, as in the official code.
 
 Every loss computes in float32 at least (float64 stays float64), also under autocast, and is finite, with finite
-gradients, for |logits| up to 1e4.
+gradients, for |logits| up to 1e4; the IB losses with an epsilon over 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -207,6 +207,9 @@ class Loss(nn.Module):
 
     weight: Tensor | None
     needs_features = False
+    #: whether `set_alpha` is to be called before the loss is trained on, and the alpha in force: of the IB losses
+    needs_alpha = False
+    current_alpha: Any = None
     #: a loss that cannot take probabilities says so, and they are refused in one line
     accepts_soft_targets = True
     #: whether a mean divides by the sum of the samples' weights, or by their number
@@ -252,6 +255,9 @@ class Loss(nn.Module):
             loss = loss if factor is None else loss * factor
             count = weight if weight is not None and self.divides_by_weights else torch.ones_like(loss)
             return loss.where(kept, 0.0), count.where(kept, 0.0), None if factor is None else factor.detach()
+
+    def calibrate(self, *batch: Any, **options: Any) -> None:
+        """Nothing; see `IBLoss`."""
 
     def _loss(self, logits, target, weight):
         """The loss of each sample, (N, ...); weight: (N, ...) or None."""
@@ -378,7 +384,7 @@ class VSLoss(Loss):
     Args:
         cls_num_list: K training-set counts; the prior is their share.
         gamma, tau: 0 or more. The defaults are those of the official command for CIFAR-10-LT.
-        empty: 'error', or 'zero': classes without images take no part in training.
+        empty: 'error', or 'zero': with tau over 0 classes without images take no part in training.
     """
 
     def __init__(
@@ -390,7 +396,6 @@ class VSLoss(Loss):
         counts = _counts(cls_num_list, empty)
         self.register_buffer("scale", ((counts / counts.max()) ** gamma).float(), persistent=False)
         self.register_buffer("shift", tau * log_prior(cls_num_list, empty).float(), persistent=False)
-        self.tau = tau
 
     def _loss(self, logits, target, weight):
         scale, shift = (_by_class(x, logits, "class counts") for x in (self.scale, self.shift))
@@ -517,6 +522,7 @@ class IBLoss(Loss):
     With soft targets y KL(y || p) = CE - entropy(y) takes the place of CE. It vanishes where |p - y| does, so p = y is
     the only stationary point: along a line from y KL is convex and 0 at y, so it grows at least as fast as |p - y|.
     (CE / |p - y| would grow without bound at the target, and drive a fitted model off it.) One-hot y has KL = CE.
+    Within rounding of y KL may be a little below 0.
 
     Args:
         weight: (K,) class weights, or None.
@@ -584,9 +590,9 @@ class IBLoss(Loss):
         return self.alpha if self.auto is None else self.auto.value
 
     @property
-    def is_set(self) -> bool:
-        """Whether alpha is more than the 1 that 'auto' begins with. Waits for the device."""
-        return self.auto is None or bool(self.auto.sums[2] > 0)
+    def needs_alpha(self) -> bool:  # type: ignore[override]
+        """Whether alpha is to be found by a measurement, and has not been. Waits for the device."""
+        return self.auto is not None and self.auto_target == "gradient" and not self.auto.sums[2] > 0
 
     def set_alpha(self, value: float) -> None:
         """Set the alpha that a measurement found (auto_target 'gradient'); it is in the state dict from then on.

@@ -24,7 +24,7 @@ from loaders.image_folder import ImageFileBatches, decode
 from loaders.in_memory import InMemoryBatches
 from training.cuda_graph import step_graph
 from training.ema import Ema
-from training.gradients import match_gradient, needs_alpha
+from training.gradients import match_gradient
 from training.loop import evaluate, for_evaluation, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
@@ -61,7 +61,6 @@ def main(argv=None):
                 return InMemoryBatches(images, padding=size // 8, augment=augment, **run.loading)
             return ImageFileBatches(images, image_size=size, workers=settings.workers, augment=augment, **run.loading)
 
-        train_batches = batches(train_set, settings.augment)
         test_batches = for_evaluation(batches(test_set), size)
         val_batches = for_evaluation(batches(val_set), size) if val_set else None
 
@@ -77,7 +76,8 @@ def main(argv=None):
             run.restore(model=model, ema=ema)
             return evaluate_checkpoint(run, tested, test_batches, val_batches, precision)
 
-        # optimizer, loss, schedule
+        # training batches, optimizer, loss, schedule
+        train_batches = batches(train_set, settings.augment)
         optimizer = make_optimizer(settings.optimizer, model, settings.lr, vars(settings))
         stages = Stages(recipe, model, optimizer, run.class_counts, run.seed, ema, settings.sync_bn, settings.compile)
         mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
@@ -90,8 +90,9 @@ def main(argv=None):
             criterion, trained = stages.begin(epoch)  # with its lr; cRT: a new head
             rates = recipe.image_rates(stage, run.class_counts, train_batches.targets)
             gradient = None
-            if needs_alpha(criterion):  # --alpha auto, before its first epoch
-                gradient = match_gradient(model, train_batches.train_epoch(epoch, rates), criterion, precision)
+            if criterion.needs_alpha:  # --alpha auto, before its first epoch
+                measured = mixup.mix(train_batches.train_epoch(epoch, rates), epoch)
+                gradient = match_gradient(stages.part, measured, criterion, precision)
             train = train_one_epoch(
                 trained, mixup.mix(train_batches.train_epoch(epoch, rates), epoch), criterion, optimizer,
                 train_set.num_classes, precision, run.on_batch(len(train_batches), stage.lr), graph,

@@ -31,8 +31,8 @@ SAFE: list[Any] = [
     *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]  # fmt: skip
-#: Where a file may keep its weights, if not at the top.
-WEIGHTS = ("state_dict", "model_state_dict", "model")
+#: Where a file may keep its weights, if not at the top; of a run with --ema those that were tested.
+WEIGHTS = ("ema", "state_dict", "model_state_dict", "model")
 
 
 def epoch_name(epoch: int) -> str:
@@ -168,8 +168,9 @@ def plain_names(state_dict: Mapping[str, Any], own: Container[str]) -> dict[str,
 
 
 def has_normalised_head(state_dict: dict) -> bool:
-    """Whether the weights are of a model with LDAM's head, which has no bias."""
-    return not any(name.endswith(("linear.bias", "fc.bias")) for name in state_dict)
+    """Whether the weights are of a model with LDAM's head: the last matrix has no bias."""
+    matrices = [name for name, tensor in state_dict.items() if tensor.ndim == 2 and name.endswith("weight")]
+    return bool(matrices) and matrices[-1].removesuffix("weight") + "bias" not in state_dict
 
 
 def on_cpu(value: Any) -> Any:

@@ -145,7 +145,8 @@ def _summary(settings):
 def _is_reported(settings):
     """Whether logs and figures of all epochs are there."""
     drawn = all(os.path.exists(os.path.join(settings.log_folder, name)) for name in plots.FIGURES)
-    return _summary(settings).get("epochs_done") == settings.epochs and (drawn or not plots.available())
+    history = _summary(settings).get("history") or [{}]
+    return history[-1].get("epoch") == settings.epochs - 1 and (drawn or not plots.available())
 
 
 def _check_not_deleted(paths, settings):

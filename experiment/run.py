@@ -257,7 +257,7 @@ class Run:
             "val": val and {name: value for name, value in val.items() if name != "confusion"},
             "score": val["class_mean"] if val else test["acc1"],
             "ib_factor": train["ib_factor"],
-            "alpha": float(criterion.current_alpha) if criterion.needs_features else None,
+            "alpha": None if criterion.current_alpha is None else float(criterion.current_alpha),
             "gradient": gradient,
         }
         if not math.isfinite(test["loss"] + (val["loss"] if val else 0)):  # batch norm's first statistics may do it

@@ -25,9 +25,6 @@ class Batches:
         rank, world_size: of each batch, rank number `rank` of `world_size` gets its slice.
     """
 
-    #: Whether training batches draw from the host's random state, so that a CUDA graph must not replay them.
-    draws_on_host: bool
-
     def __init__(
         self, dataset: LabelledImages, batch_size: int, device: torch.device | str, seed: int, image_size: int,
         flip: bool | None, rank: int, world_size: int,

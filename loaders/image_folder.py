@@ -68,8 +68,6 @@ class ImageFileBatches(Batches):
     Iterating raises DataError for a file that cannot be decoded, and for a worker that dies.
     """
 
-    draws_on_host = True
-
     def __init__(
         self, dataset: Any, batch_size: int, device: torch.device | str = "cpu", seed: int = 0, image_size: int = 224,
         crop: str = "resized", workers: int = 0, flip: bool | None = None, augment: str = "none", rank: int = 0,
@@ -118,7 +116,7 @@ def _read(loader):
                 raise images
             yield images
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker" not in str(error) or str(error).startswith("Caught "):  # raised by what a worker ran
             raise
         raise DataError(f"a process that reads images died: a smaller -j may help ({error})") from None
 

@@ -6,6 +6,7 @@ those of the whole batch. Rank 0 writes; the others are silent.
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ def data_parallel(model: torch.nn.Module, sync_bn: bool = False) -> torch.nn.Mod
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     on_cuda = next(model.parameters()).is_cuda
     # buffers are shared once an epoch, see `broadcast_buffers`
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
     return torch.nn.parallel.DistributedDataParallel(
         model, device_ids=[torch.cuda.current_device()] if on_cuda else None, broadcast_buffers=False
     )

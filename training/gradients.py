@@ -26,42 +26,29 @@ def gradient_norms(
     """Mean L2 norm of the gradient in all trained parameters: (of plain cross entropy, of `criterion`).
 
     The mean is over the next `BATCHES` batches, 0 where there is none, each with batch norm in training mode. No step
-    is taken, and the model is left as it was, buffers and modes included. With several ranks `batches` are this rank's
-    parts, and the norms are those of the gradient over the whole batch.
+    is taken. A copy of the model is measured, in float32 in the place of fp16, and the model is left as it was. With
+    several ranks `batches` are this rank's parts, and the norms are those of the gradient over the whole batch.
 
     Args:
-        model: returns (logits, features); not wrapped in DistributedDataParallel.
+        model: returns (logits, features); the part that is trained, not wrapped in DistributedDataParallel.
         batches: (images, targets) on the model's device.
         criterion: see `losses.Loss`.
     """
-    precision = precision or Precision()
-    modes = {part: part.training for part in model.modules()}
-    buffers = copy.deepcopy(dict(model.named_buffers()))
+    if precision is None or precision.scaler is not None:  # unscaled gradients in fp16 would underflow
+        precision = Precision()
+    model = copy.deepcopy(model).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plain = CrossEntropyLoss(ignore_index=criterion.ignore_index)
     sums, count = [0.0, 0.0], 0
-    model.train()
-    try:
-        for images, target in itertools.islice(batches, BATCHES):
-            logits, features = forward(model, images, precision)
-            for place, of in enumerate((plain, criterion)):
-                loss, *_ = mean_over_ranks(of, logits, target, features)
-                gradients = torch.autograd.grad(loss, parameters, retain_graph=of is plain, allow_unused=True)
-                flat = torch.cat([g.flatten().double() for g in gradients if g is not None])
-                sums[place] += distributed.all_reduce_sum(flat).norm().item()
-            count += 1
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+    for images, target in itertools.islice(batches, BATCHES):
+        logits, features = forward(model, images, precision)
+        for place, of in enumerate((plain, criterion)):
+            loss, *_ = mean_over_ranks(of, logits, target, features)
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=of is plain, allow_unused=True)
+            flat = torch.cat([g.flatten().double() for g in gradients if g is not None])
+            sums[place] += distributed.all_reduce_sum(flat).norm().item()
+        count += 1
     return sums[0] / max(count, 1), sums[1] / max(count, 1)
-
-
-def needs_alpha(criterion: Any) -> bool:
-    """Whether the alpha of a criterion is to be found by `match_gradient`, and has not been. Waits for the device."""
-    return criterion.needs_features and criterion.auto_target == "gradient" and not criterion.is_set
 
 
 def match_gradient(

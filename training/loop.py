@@ -133,8 +133,7 @@ def mean_over_ranks(
     Returns:
         (loss, samples of the global batch, IB factor of this rank's samples or None).
     """
-    if criterion.needs_features:
-        criterion.calibrate(logits, target, features, all_reduce_sum=distributed.all_reduce_sum)
+    criterion.calibrate(logits, target, features, all_reduce_sum=distributed.all_reduce_sum)
     loss, count, factor = criterion.per_sample_and_factor(logits, target, features)
     if distributed.world_size() == 1:
         return loss.sum() / count.sum(), len(target), factor

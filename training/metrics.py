@@ -13,7 +13,8 @@ MAX_CONFUSION_CLASSES = 1000
 
 
 class MetricAccumulator:
-    """Hits and losses summed on the device; `read()` is the only synchronisation, with the other ranks too.
+    """Hits and losses summed on the device; nothing waits for it, or for other ranks, but `read`, `first_bad`,
+    `mean_factors` and `per_class`.
 
     All accuracies are percentages.
 
@@ -28,7 +29,7 @@ class MetricAccumulator:
         self.hits = torch.zeros(min(5, num_classes), device=device, dtype=torch.int64)  # of each place in the ranking
         self.finite = torch.zeros((), device=device, dtype=torch.int64)  # batches before the first non-finite loss
         self.confusion = num_classes <= MAX_CONFUSION_CLASSES
-        rows = num_classes if self.confusion else 2
+        rows = (num_classes if self.confusion else 2) if by_class else 0
         self.table = torch.zeros(rows * num_classes, device=device, dtype=torch.int64)
         self.factors = torch.zeros(2, num_classes, device=device, dtype=torch.float64)  # sums by class, and counts
 

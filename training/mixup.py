@@ -12,6 +12,8 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 class Mixup:
     """Mixes batches. A batch's share and its pairs come from (seed, epoch, the batch's number) alone.
 
+    With several ranks each mixes its own part of a batch, so the pairs are not those of a single process.
+
     Args:
         alpha: of Beta(alpha, alpha), from which the share of the first image of a pair is drawn; 0: nothing is mixed.
         num_classes: K.

@@ -41,8 +41,8 @@ class Precision:
         """The scaler's state, for checkpoints; empty without one."""
         return self.scaler.state_dict() if self.scaler is not None else {}
 
-    def load_state_dict(self, state: dict | None) -> None:
-        if self.scaler is not None and state:
+    def load_state_dict(self, state: dict) -> None:
+        if self.scaler is not None:
             self.scaler.load_state_dict(state)
 
 

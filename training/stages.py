@@ -33,6 +33,7 @@ class Stages:
         self._stage: Stage | None = None
         self._criterion: Any = None
         self._state: dict = {}
+        self.part: torch.nn.Module = model  # what is trained, before its wrappers
         self._trained: torch.nn.Module = model
 
     def begin(self, epoch: int) -> tuple[Any, torch.nn.Module]:
@@ -60,8 +61,8 @@ class Stages:
         return self._criterion, self._trained
 
     def _trained_in(self, stage):
-        part: torch.nn.Module = models.HeadOnly(self.model) if stage.trains == "head" else self.model
-        part = distributed.data_parallel(part, self.sync_bn)
+        self.part = models.HeadOnly(self.model) if stage.trains == "head" else self.model
+        part = distributed.data_parallel(self.part, self.sync_bn)
         return Compiled(part) if self.compiles else part
 
     def state_dict(self) -> dict:

@@ -9,8 +9,9 @@ import types
 from unittest import mock
 
 import pytest
-from script_runner import TINY, break_off, load_checkpoint, run_ok
+from script_runner import FIVE, TINY, break_off, load_checkpoint, run_ok
 
+import losses
 import models
 from loaders.augment import AUGMENTS
 from training import metrics, optimizer, registry
@@ -75,3 +76,15 @@ def test_a_hook_gets_the_record_of_each_epoch(monkeypatch):
     snippet("After each epoch: Weights & Biases, MLflow")["log_epoch"](record)
     ((figures, step),) = logged
     assert (step, figures["test/acc1"], figures["train/loss"], figures["lr"]) == (3, 50.0, 1.5, 0.1)
+
+
+def test_a_loss_of_the_features_need_not_be_an_ib_loss(monkeypatch, tmp_path, capsys):
+    class ByNorm(losses.CrossEntropyLoss):
+        needs_features = True
+
+        def _factor(self, logits, target, features):
+            return 1 / (1 + features.flatten())
+
+    monkeypatch.setitem(registry.LOSSES, "ByNorm", registry.LossEntry(lambda counts, weight: ByNorm(weight)))
+    out = run_ok([*FIVE, *TINY, "--epochs", "1", "--milestones", "--loss_type", "ByNorm"], tmp_path, capsys)
+    assert "ByNorm loss" in out

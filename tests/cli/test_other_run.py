@@ -66,8 +66,9 @@ def test_threads_that_differ_warn_only(one_epoch, tmp_path, capsys):
     assert "made with 1 threads, this run has 2" in err
 
 
-def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
-    args = [*FIVE, *TINY]
+@pytest.mark.parametrize("more", [[], ["--start-epoch", "3"]])
+def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(more, tmp_path, capsys):
+    args = [*FIVE, *TINY, *more]
     run_ok(args, tmp_path, capsys, figures=True)
     before = snapshot(tmp_path)
     for again in (args, [*args, "--resume", "auto"], [*args, "-p", "3"]):

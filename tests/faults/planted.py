@@ -138,7 +138,7 @@ FAULTS = [
     # gradients, statistics, report, driver
     ("gradient ratio inverted", "training/gradients.py", "criterion.auto_ratio * ce / at_one)", "criterion.auto_ratio * at_one"
      " / ce)", GRADIENTS),
-    ("buffers are not restored", "training/gradients.py", "buffer.copy_(buffers[name])", "pass", GRADIENTS),
+    ("the model itself is measured", "training/gradients.py", "copy.deepcopy(model).train()", "model.train()", GRADIENTS),
     ("spread over n", "paper/statistics.py", "ddof=1", "ddof=0", STATISTICS),
     ("Holm: no multiplier", "paper/statistics.py", "(len(order) - rank) * ps[i]", "ps[i]", STATISTICS),
     ("equivalence at 95 %", "paper/statistics.py", "(LEVEL, 2 * level)]", "(LEVEL, level)]", STATISTICS),

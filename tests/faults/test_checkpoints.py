@@ -5,6 +5,7 @@ import collections
 import contextlib
 import copy
 import errno
+import functools
 import os
 import pathlib
 import random
@@ -157,6 +158,10 @@ FOREIGN = {
     "beside numpy's numbers": lambda weights: {
         "state_dict": weights, "best": np.float64(0.9), "epoch": np.int64(3), "counts": np.array([3, 2]), "day": "x",
     },
+    "the average of a run with --ema": lambda weights: {
+        "state_dict": {name: weight + 1 for name, weight in weights.items()},
+        "ema": {"n_averaged": torch.tensor(3), **{f"module.{name}": weight for name, weight in weights.items()}},
+    },
     "beside argparse's flags": lambda weights: {"state_dict": weights, "args": argparse.Namespace(lr=np.float32(0.1))},
 }  # fmt: skip
 
@@ -190,9 +195,10 @@ def test_what_holds_no_weights_or_may_run_code_is_refused(content, words, tmp_pa
 
 
 def test_ldams_head_is_known_by_its_missing_bias():
-    assert checkpoint.has_normalised_head({"linear.weight": 0, "conv.bias": 0}) is True
-    for name in ("linear.bias", "fc.bias", "module.linear.bias"):
-        assert checkpoint.has_normalised_head({"linear.weight": 0, name: 0}) is False
+    for net in (models.resnet20, functools.partial(models.torchvision_model, "mobilenet_v3_small")):
+        for use_norm in (False, True):
+            weights = net(3, use_norm=use_norm).state_dict()
+            assert checkpoint.has_normalised_head({f"module.{k}": v for k, v in weights.items()}) is use_norm
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -5,6 +5,7 @@ import pathlib
 import runpy
 import shutil
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -167,11 +168,15 @@ def test_load_gives_both_parts_of_the_same_classes(data, capsys):
         ),
         (lambda data: shutil.rmtree(data / "val"), "no val/ or test/ in .*: --val_fraction F holds out two parts"),
         (lambda data: (data / "train/empty").mkdir(), "no training images of the classes empty"),
+        (
+            lambda data: [path.rename(path.with_suffix(".heic")) for path in [*(data / "train").rglob("*.*")]],
+            "no training images in .*data .images end in .jpg",
+        ),
         (lambda data: [shutil.rmtree(data / "train" / f"class{k}") for k in (0, 2)], "has one class, class1: training"),
         (lambda data: (data / "val/class2").rename(data / "val/a\n"), r"classes that no training images have: a\\n$"),
         (lambda data: [shutil.rmtree(path) or path.mkdir() for path in (data / "val").iterdir()], "no test images"),
     ],
-    ids=["no data", "no train", "no val", "empty class", "one class", "foreign class", "no test images"],
+    ids=["no data", "no train", "no val", "empty class", "no images", "one class", "foreign class", "no test images"],
 )
 def test_parts_that_do_not_fit(data, change, message):
     change(data)
@@ -340,6 +345,12 @@ def test_other_forms_of_lists(listed):
     (listed / "train.csv").write_text("label,image\n1,val/class0/0.jpg\n10,val/class1/0.jpg\n")
     with pytest.raises(DataError, match="labels must be 0 to K - 1 without gaps, none of its 2 images has 0"):
         read_list(listed / "train.csv", listed / "data")
+    (listed / "train.csv").write_text("label,image\n01,val/class0/0.jpg\n00,val/class1/0.jpg\n")
+    assert read_list(listed / "train.csv", listed / "data").classes == ["00", "01"], "padded numbers are names"
+    odd = "val/class0/0\x85\u2028.jpg"  # which str.splitlines cuts
+    (listed / "data/val/class0/0.jpg").rename(listed / "data" / odd)
+    (listed / "train.txt").write_text(f"{odd} 0\nval/class1/0.jpg 1\n", encoding="utf-8")
+    assert len(read_list(listed / "train.txt", listed / "data").paths) == 2
 
 
 def test_a_part_of_the_training_list_for_testing(listed):
@@ -389,6 +400,7 @@ def test_wrong_rows_of_a_list_are_named(listed, row, message):
         ("train.csv", b"train/class0/0.jpg,0\n", "no column image, label: a CSV list begins with the line image,label"),
         ("train.csv", b"image;label\ntrain/class0/0.jpg;0\n", "no column image, label"),
         ("train.csv", b"image,label\ntrain/class0/0.jpg\n", "line 2: an image and its label are wanted"),
+        ("train.csv", b'image,label\n"a.jpg,0\n' + 20_000 * b"train/class0/1.jpg,0\n", "line .* field larger"),
     ],
 )
 def test_lists_that_cannot_be_used(listed, name, content, message):
@@ -464,12 +476,16 @@ def test_images_that_cannot_be_used_are_named_once(tmp_path, monkeypatch):
     Image.fromarray(share).save(tmp_path / "share.tif")
     Image.fromarray((share * 2**30).astype(np.int32)).save(tmp_path / "wide.tif")
     (tmp_path / "bad.jpg").write_bytes(b"no image")
+    broken = mock.Mock(side_effect=RuntimeError("as AVIF's"))
+    monkeypatch.setitem(Image.OPEN, "BMP", (broken, lambda prefix: prefix[:2] == b"BM"))
+    (tmp_path / "odd.bmp").write_bytes(b"BM" + bytes(100))
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     reasons = {
         "share.tif": "has float pixels, whose range is unknown: convert it to 8 or 16 bits",
         "wide.tif": "has 32-bit pixels, whose range is unknown: convert it to 8 or 16 bits",
         "bad.jpg": "cannot be decoded (cannot identify image file)",
+        "odd.bmp": "cannot be decoded (as AVIF's)",
         **dict.fromkeys(("pipe.jpg", "folder.jpg", "none.jpg"), "is missing or not a regular file"),
     }
     for name, reason in reasons.items():

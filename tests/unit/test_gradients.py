@@ -7,8 +7,10 @@ import pytest
 import torch
 from script_runner import tiny
 
+import models
 from losses import CrossEntropyLoss, IBLoss
 from training import gradients
+from training.precision import Precision
 from utils import DataError
 
 WEIGHT = torch.linspace(0.5, 1.5, 10)
@@ -82,6 +84,26 @@ def test_a_doubled_loss_gets_half_the_alpha():
     for criterion in (once, twice):
         gradients.match_gradient(model(), batches(), criterion)
     assert float(twice.current_alpha) == pytest.approx(float(once.current_alpha) / 2, rel=1e-6)
+
+
+def test_what_is_measured_is_the_part_that_is_trained():
+    """cRT: the body in evaluation mode, the head's gradient alone."""
+    network, (images, target) = model(), batches()[0]
+    network(images)  # other running statistics than those of a batch
+    logits, features = network.eval()(images)
+    for found, criterion in zip(
+        gradients.gradient_norms(models.HeadOnly(copy.deepcopy(network)), batches()[:1], automatic()),
+        (CrossEntropyLoss(), IBLoss(WEIGHT, alpha=1.0)),
+        strict=True,
+    ):
+        parts = torch.autograd.grad(criterion(logits, target, features), network.linear.parameters(), retain_graph=True)
+        assert found == pytest.approx(float(torch.cat([part.flatten() for part in parts]).norm()), rel=1e-5)
+
+
+def test_fp16_is_measured_in_float32():
+    """Its unscaled gradients would underflow."""
+    found = gradients.gradient_norms(model(), batches(), automatic(), Precision("fp16", "cpu"))
+    assert found == gradients.gradient_norms(model(), batches(), automatic())
 
 
 def test_the_model_stays_as_it_was():
