@@ -220,7 +220,9 @@ class Ray(Executor):
 
     def _status(self, reference):
         try:
-            return self.ray.get(reference)
+            status = self.ray.get(reference)
+            # a node that dies kills the child, and its worker may live long enough to say so
+            return LOST if status == -signal.SIGKILL else status
         except self.ray.exceptions.RayTaskError:
             return 1
         except self.ray.exceptions.RayError:  # its worker or its node is gone

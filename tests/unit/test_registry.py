@@ -45,9 +45,9 @@ ATTRIBUTES = {
     "CE": (losses.CrossEntropyLoss, {}),
     "Focal": (losses.FocalLoss, {"gamma": 2.0, "scale": 3.0}),
     "LDAM": (losses.LDAMLoss, {"s": 20.0}),
-    "BS": (losses.BalancedSoftmaxLoss, {"tau": 1.0}),
-    "LA": (losses.LogitAdjustedLoss, {"tau": 0.9}),
-    "VS": (losses.VSLoss, {"tau": 0.6}),
+    "BS": (losses.BalancedSoftmaxLoss, {}),
+    "LA": (losses.LogitAdjustedLoss, {}),
+    "VS": (losses.VSLoss, {}),
     "IB": (losses.IBLoss, IB),
     "IBFocal": (losses.IB_FocalLoss, {**IB, "gamma": 2.0}),
 }
@@ -60,7 +60,10 @@ def test_constants_reach_the_criterion():
         assert criterion.weight is None
         assert {key: getattr(criterion, key) for key in attributes} == attributes
     assert torch.equal(criterion_of("LDAM").margins, losses.LDAMLoss(COUNTS, 0.4).margins)
-    assert torch.equal(criterion_of("VS").scale, losses.VSLoss(COUNTS, 0.1).scale)
+    vs = losses.VSLoss(COUNTS, 0.1, 0.6)
+    assert torch.equal(criterion_of("VS").scale, vs.scale)
+    for name, shift in {"BS": vs.shift / 0.6, "LA": vs.shift * 1.5, "VS": vs.shift}.items():
+        torch.testing.assert_close(criterion_of(name).shift, shift)
 
 
 def test_every_rule_is_made_of_what_there_is():
