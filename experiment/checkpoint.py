@@ -155,7 +155,7 @@ def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: 
 def plain_names(state_dict: Mapping[str, Any], own: Container[str]) -> dict[str, Any]:
     """A state dict without the prefixes of torch.compile and DataParallel, or one that all names share.
 
-    >>> plain_names({"module._orig_mod.net.fc.bias": 0, "module._orig_mod.net.fc.weight": 1}, ["fc.bias", "fc.weight"])
+    >>> plain_names({"module._orig_mod.m.fc.bias": 0, "module._orig_mod.m.fc.weight": 1}, ["fc.bias", "fc.weight"])
     {'fc.bias': 0, 'fc.weight': 1}
     """
     plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}

@@ -168,7 +168,7 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     assert [row["criterion"] for row in train] == ["CE", "CE", "IB"]
     assert all(float(row["loss"]) > 0 for row in train)
     assert [row["epoch_from_0"] for row in test] == ["0", "1", "2"]
-    # words.txt's names for people, the ids in the checkpoint
+    # words.txt's names are printed for the user, the ids in the checkpoint
     assert list(read_csv(log / "class_accuracy.csv")[0])[:2] == ["epoch_from_0", "digit (n00001000)"]
     assert len(read_csv(log / "class_accuracy.csv")[0]) == 201
     assert "digit (n00001199)" in out

@@ -150,7 +150,7 @@ FOREIGN = {
     "bare": lambda weights: weights,
     "torch.compile": lambda weights: {f"_orig_mod.{name}": w for name, w in weights.items()},
     "DataParallel of it": lambda weights: {"state_dict": {f"module._orig_mod.{n}": w for n, w in weights.items()}},
-    "a part of a larger model": lambda weights: {"model_state_dict": {f"net.body.{n}": w for n, w in weights.items()}},
+    "a part of a larger model": lambda weights: {"model_state_dict": {f"part.body.{n}": w for n, w in weights.items()}},
     "AveragedModel": lambda weights: {
         "n_averaged": torch.tensor(3),
         **{f"module.{n}": w for n, w in weights.items()},
@@ -195,9 +195,9 @@ def test_what_holds_no_weights_or_may_run_code_is_refused(content, words, tmp_pa
 
 
 def test_ldams_head_is_known_by_its_missing_bias():
-    for net in (models.resnet20, functools.partial(models.torchvision_model, "mobilenet_v3_small")):
+    for build in (models.resnet20, functools.partial(models.torchvision_model, "mobilenet_v3_small")):
         for use_norm in (False, True):
-            weights = net(3, use_norm=use_norm).state_dict()
+            weights = build(3, use_norm=use_norm).state_dict()
             assert checkpoint.has_normalised_head({f"module.{k}": v for k, v in weights.items()}) is use_norm
 
 
