@@ -11,12 +11,13 @@ from utils import DataError, UsageError, warn
 
 
 def differing(mine: Settings, theirs: Settings, names: tuple[str, ...]) -> str | None:
-    """The first of the settings `names` that differs, as text, or None; what is not given here agrees."""
+    """Those of the settings `names` that differ, as text, or None; what is not given here agrees."""
+    found = []
     for name in sorted(names):
         here, there = getattr(mine, name), getattr(theirs, name)
         if here != there and not (name in ("seed", "num_classes") and None in (here, there)):
-            return f"{name} is {there!r} there and {here!r} here"
-    return None
+            found.append(f"{name} is {there!r} there and {here!r} here")
+    return "; ".join(found) or None
 
 
 def plan(settings: Settings, epoch: int) -> dict[str, Any]:
@@ -53,9 +54,9 @@ def difference(
         warn(f"{path} records no settings: only its arch can be checked")
         arch = state.get("arch", settings.arch)
         return None if arch == settings.arch else f"arch is {arch!r} there and {settings.arch!r} here"
-    return differing(settings, theirs, (*SHARED, "use_norm")) or differing_plan(
-        settings, theirs, min(epoch, settings.epochs) if "epochs" in state["settings"] else 0
-    )
+    of_plan = differing_plan(settings, theirs, min(epoch, settings.epochs) if "epochs" in state["settings"] else 0)
+    found = differing(settings, theirs, (*SHARED, "use_norm")), of_plan
+    return "; ".join(text for text in found if text) or None
 
 
 def refuse_or_force(settings: Settings, what: str) -> None:

@@ -7,9 +7,11 @@ With --arms CHECKPOINT ... it prints how large the gradient of each arm is besid
 """
 
 import argparse
+import collections
 import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from experiment.compare import settings_of_checkpoint
 from experiment.records import plateau
 from loaders.in_memory import InMemoryBatches
 from losses import IBLoss, inverse_frequency_weights
-from paper import influence, records, runs, statistics, style
+from paper import influence, records, rows, runs, statistics, style
 from paper.report import table
 from training.gradients import gradient_norms
 from training.recipe import Recipe
@@ -38,11 +40,14 @@ CONTRASTS = (("A", "W"), ("D", "W"), ("A", "D"))
 #: Epochs of a whole run and of the pilot's.
 FULL, PILOT = 200, 160
 #: Settings in which a run of the experiment may differ from reproduce.py's, see `records.identify`.
-FREE = {"amp", "val_left_out", "epochs", "milestones", "lr_factors", "--force"}
+FREE = {"amp", "val_left_out", "epochs", "milestones", "lr_factors"}
+#: Imbalance, ratio, subset and protocol of its runs.
+RUN = ("exp", 100, 0, "full")
 #: The gain of IB over CE, Table 4, long-tailed, ratio 100.
 PUBLISHED_GAIN = {"cifar10": 7.39, "cifar100": 4.09}
-#: Of each test: three seeds may be followed by three more, and each look has half of 0.05.
+#: Of each test, and after how many seeds: three may be followed by three more, and each look has half of 0.05.
 LEVEL = 0.025
+LOOKS = (3, 6)
 #: Bounds of the bins of p, the probability of the true class.
 BINS = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
 
@@ -62,7 +67,9 @@ Found = dict[Place, dict[str, Any]]
 def place_of(record: dict[str, Any]) -> Place | None:
     """The place of a record in the experiment, None for a run that is no part of it."""
     run, difference = records.identify(record)
-    if (run.imb_type, run.ratio, run.subset) != ("exp", 100, 0) or not {name for name, _ in difference} <= FREE:
+    if run.dataset not in PUBLISHED_GAIN or (run.imb_type, run.ratio, run.subset, run.protocol) != RUN:
+        return None
+    if not all(name in FREE or (name == "--force" and _is_of_precision(text)) for name, text in difference):
         return None
     variant, _, ratio = run.variant.partition("-grad")
     arm = next((arm for arm, (start, *_) in ARMS.items() if ratio and start == variant), None)
@@ -70,6 +77,11 @@ def place_of(record: dict[str, Any]) -> Place | None:
         return Place(arm, runs.GRADIENTS[ratio], run.seed)
     name = BESIDE.get((run.method, run.variant))
     return None if name is None else Place(name, 0.0, run.seed)
+
+
+def _is_of_precision(forced):
+    """Whether --force has passed over another precision of the checkpoint, and nothing else."""
+    return forced.startswith("amp is ") and "; " not in forced
 
 
 def read(folder: str | pathlib.Path) -> Found:
@@ -80,8 +92,10 @@ def read(folder: str | pathlib.Path) -> Found:
     """
     good, left_out = records.read(folder)
     found: Found = {}
-    for path, record in sorted(good, key=lambda pair: pair[1]["epochs_done"]):
-        place = place_of(record)
+    ours = [(path, record, place_of(record)) for path, record in sorted(good, key=lambda pair: pair[1]["epochs_done"])]
+    if len({record["settings"]["dataset"] for _, record, place in ours if place}) != 1:
+        raise DataError(f"{folder} needs runs of the experiment on one data set")
+    for path, record, place in ours:
         if place is None:
             left_out.append(f"{path}: no run of the experiment")
         elif place in found and found[place]["epochs_done"] == record["epochs_done"]:
@@ -90,8 +104,6 @@ def read(folder: str | pathlib.Path) -> Found:
             found[place] = record
     for line in left_out:
         warn(f"left out: {line}")
-    if len({record["settings"]["dataset"] for record in found.values()}) != 1:
-        raise DataError(f"{folder} needs runs of the experiment on one data set")
     return found
 
 
@@ -100,76 +112,105 @@ def top1(record: dict[str, Any], epochs: int = FULL) -> float:
     return plateau(record["history"][:epochs])["acc1"]
 
 
-def left_out_mean(record: dict[str, Any], epochs: int = FULL) -> float | None:
-    """The plateau of the class mean on the left-out images, in percent; None for a run without them."""
-    return plateau(record["history"][:epochs]).get("val", {}).get("class_mean")
+def left_out_mean(record: dict[str, Any]) -> float | None:
+    """The plateau of the class mean on the left-out images in the first `PILOT` epochs, in percent; None for a run
+    without them."""
+    return plateau(record["history"][:PILOT]).get("val", {}).get("class_mean")
 
 
 def choose(found: Found) -> dict[str, float]:
-    """The ratio of each arm that has all three: the best plateau on the left-out images in the first `PILOT` epochs of
+    """The ratio of each arm that has all three, in one precision and on the same images: the best `left_out_mean` of
     seed 0; of equal ones the smaller."""
     scores: dict[str, dict[float, float]] = {arm: {} for arm in ARMS}
+    conditions = collections.defaultdict(set)
     for place, record in sorted(found.items(), key=lambda item: item[0]):
-        mean = left_out_mean(record, PILOT)
+        mean = left_out_mean(record)
         if place.arm in ARMS and place.seed == 0 and record["epochs_done"] >= PILOT and mean is not None:
             scores[place.arm][place.ratio] = mean
-    whole = {arm: of for arm, of in scores.items() if len(of) == len(runs.GRADIENTS)}
+            conditions[place.arm].add((records.precision(record), record["settings"]["val_left_out"]))
+    whole = {arm: of for arm, of in scores.items() if len(of) == len(runs.GRADIENTS) and len(conditions[arm]) == 1}
     return {arm: max(of, key=lambda ratio: of[ratio]) for arm, of in whole.items()}
 
 
 def differences(found: Found, one: tuple[str, float], other: tuple[str, float], epochs: int) -> list[float]:
-    """Plateau of `one` minus that of `other`, (arm, ratio) each, after `epochs` epochs, for each seed that has both in
-    one precision."""
+    """Plateau of `one` minus that of `other`, (arm, ratio) each, after `epochs` epochs, for each seed that has both.
+
+    A pair of two precisions or two first phases is left out with a warning.
+    """
     values = []
     for seed in sorted({place.seed for place in found}):
         pair = [found[place] for place in (Place(*one, seed), Place(*other, seed)) if place in found]
-        lasts, precisions = (min(r["epochs_done"] for r in pair) if pair else 0), {_precision(r) for r in pair}
-        if len(pair) == 2 and lasts >= epochs and len(precisions) == 1:
+        if len(pair) < 2 or min(record["epochs_done"] for record in pair) < epochs:
+            continue
+        if len({records.precision(record) for record in pair}) == 1 and rows.share_first_phase(*pair):
             values.append(top1(pair[0], epochs) - top1(pair[1], epochs))
+        else:
+            warn(f"left out: {one[0]} and {other[0]} of seed {seed} have two precisions or two first phases")
     return values
 
 
-def _precision(record):
-    return record["settings"].get("amp", "none")
-
-
 def contrasts(found: Found) -> dict[str, statistics.Contrast]:
-    """The contrasts of docs/factor.md that have runs, with Holm's p, by name; what two of them share counts once."""
-    chosen, named = choose(found), {}
-    for a, b in CONTRASTS:
-        if {a, b} <= chosen.keys():
-            named[f"{a} - {b}, at the chosen ratios"] = differences(found, (a, chosen[a]), (b, chosen[b]), FULL)
-        if not chosen.get(a) == chosen.get(b) == 1.0:
-            named[f"{a} - {b}, at ratio 1, to epoch {PILOT}"] = differences(found, (a, 1.0), (b, 1.0), PILOT)
-    gain = PUBLISHED_GAIN.get(next(iter(found.values()))["settings"]["dataset"])
-    if gain is not None:
-        gains = differences(found, ("IB", 0.0), ("CE", 0.0), FULL)
-        named[f"IB - CE, minus the published {gain}"] = [value - gain for value in gains]
-    return statistics.family({name: values for name, values in named.items() if values}, level=LEVEL)
+    """The contrasts of docs/factor.md that have runs, by name; what two of them share counts once.
 
-
-def tables(found: Found) -> list[str]:
-    """Markdown: what each run reached, and the contrasts.
-
-    'next': the ratio on the batches after those that set alpha; 'its epoch', counted from 0, is the one that the
-    left-out images choose, 'best' the test set's own.
+    Holm's p are over all contrasts of the plan, those without runs too. There is a verdict at `LOOKS` seeds only.
     """
-    lines = []
+    chosen, named, planned = choose(found), {}, 1
+    for a, b in CONTRASTS:
+        ratios = chosen.get(a, 0.0), chosen.get(b, 0.0)
+        whole = differences(found, (a, ratios[0]), (b, ratios[1]), FULL)
+        named[f"{a} - {b}, at the chosen ratios {_text(ratios[0])} and {_text(ratios[1])}"] = whole
+        if ratios != (1.0, 1.0) or not whole:
+            named[f"{a} - {b}, at ratio 1, to epoch {PILOT}"] = differences(found, (a, 1.0), (b, 1.0), PILOT)
+        planned += 1 if ratios == (1.0, 1.0) else 2
+    published = PUBLISHED_GAIN[next(iter(found.values()))["settings"]["dataset"]]
+    gains = differences(found, ("IB", 0.0), ("CE", 0.0), FULL)
+    gain = f"IB - CE, {fmean(gains or [0.0]):+.2f}, minus the published {published}"
+    named[gain] = [value - published for value in gains]
+    named = {name: values for name, values in named.items() if values}
+    results = statistics.family(named, resolution=0.01, level=LEVEL, size=planned)
+    for name, result in results.items():
+        verdict = result.verdict
+        if name == gain:
+            verdict = verdict.replace("adds", "higher").replace("takes away", "lower")
+        if result.n > 1 and result.n not in LOOKS:
+            verdict = "judged at {} or {} seeds".format(*LOOKS)
+        results[name] = result._replace(verdict=verdict)
+    return results
+
+
+def _text(ratio):
+    """As a fraction: 1/3, 1 or 3."""
+    return str(Fraction(ratio).limit_denominator(3))
+
+
+def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Heads and lines by name: 'runs', what each reached; 'gradients', how they are matched; 'contrasts'.
+
+    'left-out': `left_out_mean`; 'their epoch', counted from 0, is the one that the left-out images choose, 'best' the
+    test set's own; 'next': the ratio on the batches after those that set alpha.
+    """
+    of_runs: list[list[Any]] = []
+    gradients: list[list[Any]] = []
     for place, record in sorted(found.items(), key=lambda item: item[0]):
-        gradient = next((epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")), {})
-        figures = [gradient.get(name) for name in ("ce", "loss", "ratio", "again")]
+        who = [place.arm, _text(place.ratio) if place.arm in ARMS else "", place.seed]
         chooses, best = record["history"][-1].get("val"), record["best"]  # the epoch that the left-out images choose
-        figures += [left_out_mean(record), best["acc1"]] if chooses else [None, None]
+        figures = [left_out_mean(record), best["acc1"]] if chooses else [None, None]
         figures += [max(epoch["test"]["acc1"] for epoch in record["history"]), top1(record), record["last"]["acc1"]]
         texts = ["" if figure is None else f"{figure:.2f}" for figure in figures]
-        texts.insert(5, str(best["epoch"]) if chooses else "")
-        lines.append([place.arm, place.seed, record["epochs_done"], _precision(record), *texts])
-    heads = ["arm", "seed", "epochs", "amp", "gradient of CE", "of the loss", "ratio", "next"]
-    rows = [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found).items()]
-    return [
-        *table([*heads, "left-out plateau", "its epoch", "test there", "best", "plateau", "last"], lines),
-        *table(["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"], rows),
-    ]
+        texts.insert(1, str(best["epoch"]) if chooses else "")
+        of_runs.append([*who, record["epochs_done"], records.precision(record), *texts])
+        for gradient in [epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")]:
+            norms = [gradient.get(name) for name in ("ce", "loss", "ratio", "again")]
+            gradients.append([*who, *("" if norm is None else f"{norm:.2f}" for norm in norms)])
+    heads, reached = ["arm", "ratio", "seed"], ["left-out", "their epoch", "test there", "best", "plateau", "last"]
+    return {
+        "runs": ([*heads, "epochs", "precision", *reached], of_runs),
+        "gradients": ([*heads, "of CE", "of the loss", "ratio", "next"], gradients),
+        "contrasts": (
+            ["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"],
+            [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found).items()],
+        ),
+    }
 
 
 def norms_after(path: str, data_dir: str) -> tuple[int, float, float]:
@@ -215,18 +256,19 @@ def gradient_shares(
 
 
 def draw(found: Found, to: pathlib.Path) -> pathlib.Path | None:
-    """factor.png and factor.pdf: accuracy after the pilot's epochs against the ratio of the gradients, an arm a line,
-    seeds as points."""
+    """factor.png and factor.pdf: accuracy after the pilot's epochs against the ratio of the gradients, seeds as points,
+    an arm a line through the mean of the seeds that have all of its ratios."""
     found = {place: record for place, record in found.items() if place.arm in ARMS and record["epochs_done"] >= PILOT}
     if not found:
         return None
     figure, axes = plots.subplots()
     for arm, (_, name, color, marker) in ARMS.items():
-        points = sorted((place.ratio, top1(record, PILOT)) for place, record in found.items() if place.arm == arm)
+        points = {(place.ratio, place.seed): top1(r, PILOT) for place, r in found.items() if place.arm == arm}
         ratios = sorted({ratio for ratio, _ in points})
-        means = [fmean(value for at, value in points if at == ratio) for ratio in ratios]
-        axes.plot(ratios, means, color=color, label=name if points else None)
-        axes.plot([ratio for ratio, _ in points], [value for _, value in points], marker, color=color, ms=4)
+        whole = [seed for seed in {seed for _, seed in points} if all((ratio, seed) in points for ratio in ratios)]
+        if whole:
+            axes.plot(ratios, [fmean(points[ratio, seed] for seed in whole) for ratio in ratios], color=color)
+        axes.plot([ratio for ratio, _ in points], [*points.values()], marker, color=color, ms=4, label=name)
     axes.set(xscale="log", xlabel="gradient beside that of CE", ylabel=f"test top-1, plateau to epoch {PILOT} [%]")
     axes.set_xticks([1 / 3, 1, 3], ["1/3", "1", "3"])
     axes.minorticks_off()
@@ -268,7 +310,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="./data", help="default: %(default)s")
     options = parser.parse_args(argv)
     found = read(options.folder)
-    print("\n".join(tables(found)))
+    for heads, lines in tables(found).values():
+        print("\n".join(table(heads, lines)))
+    chosen = ", ".join(f"{arm} {_text(ratio)}" for arm, ratio in choose(found).items())
+    print(f"Ratios that the left-out images choose: {chosen or 'none yet, an arm needs all three'}.")
+    print("The intervals are not adjusted; the verdict follows the adjusted p.")
     for path in options.arms:
         epochs, ce, loss = norms_after(path, options.data_dir)
         print(f"{path}, after {epochs} epochs: gradient of CE {ce:.3f}, of its loss {loss:.3f}, ratio {loss / ce:.2f}")

@@ -1,10 +1,13 @@
-"""The tables of the pages, made from the records: `python -m paper.pages README.md docs/results/*.md` makes them again.
+"""The tables of the pages, made from the records. `python -m paper.pages README.md docs/factor.md docs/results/*.md`
+makes them again.
 
 A table stands below a comment that names its kind and, for each folder of results/, its rows:
 
     <!-- table accuracy
     cifar10_lt100: CE; IB
     -->
+
+The tables of `paper.factor` have the kinds 'factor runs', 'factor gradients' and 'factor contrasts'.
 """
 
 import collections
@@ -14,7 +17,7 @@ import re
 import sys
 from typing import Any
 
-from paper import records, report, rows
+from paper import factor, records, report, rows
 from paper.rows import WHEN, Row, gaps, values
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
@@ -28,7 +31,10 @@ def made_again(page: str) -> str:
     def make(found):
         kind, *base = found[1].split(" over ")
         named = [line.split(": ") for line in found[2].splitlines()]
-        heads, lines = apart(named) if kind == "apart" else _of_rows(kind, named, *base)
+        if kind.startswith("factor "):
+            heads, lines = factor.tables(factor.read(RESULTS / named[0][0]))[kind.removeprefix("factor ")]
+        else:
+            heads, lines = apart(named) if kind == "apart" else _of_rows(kind, named, *base)
         return "\n".join([f"<!-- table {found[1]}", f"{found[2]}-->", *report.table(heads, lines)])
 
     return MARKED.sub(make, page)

@@ -157,6 +157,14 @@ def _differences_of_data(run, record):
     return tuple(differs)
 
 
+def precision(record: dict[str, Any]) -> str:
+    """--amp's, or without it 'float32' or 'TF32': the latter for the convolutions on a GPU."""
+    amp = record["settings"].get("amp", "none")
+    used = [record.get("versions", {}), *(part["versions"] for part in record.get("trained_on", ()))]
+    in_tf32 = any(part.get("tf32") == "on" for part in used)
+    return amp if amp != "none" else "TF32" if in_tf32 else "float32"
+
+
 def settings_of(settings: dict[str, Any]) -> Settings:
     """Recorded settings as Settings. What older ones lack is as it was then: digits were mirrored at random too.
 

@@ -369,14 +369,11 @@ def runs_and_commands(rows: Rows) -> list[str]:
         if not row.difference and row.run.protocol != "own":
             commands.append(shlex.join(["python", *row.run.argv("reproduced")]))
         for record in found:
-            amp, threads = record["settings"].get("amp", "none"), record["settings"].get("threads")
+            threads = record["settings"].get("threads")
             hours = sum(epoch["seconds"] for epoch in record["history"]) / 3600
             machine = f"{_parts(record, 'device')}, {threads or 'all'} threads, {record['versions']['machine']}"
-            used = [record["versions"], *(part["versions"] for part in record.get("trained_on", ()))]
-            in_tf32 = amp == "none" and any(part.get("tf32") == "on" for part in used)  # the convolutions, on a GPU
-            precision = "TF32" if in_tf32 else "float32" if amp == "none" else amp
-            commit = _parts(record, "code", _commit)
-            lines.append([record["name"], record["settings"]["seed"], precision, machine, f"{hours:.2f}", commit])
+            who = record["name"], record["settings"]["seed"], records.precision(record)
+            lines.append([*who, machine, f"{hours:.2f}", _parts(record, "code", _commit)])
     heads = ["run", "seed", "precision", "machine", "hours", "commit"]
     text = "Hours are of all epochs, with those that runs share and that were trained once."
     block = ["```", *commands, "```", ""]

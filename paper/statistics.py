@@ -110,16 +110,16 @@ def seeds_to_decide(distance: float, spread: float, resolution: float = 0.0) -> 
 
 def family(
     contrasts: Mapping[Key, Sequence[float]], margin: float = PAIRED_MARGIN, resolution: float = 0.0,
-    level: float = LEVEL,
+    level: float = LEVEL, size: int | None = None,
 ) -> dict[Key, Contrast]:  # fmt: skip
     """What paired differences show, one a seed, in percent points, for contrasts that are read together.
 
     'adds' or 'takes away': Holm's p is below `level`, and the 95 % interval leaves 0; with '(small)' where the mean is
     shown to lie inside ± margin, too. Else 'equal within ±margin': the interval of two one-sided tests at `level`
     (90 % by default) lies inside ± margin. Else 'not known'; 'one seed' for a single difference. Intervals and
-    equivalences are not adjusted.
+    equivalences are not adjusted. size: see `holm`.
     """
-    ps = holm([_p_value(differences, resolution) for differences in contrasts.values()])
+    ps = holm([_p_value(differences, resolution) for differences in contrasts.values()], size)
     found = {}
     for (name, differences), p in zip(contrasts.items(), ps, strict=True):
         n, (mean, _, half, half_equal) = len(differences), _summary(differences, resolution, level)
@@ -142,8 +142,11 @@ def _p_value(differences, resolution):
     return float(2 * student.sf(abs(mean) / spread * math.sqrt(n), n - 1)) if spread else 0.0
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def holm(ps: Sequence[float], size: int | None = None) -> list[float]:
     """Holm's adjusted p values, in the order given; NaN (one seed) stays NaN and does not count.
+
+    Args:
+        size: tests of the family, if more are planned than have a p so far.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -151,6 +154,6 @@ def holm(ps: Sequence[float]) -> list[float]:
     order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
     adjusted, largest = list(ps), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * ps[i]))
+        largest = max(largest, min(1.0, ((size or len(order)) - rank) * ps[i]))
         adjusted[i] = largest
     return adjusted

@@ -22,12 +22,14 @@ from training.recipe import Recipe
 from utils import DataError
 
 IB, CE = Run("cifar10", "exp", 100, "IB"), Run("cifar10", "exp", 100, "CE")
+RATIOS = ("third", "1", "3")
+PLAIN = {"lr": 0.1, "loss": "CE", "class_weights": "none", "sampler": "none"}
 PILOT = ("--epochs", "160", "--milestones", "--lr_factors")
 
 
 def record(run, plateau, *extra, val=None, best=90.0, **settings):
     """A record of a Run with further flags: 50 before, and `plateau` in its last tenth; `best`: of its best epoch."""
-    wanted = records.command_settings(run, extra)
+    wanted, images = records.command_settings(run, extra), [500] * 100 if run.dataset == "cifar100" else [5000] * 10
     n = wanted.epochs
     figures = [50.0] * (n - n // 10) + [plateau] * (n // 10)
     history = [
@@ -43,7 +45,7 @@ def record(run, plateau, *extra, val=None, best=90.0, **settings):
     return {
         "settings": {**recorded(wanted), **settings}, "history": history, "best": {"epoch": 7, "acc1": best},
         "last": history[-1]["test"], "epochs_done": n, "classes": [], "group_rule": "",
-        "class_counts": class_counts([5000] * 10, "exp", 1 / run.ratio),
+        "class_counts": class_counts(images, "exp", 1 / run.ratio),
     }  # fmt: skip
 
 
@@ -79,10 +81,24 @@ def read(tmp_path):
         (arm("start020"), (), None),
         (dataclasses.replace(IB, ratio=10), (), None),
         (IB, ("--epsilon", "0.02"), None),
+        (dataclasses.replace(CE, protocol="short"), (), None),
+        (Run("digits", "exp", 100, "CE"), (), None),
     ],
 )
 def test_runs_are_told_apart_by_what_they_do(run, extra, place):
     assert factor.place_of(record(run, 70.0, *extra)) == place
+
+
+@pytest.mark.parametrize(
+    ("forced", "place"),
+    [
+        ("amp is 'none' there and 'bf16' here", ("CE", 0.0, 0)),
+        ("amp is 'none' there and 'bf16' here; seed is 1 there and 0 here", None),
+        ("seed is 1 there and 0 here", None),
+    ],
+)
+def test_force_may_have_passed_over_another_precision_only(forced, place):
+    assert factor.place_of({**record(CE, 70.0, "--amp", "bf16"), "forced": [forced]}) == place
 
 
 def pilot(scores, seed=0):
@@ -101,9 +117,11 @@ def test_an_arm_takes_the_ratio_of_the_left_out_images_once_all_three_are_there(
     whole = record(arm("attached-grad3"), 60.0, val=20.0)  # its first 160 epochs are the pilot's
     whole["history"][:160] = next(one for one in made if one["settings"]["auto_ratio"] == 3.0)["history"]
     assert factor.choose(read(*made, whole)) == {"A": 3.0, "W": 1.0}
+    whole["settings"]["amp"] = "bf16"  # beside float32: no choice
+    assert factor.choose(read(*made, whole)) == {"W": 1.0}
 
 
-def test_contrasts_are_paired_means_over_seeds_of_one_precision_and_length(read):
+def test_contrasts_are_paired_means_over_seeds_of_one_precision_first_phase_and_length(read, capsys):
     made = pilot({
         "attached-gradthird": (79, 60), "attached-grad1": (80, 60), "attached-grad3": (73, 61),
         "weights-gradthird": (70, 49), "weights-grad1": (70, 50), "weights-grad3": (90, 49),
@@ -113,16 +131,50 @@ def test_contrasts_are_paired_means_over_seeds_of_one_precision_and_length(read)
         made += [record(arm("weights-grad1", seed), weights, val=50)]
     made += [record(IB, 76), record(CE, 70), record(dataclasses.replace(IB, seed=1), 76, "--amp", "bf16")]
     made += [record(dataclasses.replace(CE, seed=1), 70)]
+    made += [record(dataclasses.replace(run, seed=2), 70) for run in (IB, CE)]
+    for one, before in zip(made[-2:], (50.0, 51.0), strict=True):
+        one["history"][0] = {**one["history"][0], "stage": PLAIN, "test": {"acc1": before}}
     found = read(*made)
-    got = {name: (c.n, round(c.mean, 2)) for name, c in factor.contrasts(found).items()}
-    assert got["A - W, at the chosen ratios"] == (2, 2.75)
-    assert got["IB - CE, minus the published 7.39"] == (1, -1.39), "the other pair has two precisions"
-    assert any("A - W, at the chosen ratios | 2 | +2.75" in line for line in factor.tables(found))
+    got = {name: (c.n, round(c.mean, 2), c.verdict) for name, c in factor.contrasts(found).items()}
+    assert got == {
+        "A - W, at the chosen ratios 3 and 1": (2, 2.75, "judged at 3 or 6 seeds"),
+        "A - W, at ratio 1, to epoch 160": (1, 30.0, "one seed"),  # W's whole run has 50 there
+        "IB - CE, +6.00, minus the published 7.39": (1, -1.39, "one seed"),
+    }
+    messages = capsys.readouterr().err
+    assert all(f"IB and CE of seed {seed} have two precisions or two first phases" in messages for seed in (1, 2))
+    assert factor.tables(found)["contrasts"][1][0][:3] == ["A - W, at the chosen ratios 3 and 1", 2, "+2.75"]
+
+
+def test_a_verdict_counts_all_contrasts_of_the_plan_and_the_gain_has_its_own_words(read):
+    """Differences of 10, 10.1, 10.2: t = 175 with 2 degrees of freedom, p = 3.2e-5, times the plan's 7 contrasts."""
+    made = []
+    for seed, value in enumerate((80.0, 80.1, 80.2)):
+        made += pilot({"attached-grad1": (value, 60), "weights-grad1": (70, 60)}, seed)
+        made += [record(dataclasses.replace(IB, seed=seed), value - 5), record(dataclasses.replace(CE, seed=seed), 70)]
+    found = factor.contrasts(read(*made))
+    adds = found["A - W, at ratio 1, to epoch 160"]
+    assert (adds.verdict, adds.p) == ("adds", pytest.approx(7 * 3.27e-5, rel=0.02))
+    assert found["IB - CE, +5.10, minus the published 7.39"].verdict == "lower"
+
+
+def test_an_arm_that_chose_ratio_1_is_compared_to_epoch_160_until_its_whole_run_is_there(read):
+    scores = {f"{name}-grad{ratio}": (70, 50 + (ratio == "1")) for name in ("attached", "weights") for ratio in RATIOS}
+    made = pilot(scores)
+    assert list(factor.contrasts(read(*made))) == ["A - W, at ratio 1, to epoch 160"]
+    made += [record(arm(f"{name}-grad1"), 70, val=50) for name in ("attached", "weights")]
+    for one in made[-2:]:
+        one["history"][:160] = made[1]["history"]
+    assert list(factor.contrasts(read(*made))) == ["A - W, at the chosen ratios 1 and 1"]
 
 
 def test_the_epoch_that_the_left_out_images_choose_is_not_the_best_of_the_test_set(read):
-    lines = factor.tables(read(record(arm("attached-grad1"), 80.0, *PILOT, val=60.0, best=75.0)))
-    assert "| A | 0 | 160 | none |  |  |  |  | 60.00 | 7 | 75.00 | 80.00 | 80.00 | 80.00 |" in lines
+    heads, (line,) = factor.tables(read(record(arm("attached-grad1"), 80.0, *PILOT, val=60.0, best=75.0)))["runs"]
+    assert line[:5] == ["A", "1", 0, 160, "float32"]
+    assert dict(zip(heads[5:], line[5:], strict=True)) == {
+        "left-out": "60.00", "their epoch": "7", "test there": "75.00", "best": "80.00", "plateau": "80.00",
+        "last": "80.00",
+    }  # fmt: skip
 
 
 def test_two_runs_of_one_place_and_an_incomplete_record_are_named(read, tmp_path, capsys):
@@ -131,6 +183,8 @@ def test_two_runs_of_one_place_and_an_incomplete_record_are_named(read, tmp_path
         read(*pilot({"attached-grad1": (80, 60)}), record(arm("attached-grad1"), 81, *PILOT, val=60))
     with pytest.raises(DataError, match="one data set"):
         factor.read(tmp_path / "nothing")
+    with pytest.raises(DataError, match="one data set"):
+        read(*pilot({"attached-grad1": (80, 60)}), record(Run("cifar100", "exp", 100, "CE"), 38))
     read_again = factor.read
     (tmp_path / "1.json").unlink()
     read_again(tmp_path)
