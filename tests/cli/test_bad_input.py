@@ -1,7 +1,6 @@
 """Bad input: one line that names the culprit, exit status 2 (usage) or 1 (data), nothing written, no traceback."""
 
 import io
-import os
 import pickle
 import urllib.error
 from unittest import mock
@@ -13,7 +12,6 @@ from script_runner import (
     TINY,
     TWO_EPOCHS,
     load_checkpoint,
-    log_folder,
     messages,
     model_folder,
     run_main,
@@ -134,13 +132,12 @@ def no_network(*args, **kwargs):
 
 def test_missing_data_without_a_network(tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    args, words = (
-        ["--dataset", "cifar100", *TINY, "--data_dir", "images"],
-        ("cifar-100-python.tar.gz", "--dataset digits"),
-    )
-    with mock.patch("urllib.request.urlopen", no_network):
-        line = refused(args, tmp_path, capsys, 1, "no cifar100 in images", *words)
-    assert "cannot be downloaded" in line
+    (tmp_path / "a_file").touch()
+    words = ("cifar-100-python.tar.gz", "--dataset digits", "cannot be downloaded")
+    for place in ("images", "a_file"):
+        args = ["--dataset", "cifar100", *TINY, "--data_dir", place]
+        with mock.patch("urllib.request.urlopen", no_network):
+            refused(args, tmp_path, capsys, 1, f"no cifar100 in {place}", *words)
 
 
 def test_damaged_data_are_one_line(tmp_path, capsys):
@@ -265,12 +262,6 @@ def test_an_own_checkpoint_that_is_damaged_is_not_written_over(tmp_path, capsys)
     assert load_checkpoint(path)["epoch"] == 2
 
 
-def test_truncated_checkpoint(good_checkpoint, tmp_path, capsys):
-    whole = good_checkpoint(capsys)
-    (tmp_path / "cut.pth.tar").write_bytes(whole[: len(whole) // 2])
-    refused([*ARGS, "--resume", "cut.pth.tar"], tmp_path, capsys, 1, "cut.pth.tar")
-
-
 def damage(state, path, value):
     """`state` with the entry at `path` (keys, outermost first) replaced, or deleted for `None`."""
     *outer, last = path
@@ -326,15 +317,6 @@ def test_outputs_that_are_not_finite_after_the_last_step_are_a_warning(tmp_path,
 
 
 # ----------------------------------------------------------------------------------------- as real processes
-
-
-def test_help_can_be_printed(tmp_path, capsys):
-    status, out, err = run_main(["--help"], tmp_path, capsys)
-    assert (status, err) == (0, "")
-    for flag in ("--loss_type", "--alpha", "--val_fraction", "--keep_epochs", "--data_dir", "--overwrite"):
-        assert flag in out
-    assert not os.listdir(tmp_path)
-    assert not log_folder(tmp_path).exists()
 
 
 def test_an_empty_value_is_no_path(tmp_path, capsys):

@@ -88,7 +88,7 @@ def test_the_head_of_crt_is_drawn_anew_from_the_seed_and_sees_the_classes_equall
     assert not torch.equal(other[0][0], weight)
 
 
-@pytest.mark.parametrize(("loss", "after"), [("LDAM", 2), ("IB", 3), ("IB", 4)])
+@pytest.mark.parametrize(("loss", "after"), [("LDAM", 2), ("IB", 4)])
 def test_crt_stopped_in_either_stage_is_resumed_to_the_same_end(loss, after, tmp_path, capsys):
     args = [*CRT, "--loss_type", loss]
     run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from script_runner import DIGITS, TINY, load_checkpoint, log_folder, messages, model_folder, read_csv, run_main, run_ok
+from script_runner import DIGITS, TINY, load_checkpoint, log_folder, messages, model_folder, run_main, run_ok
 
 from experiment.evaluation import expected_calibration_error, reliability
 
@@ -40,15 +40,6 @@ def logits_of(folder, correction="."):
 
 def accuracy(logits, target):
     return 100 * (logits.argmax(1) == target).double().mean().item()
-
-
-def test_without_flags_the_figures_are_those_of_the_runs_last_epoch(trained, capsys):
-    folder = trained(capsys)
-    _, found = evaluate(folder, capsys)
-    last = read_csv(log_folder(folder) / "log_test.csv")[-1]
-    assert found["acc1"] == float(last["acc1"])
-    assert found["class_mean"] == pytest.approx(float(last["class_mean"]))
-    assert found["loss"] == pytest.approx(float(last["loss"]), rel=1e-5)
 
 
 def test_saved_logits_give_the_figures(trained, capsys):
@@ -197,14 +188,6 @@ def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
     torch.testing.assert_close(corrected, plain - prior.log().float(), rtol=1e-4, atol=1e-4)
     found = json.loads((log_folder(copied) / "evaluate" / "posthoc_la_1" / "evaluation.json").read_text())
     assert found["many"] == pytest.approx((found["per_class"][1] + found["per_class"][4]) / 2)
-
-
-def test_overwriting_a_run_removes_its_evaluation(copied, capsys):
-    evaluate(copied, capsys, "--save_logits")
-    evaluate(copied, capsys, "--posthoc_la", "1", "--save_logits")
-    evaluate(copied, capsys, "--tau_norm", "1")
-    run_ok([*RUN, "--overwrite"], copied, capsys)
-    assert not (log_folder(copied) / "evaluate").exists()
 
 
 def test_logits_that_are_not_finite_are_no_accuracy(copied, capsys):

@@ -185,18 +185,6 @@ def test_the_same_command_on_a_trained_run_makes_its_logs_and_trains_nothing(tmp
     assert (read_logs(log_folder(tmp_path)), snapshot(model_folder(tmp_path))) == before
 
 
-def test_a_published_checkpoint_is_continued(tmp_path, capsys):
-    """Of two epochs, as the official code writes it: without settings and history."""
-    run_ok([*FIVE, *TINY, "--exp_str", "whole"], tmp_path, capsys)
-    state = load_checkpoint(model_folder(tmp_path, exp="whole") / "ckpt.epoch002.pth.tar")
-    content = {name: state[name] for name in ("epoch", "arch", "state_dict", "optimizer")}
-    torch.save({**content, "best_acc1": torch.tensor(90.0)}, tmp_path / "published.pth.tar")
-    out = run_ok([*FIVE, *TINY, "--resume", "published.pth.tar"], tmp_path, capsys)
-    assert "epoch 3/5 done" in out
-    assert "epoch 2/5" not in out
-    assert_same_weights(model_folder(tmp_path) / "ckpt.pth.tar", model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
-
-
 # ------------------------------------------------------------------------------------------------ checkpoints by time
 
 

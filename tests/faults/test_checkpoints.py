@@ -91,7 +91,7 @@ def test_checkpoints_of_other_versions_are_read(how, tmp_path):
     assert same(checkpoint.load(str(path)), STATE)
 
 
-def test_a_copy_on_the_cpu_is_saved_as_the_same_bytes_and_training_does_not_reach_it():
+def test_a_copy_on_the_cpu_has_the_same_values_and_strides_and_training_does_not_reach_it():
     torch.manual_seed(0)
     model = models.resnet20(10).to(memory_format=torch.channels_last)
     optimizer = make_optimizer("sgd", model, 0.1, {"momentum": 0.9, "weight_decay": 2e-4})

@@ -5,7 +5,6 @@ import itertools
 import os
 import random
 import tarfile
-import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -19,13 +18,11 @@ from scipy import stats
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
-import imbalance_cifar
 import losses
 from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCECIFAR10, IMBALANCEDIGITS
 from loaders import batch_slices, normalise, sampled_order
 from loaders.augment import AUGMENTS, Augment
 from loaders.in_memory import InMemoryBatches, TrainEpoch, crop_and_flip
-from utils import DataError, UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PADDING, PLACES = 4, 9
@@ -274,21 +271,6 @@ def test_sampler_draws_the_official_indices(name):
     assert digest == expected["indices_sha256"]
 
 
-def test_resample_reaches_the_batches():
-    counts = [2000, 600, 200, 40]
-    targets = np.repeat(np.arange(4), counts)
-    rates = losses.effective_number_rates(counts, 0.9999)[torch.as_tensor(targets)]
-    batches = batches_of(np.zeros((len(targets), 32, 32, 3), np.uint8), targets, batch_size=512)
-    drawn = np.bincount(epoch_of(batches, 0, rates)[1].numpy(), minlength=4)
-    assert drawn.sum() == len(targets)
-    share = np.array([n * float(rates[targets == k][0]) for k, n in enumerate(counts)])
-    expected = share / share.sum() * len(targets)
-    assert stats.chisquare(drawn, expected).pvalue > 0.001
-    # the shuffle is the long tail itself, and the expectation above is near balance: the two cannot be confused
-    assert np.bincount(epoch_of(batches, 0)[1].numpy()).tolist() == counts
-    assert drawn[3] > 10 * counts[3]
-
-
 # ------------------------------------------------------------------------------------------------ real data
 
 
@@ -358,23 +340,3 @@ def test_a_subset_of_digits_holds_its_images():
 
 
 # ------------------------------------------------------------------------------------------------- loading
-
-
-def no_network(*args, **kwargs):
-    raise urllib.error.URLError("[Errno -3] Temporary failure in name resolution")
-
-
-def test_loading_digits_needs_no_folder():
-    train, test = imbalance_cifar.load("digits", "no/such/folder", "exp", 0.1)
-    assert (train.get_cls_num_list()[9], len(test), train.flip) == (12, 540, False)
-    with pytest.raises(UsageError, match="leaves"):
-        imbalance_cifar.load("digits", "no/such/folder", "exp", 0.001)
-
-
-def test_missing_cifar_is_one_line(tmp_path):
-    with mock.patch("urllib.request.urlopen", no_network):
-        with pytest.raises(DataError, match=r"no cifar100 in .*, and it cannot be downloaded"):
-            imbalance_cifar.load("cifar100", tmp_path / "new")
-        (tmp_path / "file").write_text("")
-        with pytest.raises(DataError, match="no cifar10 in"):
-            imbalance_cifar.load("cifar10", tmp_path / "file")

@@ -6,10 +6,8 @@ import math
 import types
 
 import pytest
-import torch
 from conftest import golden
 
-import losses
 from experiment.settings import Settings
 from training.recipe import Recipe
 from training.registry import LOSSES, RULES, Stage, all_constants
@@ -205,18 +203,3 @@ def test_the_constants_of_an_epoch_are_those_in_force():
     assert [names(e, "CE", "DRS") for e in (3, 4)] == [(), ("beta",)]
     assert [names(e, "VS", "DRW") for e in (3, 4)] == [("vs_gamma", "vs_tau"), ("vs_gamma", "vs_tau", "beta")]
     assert names(5, "CE", "DRW-IB") == names(5, "CE", "cRT") == ()
-
-
-def test_criterion_and_rates_of_a_stage():
-    made = recipe(loss_type="IB", train_rule="CBReweight", start_ib_epoch=1, constants=CONSTANTS)
-    first, second = made.criterion(made.stage(0), [5, 3, 1]), made.criterion(made.stage(1), [5, 3, 1])
-    assert type(first) is losses.CrossEntropyLoss
-    assert first.weight is None
-    assert (second.alpha, second.epsilon, second.norm, second.detach) == (7.0, 1e-2, "l2", True)
-    assert second.weight.tolist() == losses.effective_number_weights([5, 3, 1], 0.99).tolist()
-    targets = torch.tensor([0, 2, 2, 1])
-    assert made.image_rates(made.stage(0), [5, 3, 1], targets) is None
-    deferred = recipe(train_rule="DRS", drw_epoch=3, constants=CONSTANTS)
-    rates = [deferred.image_rates(deferred.stage(e), [5, 3, 1], targets) for e in (2, 3)]
-    assert rates[0] is None
-    assert torch.equal(rates[1], losses.effective_number_rates([5, 3, 1], 0.99)[targets])

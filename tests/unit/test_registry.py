@@ -8,7 +8,7 @@ from test_recipe import CONSTANTS, recipe
 
 import losses
 from training import registry
-from training.registry import CLASS_WEIGHTS, LOSSES, RULES, SAMPLERS, LossEntry, RuleEntry, Stage
+from training.registry import CLASS_WEIGHTS, LOSSES, RULES, LossEntry, RuleEntry, Stage
 
 COUNTS = [50, 10, 5]
 
@@ -64,15 +64,6 @@ def test_constants_reach_the_criterion():
     assert torch.equal(criterion_of("VS").scale, vs.scale)
     for name, shift in {"BS": vs.shift / 0.6, "LA": vs.shift * 1.5, "VS": vs.shift}.items():
         torch.testing.assert_close(criterion_of(name).shift, shift)
-
-
-def test_every_rule_is_made_of_what_there_is():
-    for name, rule in RULES.items():
-        assert rule.class_weights in CLASS_WEIGHTS
-        assert rule.sampler in SAMPLERS
-        assert rule.start is None or hasattr(recipe(), rule.start)
-        assert rule.trains == ("head" if name == "cRT" else "all")
-        assert rule.help
 
 
 def test_class_weights_and_rates():
