@@ -36,7 +36,7 @@ from utils import command
 @command
 def main(argv=None):
     settings = parse("cifar_train.py", argv, __doc__)
-    recipe = Recipe.from_settings(settings)
+    recipe = Recipe(settings)
     if settings.dry_run:
         return print(recipe.table())
 
@@ -46,11 +46,11 @@ def main(argv=None):
             return predict(run)
 
         # data
-        chosen, test_set = imbalance_cifar.load(
+        long_tailed, test_set = imbalance_cifar.load(
             settings.dataset, settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
         )
-        train_set, val_set = data.split_validation(chosen, settings)
-        run.use_data(data.describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
+        train_set, val_set = data.split_validation(long_tailed, settings)
+        run.use_data(data.describe(long_tailed, train_set, test_set))  # refused if it is not the checkpoint's
         size = train_set.image_size
         test_batches = for_evaluation(InMemoryBatches(test_set, **run.loading), size)
         val_batches = for_evaluation(InMemoryBatches(val_set, **run.loading), size) if val_set else None

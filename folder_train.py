@@ -7,8 +7,9 @@
 
 DIR holds train/<class>/* and val/<class>/* (or test/), as torchvision's ImageFolder reads them; without val/,
 --val_fraction holds out two parts of train/, one to choose the best epoch and one to test on. Lists have lines
-'path label'. The imbalance is the one that the data have, unless --imb_type makes another. Any of torchvision's
-classifiers (-a). Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run` prints the recipe.
+'path label'. The imbalance is the one that the data have, unless --imb_type makes another. -a is any of torchvision's
+classifiers that end in a linear layer. Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run`
+prints the recipe.
 """
 
 import dataclasses
@@ -39,12 +40,12 @@ from utils import command
 @command
 def main(argv=None):
     settings = parse("folder_train.py", argv, __doc__)
-    recipe = Recipe.from_settings(settings)
+    recipe = Recipe(settings)
     models.check_image_size(settings.arch, settings.image_size)
     if settings.dry_run:
         return print(recipe.table())
 
-    if not settings.evaluate:
+    if not settings.evaluate:  # the test part follows from the folders, and belongs to the settings
         share = imbalance_folder.share_to_test(
             settings.data_dir, settings.val_fraction, settings.test_fraction, settings.train_list, settings.val_list
         )
@@ -55,14 +56,14 @@ def main(argv=None):
             return predict(run)
 
         # data, read from files while training
-        chosen, test_set = imbalance_folder.load(
+        long_tailed, test_set = imbalance_folder.load(
             settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number, settings.test_fraction,
-            settings.train_list, settings.val_list, settings.check_images, settings.workers, settings.skip_damaged,
-            settings.exif, settings.mean, settings.std,
-            run.start.checkpoint.get("classes") if settings.evaluate else None,
+            train_list=settings.train_list, val_list=settings.val_list, check_images=settings.check_images,
+            workers=settings.workers, skip_damaged=settings.skip_damaged, exif=settings.exif, mean=settings.mean,
+            std=settings.std, classes=run.start.checkpoint.get("classes") if settings.evaluate else None,
         )  # fmt: skip
-        train_set, val_set = data.split_validation(chosen, settings)
-        run.use_data(data.describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
+        train_set, val_set = data.split_validation(long_tailed, settings)
+        run.use_data(data.describe(long_tailed, train_set, test_set))  # refused if it is not the checkpoint's
         size = settings.image_size
         loading = {**run.loading, "image_size": size, "workers": settings.workers}
         test_batches = for_evaluation(ImageFileBatches(test_set, **loading), size)

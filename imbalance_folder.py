@@ -31,8 +31,6 @@ EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".avif")
 HIDDEN = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX")
 #: Folders that are parts of a data set, so that none of them is a class.
 PARTS = ("train", "training", "val", "valid", "validation", "test", "testing", "images")
-#: Header of a list whose name ends in .csv.
-CSV_HEADER = ("image", "label")
 #: Largest share of damaged images that is left out.
 MAX_DAMAGED = 0.05
 
@@ -117,9 +115,8 @@ def load(
     has_train = train_list or os.path.isdir(os.path.join(data_dir, "train"))
     test_only = classes is not None and not has_train
     own = _test_source(data_dir, train_list, val_list, test_fraction or test_only)
-    unused = os.path.join(data_dir, "test")
-    if own == os.path.join(data_dir, "val") and os.path.isdir(unused):
-        warn(f"{unused} is not used, {own} is the test set: evaluate on it with -e --data_dir {unused}")
+    if not train_list:
+        _warn_of_unused(data_dir, None if test_fraction else own)
     if test_only and (own or not test_fraction):
         test = read_list(val_list, data_dir, classes) if val_list else read_folder(own or data_dir, classes)
         train = test.subset([])
@@ -191,6 +188,15 @@ def _test_source(data_dir, train_list, val_list, has_other):
             "one to test on"
         )
     return found
+
+
+def _warn_of_unused(data_dir, tested):
+    """Name the folders that look like parts of the data and are not read, as test/ beside val/ is not."""
+    for name in PARTS:
+        folder = os.path.join(data_dir, name)
+        if name not in ("train", "images") and folder != tested and os.path.isdir(folder):
+            test_set = tested or "a part of the training images"
+            warn(f"{folder} is not used, {test_set} is the test set: evaluate on it with -e --data_dir {folder}")
 
 
 def _training_folder(data_dir):
@@ -393,13 +399,13 @@ def _text_rows(path):
 
 def _csv_rows(path):
     reader = csv.DictReader(_lines(path), skipinitialspace=True)
-    missing = [name for name in CSV_HEADER if name not in (reader.fieldnames or ())]
-    if missing:
-        raise DataError(f"{path}, line 1: no column {named(missing)}: a CSV list begins with the line image,label")
+    if not {"image", "label"} <= set(reader.fieldnames or ()):
+        header = ",".join(reader.fieldnames or ())
+        raise DataError(f"{path}: the first line must be image,label, separated by a comma: it is {header[:80]!r}")
     rows = []
     try:
         for row in reader:
-            rows.append(tuple(row[column] for column in CSV_HEADER))
+            rows.append((row["image"], (row["label"] or "").strip()))
             if not all(rows[-1]):
                 raise DataError(f"{path}, line {reader.line_num}: an image and its label are wanted")
     except csv.Error as error:  # a quote that is never closed

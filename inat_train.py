@@ -35,7 +35,7 @@ from utils import command
 @command
 def main(argv=None):
     settings = parse("inat_train.py", argv, __doc__)
-    recipe = Recipe.from_settings(settings)
+    recipe = Recipe(settings)
     models.check_image_size(settings.arch, settings.image_size)
     if settings.dry_run:
         return print(recipe.table())
@@ -46,12 +46,12 @@ def main(argv=None):
             return predict(run)
 
         # data, read from files while training
-        chosen, test_set = imbalance_inat.load(
+        long_tailed, test_set = imbalance_inat.load(
             settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number,
-            settings.check_images, settings.workers, settings.skip_damaged,
+            check_images=settings.check_images, workers=settings.workers, skip_damaged=settings.skip_damaged,
         )  # fmt: skip
-        train_set, val_set = data.split_validation(chosen, settings)
-        run.use_data(data.describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
+        train_set, val_set = data.split_validation(long_tailed, settings)
+        run.use_data(data.describe(long_tailed, train_set, test_set))  # refused if it is not the checkpoint's
         size = settings.image_size
         loading = {**run.loading, "image_size": size, "workers": settings.workers}
         test_batches = for_evaluation(ImageFileBatches(test_set, **loading), size)

@@ -29,6 +29,8 @@ from torch.nn import functional as F
 #: 'none' counts every norm as 0, for the control without influence (Table 2 d)
 NORMS = ("l1", "l2", "linf", "none")
 
+HALF = (torch.float16, torch.bfloat16)
+
 #: Scale of the IB losses. The published class has 10000 as its default, but the published scripts pass 1000.
 ALPHA = 1000.0
 EPSILON = 1e-3
@@ -138,7 +140,7 @@ def _over_0(**values):
 
 def _widen(x):
     """A half-precision tensor as float32, anything else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALF else x
 
 
 def _by_class(values, logits, name):
@@ -229,6 +231,14 @@ class Loss(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
         self._saw_probabilities = False
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Loss":
+        """Move the buffers, and leave them in float32: `.half()` of a whole model would round class counts."""
+
+        def moved(x):
+            return x.to(fn(x).device) if x.is_floating_point() and fn(x).dtype in HALF else fn(x)
+
+        return super()._apply(moved, recurse)
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
         """The reduced loss: 0-d, or (N, ...) with reduction 'none'."""
@@ -522,7 +532,7 @@ class IBLoss(Loss):
     With soft targets y KL(y || p) = CE - entropy(y) takes the place of CE. It vanishes where |p - y| does, so p = y is
     the only stationary point: along a line from y KL is convex and 0 at y, so it grows at least as fast as |p - y|.
     (CE / |p - y| would grow without bound at the target, and drive a fitted model off it.) One-hot y has KL = CE.
-    Within rounding of y KL may be a little below 0.
+    Within rounding of y KL may be a little below 0, and its gradient is noise.
 
     Args:
         weight: (K,) class weights, or None.

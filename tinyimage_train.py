@@ -37,7 +37,7 @@ from utils import command
 @command
 def main(argv=None):
     settings = parse("tinyimage_train.py", argv, __doc__)
-    recipe = Recipe.from_settings(settings)
+    recipe = Recipe(settings)
     if settings.dry_run:
         return print(recipe.table())
 
@@ -47,11 +47,11 @@ def main(argv=None):
             return predict(run)
 
         # data, decoded into memory
-        chosen, test_set = imbalance_tinyimagenet.load(
+        long_tailed, test_set = imbalance_tinyimagenet.load(
             settings.data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
         )
-        train_set, val_set = data.split_validation(chosen, settings)
-        run.use_data(data.describe(chosen, train_set, test_set))  # refused if it is not the checkpoint's
+        train_set, val_set = data.split_validation(long_tailed, settings)
+        run.use_data(data.describe(long_tailed, train_set, test_set))  # refused if it is not the checkpoint's
         size, is_padded = settings.image_size, settings.crop == "padded"
 
         def batches(images, augment="none"):

@@ -42,15 +42,18 @@ def warn(message: str) -> None:
 def command(main):
     """Decorate a script's main(argv): errors become one line on standard error and an exit status.
 
-    UsageError ends with status 2; DataError, a refused write and too little memory with 1; SIGTERM with 143, Ctrl-C
-    with 130, a reader of the output that has gone with 141, as `git log | head` does. NothingToDo is printed; the
-    status is 0.
+    UsageError ends with status 2; DataError, a refused write and too little memory with 1; SIGTERM with 143, a terminal
+    that was closed (SIGHUP) with 129, Ctrl-C with 130, a reader of the output that has gone with 141, as `git log |
+    head` does. NothingToDo is printed; the status is 0.
     """
 
     @functools.wraps(main)
     def run(argv=None):
         name = os.path.basename(sys.argv[0]) if argv is None else f"{main.__module__}.py"
         signal.signal(signal.SIGTERM, _raise_terminated)
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(hangup, _raise_hung_up)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # print what the terminal's encoding lacks as escapes
                 stream.reconfigure(errors="backslashreplace")
@@ -75,6 +78,8 @@ def command(main):
             if not _is_out_of_memory(error):
                 raise
             status, message = 1, "error: out of memory: a smaller --batch-size or a smaller model needs less"
+        except HungUp as stop:
+            status, message = 129, f"stopped by SIGHUP{one_line(stop)}"
         except Terminated as stop:
             status, message = 143, f"stopped by SIGTERM{one_line(stop)}"
         except KeyboardInterrupt as stop:
@@ -96,8 +101,16 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the program was, so that files are closed on the way out."""
 
 
+class HungUp(KeyboardInterrupt):
+    """SIGHUP: the terminal was closed. Raised as Terminated is."""
+
+
 def _raise_terminated(signum, frame):
     raise Terminated
+
+
+def _raise_hung_up(signum, frame):
+    raise HungUp
 
 
 def one_line(text: object) -> str:
@@ -105,8 +118,9 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
-def named(names: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
+def named(names: Sequence[str], separator: str = ", ") -> str:
     """The first few names, safe to print, and how many more there are."""
+    limit = 5
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return separator.join(one_line(name) for name in names[:limit]) + more
 
@@ -230,10 +244,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def format_metric(value: float | None, digits: int = 2) -> str:
+def format_metric(value: float | None) -> str:
     """A figure as text: 'n/a' for None.
 
     >>> format_metric(78.256), format_metric(None)
     ('78.26', 'n/a')
     """
-    return "n/a" if value is None else f"{value:.{digits}f}"
+    return "n/a" if value is None else f"{value:.2f}"

@@ -22,7 +22,7 @@ def differing(mine: Settings, theirs: Settings, names: tuple[str, ...]) -> str |
 
 def plan(settings: Settings, epoch: int) -> dict[str, Any]:
     """All that decides how `epoch` is trained: its Stage, and the constants in force."""
-    recipe = Recipe.from_settings(settings)
+    recipe = Recipe(settings)
     return {**dataclasses.asdict(recipe.stage(epoch)), **recipe.constants_at(epoch)}
 
 

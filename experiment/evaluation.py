@@ -1,5 +1,6 @@
 """-e: what a checkpoint reaches on the test set; post-hoc corrections; logits and calibration."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +18,9 @@ from imbalance import GROUP_RULE
 from losses import log_prior
 from training import distributed
 from training.loop import evaluate
-from training.metrics import group_accuracy
 from training.precision import Precision
-from utils import DataError, UsageError, format_metric
+from training.registry import LOSSES
+from utils import DataError, UsageError, format_metric, warn
 
 #: What -e writes: a folder below the run's logs, in it the file of --save_logits, and the test images it got wrong.
 EVALUATION, LOGITS, ERRORS = "evaluate", "logits.npz", "errors.csv"
@@ -41,11 +42,13 @@ def evaluate_checkpoint(
             finite.
     """
     settings = run.settings
-    correction = correct_head(run, model, val_batches, precision)
-    logits, target = collect_logits(model, test_batches, precision)
+    correction, seen = correct_head(run, model, val_batches, precision), []
+    result = evaluate(model, test_batches.eval_epoch(), run.class_counts, precision, seen)
+    logits, target = _of_all_ranks(seen)
     if not logits.isfinite().all():
         raise DataError(f"{run.start.path} gives logits that are not finite: its weights, or the correction, are bad")
-    result = _evaluate_logits(logits.to(run.device), target.to(run.device), run.class_counts, test_batches.batch_size)
+    calibration = reliability(logits, target)
+    result |= {"calibration": calibration, "calibration_error": expected_calibration_error(calibration)}
     if not distributed.is_main():
         return result
     print_classes(run.data.class_names, run.class_counts, result)
@@ -94,48 +97,11 @@ def _errors(logits, target, files, class_names):
     return csv_text([("file", "class", "predicted", "probability"), *rows])
 
 
-@torch.no_grad()
-def collect_logits(model: torch.nn.Module, batches: Any, precision: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, K) and targets (N,) of every image, in order, on the CPU; with ranks, of all of them on rank 0's.
-
-    Every rank sees its slice of each batch; the slices are put together in the order of the batches.
-    """
-    model.eval()
-    parts = []
-    for images, target in batches.eval_epoch():
-        if len(target):
-            with precision.autocast():
-                logits, _ = model(images)
-            parts.append((logits.float().cpu(), target.cpu()))
-        else:
-            parts.append((None, target.cpu()))
-    if distributed.world_size() > 1:
-        ranks = distributed.gather(parts)
-        parts = [part for batch in zip(*ranks, strict=True) for part in batch]
-    parts = [part for part in parts if part[0] is not None]
-    return torch.cat([logits for logits, _ in parts]), torch.cat([target for _, target in parts])
-
-
-def _evaluate_logits(logits, target, class_counts, batch_size):
-    """As `loop.evaluate`, and the calibration. On a CPU in training's batches: the loss is the recorded one to the bit.
-
-    Every rank has the logits of all images: rank 0 counts them.
-    """
-    batches = list(zip(logits.split(batch_size), target.split(batch_size), strict=True))
-    result = evaluate(_Given().to(logits.device), batches if distributed.is_main() else [], class_counts)
-    calibration = reliability(logits, target)
-    return {**result, "calibration": calibration, "calibration_error": expected_calibration_error(calibration)}
-
-
-class _Given(torch.nn.Module):
-    """A model whose input is its logits."""
-
-    def __init__(self):
-        super().__init__()
-        self.on = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, logits):
-        return logits, logits
+def _of_all_ranks(parts):
+    """Logits (N, K) and targets (N,) in the order of the data set, from each rank's slices of the batches."""
+    batches = itertools.zip_longest(*distributed.gather(parts))  # ranks without images in the last batch have one less
+    logits, target = zip(*(part for batch in batches for part in batch if part is not None), strict=True)
+    return torch.cat(logits), torch.cat(target)
 
 
 def reliability(logits: torch.Tensor, target: torch.Tensor, bins: int = BINS) -> list[dict[str, float | int | None]]:
@@ -183,7 +149,11 @@ def correct_head(run: Run, model: torch.nn.Module, val_batches: Any, precision: 
             head.bias.copy_(bias)
             apply(head, value, run.class_counts)
 
+    if name == "posthoc_la" and LOSSES[settings.loss_type].corrects_prior:
+        warn(f"--posthoc_la: --loss_type {settings.loss_type} has corrected for the class prior already")
     if len(values) > 1:
+        if settings.predict:
+            raise UsageError(f"--{name} takes one value with --predict: -e without --predict finds the best of several")
         if val_batches is None:
             raise UsageError(
                 f"--{name} with several values needs a part of --val_fraction that is held out beside the test images"
@@ -191,19 +161,12 @@ def correct_head(run: Run, model: torch.nn.Module, val_batches: Any, precision: 
         scores = {}
         for value in values:
             correct(value)
-            logits, target = collect_logits(model, val_batches, precision)
-            scores[value] = _class_mean(logits, target, run.class_counts)
+            scores[value] = evaluate(model, val_batches.eval_epoch(), run.class_counts, precision)["class_mean"]
             print(f"--{name} {value:g}: class mean {format_metric(scores[value])} on the held-out part")
         values = (max(scores, key=lambda value: scores[value]),)
     correct(values[0])
     print(f"--{name} {values[0]:g} applied")
     return {name: values[0]}
-
-
-def _class_mean(logits, target, class_counts):
-    hit, classes = (logits.argmax(1) == target).double(), len(class_counts)
-    per_class = [100 * hit[target == k].mean().item() if (target == k).any() else None for k in range(classes)]
-    return group_accuracy(per_class, class_counts)["class_mean"]
 
 
 def adjust_logits(head: torch.nn.Linear, tau: float, class_counts: Sequence[int]) -> None:

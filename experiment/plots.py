@@ -97,7 +97,7 @@ def plain_log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def draw_confusion(axes: Any, confusion: Sequence[Sequence[int]], names: Sequence[str], font: float = 5.5) -> Any:
+def draw_confusion(axes: Any, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Any:
     """A confusion matrix, rows the true classes, in percent of the class. Returns its image."""
     percent = [[100 * cell / max(sum(row), 1) for cell in row] for row in confusion]
     image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
@@ -111,7 +111,7 @@ def draw_confusion(axes: Any, confusion: Sequence[Sequence[int]], names: Sequenc
         for i, row in enumerate(percent):
             for j, value in enumerate(row):
                 color = "white" if value > 50 else "black"
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=font, color=color)
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=5.5, color=color)
     return image
 
 

@@ -34,7 +34,8 @@ def predict(run: Run) -> None:
     warnings and left out.
 
     Raises:
-        DataError: no images, or a checkpoint without class names. UsageError: a correction that needs more data.
+        DataError: no images, none that can be decoded, or a checkpoint without class names.
+        UsageError: a correction that needs more data.
     """
     if not distributed.is_main():
         return
@@ -72,19 +73,21 @@ def predict(run: Run) -> None:
             for k, values, labels in zip(whole, best.values.tolist(), best.indices.tolist(), strict=True):
                 file = os.path.relpath(paths[k], base)
                 rows += [(file, classes[n], f"{value:.6f}") for n, value in zip(labels, values, strict=True)]
+    if not shown:
+        raise DataError(f"none of the {len(paths)} images in {path} can be decoded")
     out = os.path.join(output_folder(run, PREDICTIONS, correction), csv_name(path))
     write_text(out, csv_text([("file", "class", "probability"), *rows]))
     print(f"{shown} images, {len(paths) - shown} left out; written: {out}")
 
 
 def csv_name(path: str) -> str:
-    """The CSV's name, from the whole path: a/test and b/test are a_test.csv and b_test.csv.
+    """The CSV's name, from the whole path: a/test and b/test are a__test.csv and b__test.csv.
 
     The path is relative to the working folder, of images outside of it absolute.
     """
     path = os.path.abspath(path)
     here = os.path.join(os.getcwd(), "")
-    return path.removeprefix(here).strip(os.sep).replace(os.sep, "_")[-200:] + ".csv"
+    return path.removeprefix(here).strip(os.sep).replace(os.sep, "__")[-200:] + ".csv"
 
 
 def _restored(run, num_classes):

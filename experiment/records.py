@@ -81,7 +81,7 @@ class Records:
     """The files of one run.
 
     Args:
-        folder: log/<store_name>.
+        folder: of the logs.
         class_names: K names.
         info: what does not change during the run (settings, versions, split), for summary.json.
         history: records of the epochs already done.

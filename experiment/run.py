@@ -66,8 +66,12 @@ def open_run(settings: Settings) -> Iterator["Run"]:
         hint = "try a smaller --lr, or with an IB loss a smaller --alpha (or --alpha auto)"
         raise DataError(f"the loss is not finite in epoch {run.epoch + 1}, batch {bad.batch + 1}: {hint}") from None
     except RuntimeError as error:
-        raise _explained(error, settings) or error from None
+        if explained := _explained(error, settings):
+            raise explained from None
+        raise
     except KeyboardInterrupt as stop:
+        if settings.evaluate:
+            raise
         newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
         hint = f"the same command continues from {newest}" if os.path.exists(newest) else "no epoch was finished"
         raise type(stop)(f": {hint}") from None
@@ -247,6 +251,8 @@ class Run:
 
         gradient: what `gradients.match_gradient` found before the epoch, if it was called.
         """
+        finite = math.isfinite(test["loss"] + (val["loss"] if val else 0))
+        score = val["class_mean"] if val else test["acc1"]
         record = {
             "epoch": self.epoch,
             "time": time.time(),
@@ -255,12 +261,12 @@ class Run:
             "train": {name: value for name, value in train.items() if name != "ib_factor"},
             "test": {name: value for name, value in test.items() if name != "confusion"},
             "val": val and {name: value for name, value in val.items() if name != "confusion"},
-            "score": val["class_mean"] if val else test["acc1"],
+            "score": score if finite else -1.0,  # outputs of NaN count as class 0, which may be the largest
             "ib_factor": train["ib_factor"],
             "alpha": None if criterion.current_alpha is None else float(criterion.current_alpha),
             "gradient": gradient,
         }
-        if not math.isfinite(test["loss"] + (val["loss"] if val else 0)):  # batch norm's first statistics may do it
+        if not finite:  # batch norm's first statistics may do it
             warn(f"after epoch {self.epoch + 1} the model has outputs that are not finite: its accuracy means nothing")
         self.history = [*self.history, record]
         if self._records is not None:

@@ -98,7 +98,7 @@ _run = functools.partial(setting, group="run", affects="nothing")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of one run; read only. A script that does not offer a flag leaves its field at None."""
+    """The settings of one run; read only. A field whose flag a script does not offer keeps its default."""
 
     # fmt: off
     dataset: str = _data(None, "--dataset", plain_name, "the data set")
@@ -323,8 +323,8 @@ def recorded(settings: Settings) -> dict[str, Any]:
     }
 
 
-def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Settings:
-    """The Settings of a checkpoint or a record. What it lacks, being older, is as in `base` (None: the defaults).
+def from_record(record: Mapping[str, Any]) -> Settings:
+    """The Settings of a checkpoint or a record. What it lacks, being older, has its default.
 
     Raises:
         ValueError: a name that is not offered here, a loss of another checkout for example.
@@ -336,7 +336,7 @@ def from_record(record: Mapping[str, Any], base: Settings | None = None) -> Sett
         offered = FIELDS[name].metadata["argparse"].get("choices")
         if offered is not None and value is not None and value not in offered:
             raise ValueError(f"{name} is {value!r}")
-    return dataclasses.replace(base or Settings(), **values, given=frozenset())
+    return Settings(**values)
 
 
 # ---------------------------------------------------------------------------------------------- combinations
@@ -364,6 +364,8 @@ def check(settings: Settings) -> Settings:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
     if settings.top > 1 and not settings.predict:
         raise UsageError("--top is for --predict DIR: add it")
+    if settings.save_logits and settings.predict:
+        raise UsageError("--save_logits is for the test images: leave out --predict")
     corrections = [f"--{name}" for name in ("posthoc_la", "tau_norm", "tau_norm_bias") if getattr(settings, name)]
     if len(corrections) > 1:
         raise UsageError(f"{' and '.join(corrections)} exclude each other")
@@ -412,7 +414,9 @@ def _check_method(settings):
         raise UsageError(f"--auto_ratio is for --auto_target gradient: {settings.auto_target} has none")
     if settings.evaluate:
         return
-    recipe = Recipe.from_settings(settings)
+    if loss.corrects_prior and RULES[settings.train_rule].sampler != "none":
+        warn(f"{method} and --train_rule {settings.train_rule} both correct for rare classes: the prior counts twice")
+    recipe = Recipe(settings)
     changes = (0, settings.start_ib_epoch, recipe.rule_start)
     used = {name for epoch in changes if epoch < settings.epochs for name in recipe.constants_at(epoch)}
     for name in all_constants():

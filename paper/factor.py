@@ -221,7 +221,7 @@ def norms_after(path: str, data_dir: str) -> tuple[int, float, float]:
     epochs, model, data = influence.trained(path, data_dir)
     state = checkpoint.load(path)
     settings: Any = settings_of_checkpoint(state, path)
-    recipe = Recipe.from_settings(settings)
+    recipe = Recipe(settings)
     criterion = recipe.criterion(recipe.stage(epochs - 1), data.get_cls_num_list())
     if not criterion.needs_features:
         raise DataError(f"{path} is before the second phase, or of a run without one")

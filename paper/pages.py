@@ -67,7 +67,7 @@ def _of_rows(kind, named, base=None):
         elif kind == "gain":
             base_row, _ = here.get(base, (row, []))
             both = rows.pairs(dict(here.values()), row, base_row) if base in here else []
-            of_base = rows.published(base_row)
+            of_base = rows.published(base_row) if base in here else None
             printed = None if printed is None or of_base is None else printed - of_base
         sign = "+" if kind == "gain" else ""
         cells = [] if kind == "groups" else ["" if printed is None else f"{printed:{sign}.2f}"]

@@ -10,6 +10,7 @@ import json
 import pathlib
 from typing import Any
 
+import imbalance_cifar
 from experiment import parser
 from experiment.settings import Settings, fields_affecting, from_record
 from files import write_text
@@ -203,14 +204,14 @@ def _value(settings, name):
     if name == "imb_factor" and settings.imb_type == "none":  # it has no effect
         return 1.0
     if name == "flip" and settings.flip == "auto":  # what the data set says
-        return "off" if settings.dataset == "digits" else "on"
+        return "on" if getattr(imbalance_cifar.DATASETS.get(settings.dataset), "flip", True) else "off"
     return getattr(settings, name)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(settings):
     """The first epoch, the stage of every epoch, and the constants in force in each kind of stage."""
-    recipe = Recipe.from_settings(settings)
+    recipe = Recipe(settings)
     stages = recipe.stages()
     kinds = {dataclasses.replace(stage, lr=0.0): epoch for epoch, stage in enumerate(stages)}
     return settings.start_epoch, stages, {kind: recipe.constants_at(epoch) for kind, epoch in kinds.items()}

@@ -166,11 +166,13 @@ def evaluate(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     class_counts: Sequence[int],
     precision: Precision | None = None,
+    seen: list | None = None,
 ) -> dict[str, Any]:
     """Accuracy on `batches`, and the plain CE, whatever the run trains with, so that its curve does not jump.
 
     Args:
         class_counts: training images of each class, for the groups.
+        seen: gets (logits (n, K), target (n,)) of each of this rank's batches that has images, on the CPU.
 
     Returns:
         dict(loss, acc1, acc5, seen, those of `metrics.CLASS_FIGURES`, per_class, confusion, seconds), accuracies in
@@ -188,6 +190,8 @@ def evaluate(
             logits, _ = model(images)
         metrics.add(logits, target, F.cross_entropy(logits.float(), target, reduction="sum"))
         metrics.count_batch(len(target))
+        if seen is not None:
+            seen.append((logits.float().cpu(), target.cpu()))
     per_class, confusion = metrics.per_class()
     figures = {name: figure(per_class, confusion, class_counts) for name, figure in CLASS_FIGURES.items()}
     seconds = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""--amp, --compile and --deterministic: how numbers are computed on the device."""
+"""--amp, --tf32, --batch_norm, --compile and --deterministic: how numbers are computed on the device."""
 
 import contextlib
 import os

@@ -1,8 +1,7 @@
 """What epoch e does: learning rate, loss, class weights, sampler. Pure: no device, no files, no flags."""
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +13,8 @@ from training.registry import Stage
 SCHEDULES = ("step", "cosine")
 
 
-@dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The published schedule (cifar_train.py of the official code), its constants as fields.
+    """The published schedule (cifar_train.py of the official code).
 
     Warm-up: lr * (e + 1) / warmup_epochs. Then 'step' multiplies the lr by its factor from each milestone on; 'cosine'
     by (1 + cos(pi * e / epochs)) / 2, without milestones. From `start_ib_epoch` on, with an IB loss, the lr is
@@ -27,33 +25,16 @@ class Recipe:
     the first stage, of `drw_epoch` epochs. In the second only the head is trained. Its lr starts again, as in the code
     of its authors: half a cosine from `lr` to 0, without warm-up; `ib_lr_factor` holds in the IB phase here too.
 
-    constants: what losses, class weights and samplers depend on, by name (`registry.all_constants`).
+    settings: an object with their names as attributes (experiment/settings.py), which are not changed later.
     """
 
-    loss_type: str
-    train_rule: str
-    epochs: int
-    lr: float
-    start_ib_epoch: int
-    warmup_epochs: int
-    milestones: tuple[int, ...]
-    lr_factors: tuple[float, ...]
-    ib_lr_factor: float
-    keep_warmup: bool
-    drw_epoch: int
-    schedule: str
-    constants: Mapping[str, Any]
-
-    @classmethod
-    def from_settings(cls, settings: Any) -> "Recipe":
-        """The recipe of an object with attributes of the same names, and of the constants' names."""
-        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)[:-1]}
-        return cls(**fields, constants={name: getattr(settings, name) for name in registry.all_constants()})
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
 
     def stage(self, epoch: int) -> Stage:
         """The Stage of `epoch`, counted from 0."""
-        rule, started = registry.RULES[self.train_rule], epoch >= self.rule_start
-        loss, weights = self.loss_type, rule.class_weights if started else "none"
+        rule, started = registry.RULES[self.settings.train_rule], epoch >= self.rule_start
+        loss, weights = self.settings.loss_type, rule.class_weights if started else "none"
         if registry.LOSSES[loss].first_phase_ce and not self._in_ib_phase(epoch):
             loss, weights = "CE", "none"
         sampler, trains = (rule.sampler, rule.trains) if started else ("none", "all")
@@ -62,8 +43,8 @@ class Recipe:
     @property
     def rule_start(self) -> int:
         """The first epoch in which the rule is in force."""
-        start = registry.RULES[self.train_rule].start
-        return 0 if start is None else getattr(self, start)
+        start = registry.RULES[self.settings.train_rule].start
+        return 0 if start is None else getattr(self.settings, start)
 
     def draws_head(self, epoch: int) -> bool:
         """Whether this epoch starts with a new head: the first in which the head alone is trained."""
@@ -71,7 +52,7 @@ class Recipe:
 
     def stages(self) -> list[Stage]:
         """The stages of all epochs."""
-        return [self.stage(epoch) for epoch in range(self.epochs)]
+        return [self.stage(epoch) for epoch in range(self.settings.epochs)]
 
     def table(self) -> str:
         """CSV, a row an epoch, counted from 0: what --dry_run prints; `trains` is a column where it changes."""
@@ -82,36 +63,36 @@ class Recipe:
 
     def criterion(self, stage: Stage, class_counts: Sequence[int]) -> Loss:
         """The criterion of a stage: criterion(logits, target, features), see losses.py."""
-        weights = registry.call(registry.CLASS_WEIGHTS[stage.class_weights], self.constants, class_counts)
-        return registry.call(registry.LOSSES[stage.loss].build, self.constants, class_counts, weights)
+        weights = registry.call(registry.CLASS_WEIGHTS[stage.class_weights], vars(self.settings), class_counts)
+        return registry.call(registry.LOSSES[stage.loss].build, vars(self.settings), class_counts, weights)
 
     def image_rates(self, stage: Stage, class_counts: Sequence[int], targets: Tensor) -> Tensor | None:
         """The rate at which each image is drawn, (N,) float64, or None for a shuffle; targets (N,)."""
-        rates = registry.call(registry.SAMPLERS[stage.sampler], self.constants, class_counts)
+        rates = registry.call(registry.SAMPLERS[stage.sampler], vars(self.settings), class_counts)
         return None if rates is None else rates[targets.cpu()]
 
     def constants_at(self, epoch: int) -> dict[str, Any]:
         """The constants in force in `epoch`, by name."""
-        return {name: self.constants[name] for name in registry.constants_of(self.stage(epoch))}
+        return {name: getattr(self.settings, name) for name in registry.constants_of(self.stage(epoch))}
 
     def _in_ib_phase(self, epoch):
-        return registry.LOSSES[self.loss_type].first_phase_ce and epoch >= self.start_ib_epoch
+        return registry.LOSSES[self.settings.loss_type].first_phase_ce and epoch >= self.settings.start_ib_epoch
 
     def _lr(self, epoch):
-        lr, in_ib_phase, length = self.lr, self._in_ib_phase(epoch), self.epochs
-        if registry.RULES[self.train_rule].trains == "head":
-            length = min(self.rule_start, self.epochs)
+        lr, in_ib_phase, length = self.settings.lr, self._in_ib_phase(epoch), self.settings.epochs
+        if registry.RULES[self.settings.train_rule].trains == "head":
+            length = min(self.rule_start, self.settings.epochs)
             if epoch >= length:
-                lr *= self.ib_lr_factor if in_ib_phase else 1
-                return lr * _half_cosine(epoch - length, self.epochs - length)
-        warms_up = epoch < self.warmup_epochs and (self.keep_warmup or not in_ib_phase)
+                lr *= self.settings.ib_lr_factor if in_ib_phase else 1
+                return lr * _half_cosine(epoch - length, self.settings.epochs - length)
+        warms_up = epoch < self.settings.warmup_epochs and (self.settings.keep_warmup or not in_ib_phase)
         if warms_up:
-            lr = lr * (epoch + 1) / self.warmup_epochs
+            lr = lr * (epoch + 1) / self.settings.warmup_epochs
         if in_ib_phase:
-            lr *= self.ib_lr_factor
-        if self.schedule == "cosine":
+            lr *= self.settings.ib_lr_factor
+        if self.settings.schedule == "cosine":
             return lr if warms_up else lr * _half_cosine(epoch, length)
-        for milestone, factor in zip(self.milestones, self.lr_factors, strict=True):
+        for milestone, factor in zip(self.settings.milestones, self.settings.lr_factors, strict=True):
             if epoch >= milestone:
                 lr *= factor
         return lr

@@ -33,12 +33,13 @@ class Stage:
 @dataclasses.dataclass(frozen=True)
 class LossEntry:
     """build: criterion from (class counts, class weights or None, the constants by name); first_phase_ce: plain CE
-    before `start_ib_epoch`; normalised_head: for a cosine head.
+    before `start_ib_epoch`; normalised_head: for a cosine head; corrects_prior: the class prior is in the logits.
     """
 
     build: Callable[..., losses.Loss]
     first_phase_ce: bool = False
     normalised_head: bool = False
+    corrects_prior: bool = False
     help: str = ""
 
     @property
@@ -71,12 +72,18 @@ LOSSES: dict[str, LossEntry] = {
         normalised_head=True,
         help="margins by class, normalised head",
     ),
-    "BS": LossEntry(lambda counts, weight: losses.BalancedSoftmaxLoss(counts, weight), help="Balanced Softmax"),
+    "BS": LossEntry(
+        lambda counts, weight: losses.BalancedSoftmaxLoss(counts, weight), corrects_prior=True, help="Balanced Softmax"
+    ),
     "LA": LossEntry(
-        lambda counts, weight, la_tau: losses.LogitAdjustedLoss(counts, la_tau, weight), help="logit adjustment"
+        lambda counts, weight, la_tau: losses.LogitAdjustedLoss(counts, la_tau, weight),
+        corrects_prior=True,
+        help="logit adjustment",
     ),
     "VS": LossEntry(
-        lambda counts, weight, vs_gamma, vs_tau: losses.VSLoss(counts, vs_gamma, vs_tau, weight), help="vector scaling"
+        lambda counts, weight, vs_gamma, vs_tau: losses.VSLoss(counts, vs_gamma, vs_tau, weight),
+        corrects_prior=True,
+        help="vector scaling",
     ),
     "IB": LossEntry(
         lambda counts, weight, alpha, epsilon, ib_norm, detach_ib, auto_target, auto_ratio: losses.IBLoss(

@@ -1,6 +1,7 @@
 """Bad input: one line that names the culprit, exit status 2 (usage) or 1 (data), nothing written, no traceback."""
 
 import io
+import math
 import pickle
 import urllib.error
 from unittest import mock
@@ -19,6 +20,7 @@ from script_runner import (
     snapshot,
 )
 
+import cifar_train
 import imbalance_cifar
 
 
@@ -314,6 +316,20 @@ def test_outputs_that_are_not_finite_after_the_last_step_are_a_warning(tmp_path,
     status, _, err = run_main(args, tmp_path, capsys)
     assert status == 0
     assert "warning: after epoch 1 the model has outputs that are not finite: its accuracy means nothing" in err
+
+
+def test_an_epoch_with_such_outputs_is_never_the_best(tmp_path, capsys):
+    """Logits of NaN count as class 0, which may be most of the test images."""
+    evaluate, epochs = cifar_train.evaluate, []
+
+    def broken(*args):
+        epochs.append(evaluate(*args))
+        return {**epochs[-1], "acc1": 99.0, "loss": math.nan} if len(epochs) == 2 else epochs[-1]
+
+    with mock.patch.object(cifar_train, "evaluate", broken):
+        run_ok([*DIGITS, *TINY, "--epochs", "3", "--milestones"], tmp_path, capsys)
+    best = load_checkpoint(model_folder(tmp_path) / "ckpt.best.pth.tar")
+    assert best["best_acc1"] == max(epochs[0]["acc1"], epochs[2]["acc1"])
 
 
 # ----------------------------------------------------------------------------------------- as real processes

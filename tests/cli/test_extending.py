@@ -65,6 +65,7 @@ def test_a_data_set():
     train_set = snippet("A data set")["train_set"]
     assert train_set.get_cls_num_list() == [200, 63, 20]
     assert train_set.data.shape == (283, 32, 32, 3)
+    assert train_set.left_out(9).get_cls_num_list() == [0, 9, 9]
 
 
 def test_a_hook_gets_the_record_of_each_epoch(monkeypatch):

@@ -90,8 +90,9 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
 def test_folders_of_one_name_have_predictions_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [csv_name(path) for path in ("new", "./new/", str(tmp_path / "new"), "a/new", "b/new", "/data/new")]
-    assert names == ["new.csv", "new.csv", "new.csv", "a_new.csv", "b_new.csv", "data_new.csv"]
-    assert csv_name(".").endswith(f"_{tmp_path.name}.csv")
+    assert names == ["new.csv", "new.csv", "new.csv", "a__new.csv", "b__new.csv", "data__new.csv"]
+    assert csv_name(".").endswith(f"__{tmp_path.name}.csv")
+    assert csv_name("a_b/c") != csv_name("a/b_c")
 
 
 def test_the_pages_code_and_its_onnx_file_give_the_evaluations_logits(trained, tmp_path, monkeypatch, capsys):
@@ -133,7 +134,9 @@ def test_an_evaluation_follows_folders_that_were_renamed(trained, tmp_path):
         (["--predict", "empty"], 1, "no images in empty"),
         (["--predict", "nowhere"], 1, "nowhere cannot be read"),
         (["--top", "2"], 2, "--top is for --predict"),
-        (["--predict", ".", "--tau_norm", "1", "2"], 2, "--tau_norm with several values"),
+        (["--predict", ".", "--tau_norm", "1", "2"], 2, "--tau_norm takes one value with --predict"),
+        (["--predict", ".", "--save_logits"], 2, "--save_logits is for the test images"),
+        (["--predict", "."], 1, "none of the 1 images in . can be decoded"),
     ],
 )
 def test_what_cannot_be_predicted_is_said_in_a_line(flags, status, words, trained, tmp_path):

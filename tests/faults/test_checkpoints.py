@@ -270,11 +270,19 @@ def test_a_file_that_may_not_grow_is_named_and_spares_the_last_one(tmp_path):
     assert checkpoint.load(str(path))["epoch"] == 1
 
 
-# ------------------------------------------------------------------------------------------------- SIGTERM
+# ------------------------------------------------------------------------------------------------- SIGTERM, SIGHUP
 
 
-@pytest.mark.parametrize("at", ["write", "evaluate", "records"])
-def test_sigterm_at_a_bad_moment_leaves_a_good_checkpoint(at, whole, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("at", "number", "expected"),
+    [
+        ("write", signal.SIGTERM, 143),
+        ("evaluate", signal.SIGTERM, 143),
+        ("records", signal.SIGTERM, 143),
+        ("evaluate", signal.SIGHUP, 129),
+    ],
+)
+def test_a_signal_at_a_bad_moment_leaves_a_good_checkpoint(at, number, expected, whole, tmp_path, capsys):
     """The signal comes in the second epoch, or in a write, while that function runs."""
     place = {
         "write": (torch, "save"),
@@ -286,12 +294,12 @@ def test_sigterm_at_a_bad_moment_leaves_a_good_checkpoint(at, whole, tmp_path, c
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
     with mock.patch.object(*place, interrupted):
         status, _, err = run_main(THREE, tmp_path, capsys)
-    assert status == 143
+    assert status == expected
     (line,) = messages(err)
     assert "the same command continues" in line
     model = model_folder(tmp_path, "IB")

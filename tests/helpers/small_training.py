@@ -13,7 +13,7 @@ LR = 0.1
 def criterion_of(loss, alpha="auto"):
     """What a run with this loss and CB weights trains two classes of 3 and 1 images with."""
     settings = Settings(loss_type=loss, train_rule="CBReweight", start_ib_epoch=0, alpha=alpha)
-    recipe = Recipe.from_settings(settings)
+    recipe = Recipe(settings)
     return recipe.criterion(recipe.stage(0), [3, 1])
 
 

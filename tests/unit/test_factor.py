@@ -197,7 +197,7 @@ def test_the_norms_of_a_checkpoint_are_those_that_set_its_alpha(tmp_path):
     settings = parse("cifar_train.py", [*argv, "--alpha", "auto", "--auto_ratio", "0.5", "--seed", "3"])
     torch.manual_seed(0)
     model, data = models.resnet20(10), imbalance_cifar.IMBALANCEDIGITS()
-    recipe = Recipe.from_settings(settings)
+    recipe = Recipe(settings)
     criterion = recipe.criterion(recipe.stage(0), data.get_cls_num_list())
     found = match_gradient(model, InMemoryBatches(data, 8, seed=3).train_epoch(1), criterion)
     state = {"epoch": 1, "state_dict": model.state_dict(), "criterion": criterion.state_dict()}

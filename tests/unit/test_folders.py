@@ -156,6 +156,11 @@ def test_load_gives_both_parts_of_the_same_classes(data, capsys):
     shutil.copytree(data / "test", data / "val")
     load(str(data))
     assert f"{data}/test is not used, {data}/val is the test set" in capsys.readouterr().err
+    load(str(data), test_fraction=0.3, classes=["class0", "class1", "class2"])  # of a model tested on a part
+    err = capsys.readouterr().err
+    assert all(
+        f"{data}/{part} is not used, a part of the training images is the test set" in err for part in ("val", "test")
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,9 +320,8 @@ def listed(data):
         samples = read_folder(str(data / part)).samples[::-1]
         rows = [(os.path.relpath(path, data), label) for path, label in samples]
         (data.parent / f"{part}.txt").write_text("".join(f"{path} {label}\n" for path, label in rows))
-        (data.parent / f"{part}.csv").write_text(
-            "width, image,label\r\n" + "".join(f'8,"{path}",class{label}\r\n' for path, label in rows)
-        )
+        lines = [f'8,"{path}",class{label}{" " * (label % 2)}' for path, label in rows]  # a blank is no part of a name
+        (data.parent / f"{part}.csv").write_text("\r\n".join(["width, image,label", *lines, ""]))
     return data.parent
 
 
@@ -397,8 +401,8 @@ def test_wrong_rows_of_a_list_are_named(listed, row, message):
         ("val.txt", b"\n", "lists no images"),
         ("val.txt", None, "cannot be read: No such file"),
         ("train.txt", "train/class0/0.jpg 0\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
-        ("train.csv", b"train/class0/0.jpg,0\n", "no column image, label: a CSV list begins with the line image,label"),
-        ("train.csv", b"image;label\ntrain/class0/0.jpg;0\n", "no column image, label"),
+        ("train.csv", b"train/class0/0.jpg,0\n", "first line must be image,label, .* it is 'train/class0/0.jpg,0'"),
+        ("train.csv", b"Image;Label\ntrain/class0/0.jpg;0\n", "separated by a comma: it is 'Image;Label'"),
         ("train.csv", b"image,label\ntrain/class0/0.jpg\n", "line 2: an image and its label are wanted"),
         ("train.csv", b'image,label\n"a.jpg,0\n' + 20_000 * b"train/class0/1.jpg,0\n", "line .* field larger"),
     ],

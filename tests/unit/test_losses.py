@@ -352,6 +352,15 @@ def test_losses_compute_in_float32_at_least_whatever_autocast_says(loss):
                 assert_same(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("loss", ["LA", "LDAM", "IB"])
+def test_a_loss_that_is_cast_with_its_model_keeps_its_counts(loss):
+    logits, target, features = batch("index")
+    whole, cast = build(loss), build(loss)
+    torch.nn.ModuleList([cast]).to(torch.bfloat16)
+    assert torch.equal(cast(logits, target, features), whole(logits, target, features))
+    assert all(buffer.dtype == torch.float64 for buffer in whole.double().buffers())
+
+
 def test_autocast_is_off_inside_a_loss():
     # no operation of the losses is one that autocast narrows on the CPU; a matrix product is
     class Product(losses.Loss):

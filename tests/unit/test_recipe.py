@@ -1,6 +1,5 @@
 """What each epoch does, against the published settings."""
 
-import dataclasses
 import itertools
 import math
 import types
@@ -10,7 +9,7 @@ from conftest import golden
 
 from experiment.settings import Settings
 from training.recipe import Recipe
-from training.registry import LOSSES, RULES, Stage, all_constants
+from training.registry import LOSSES, RULES, Stage
 
 CONSTANTS = {
     "alpha": 7.0, "epsilon": 1e-2, "ib_norm": "l2", "detach_ib": True, "auto_target": "ce", "auto_ratio": 1.0,
@@ -23,12 +22,13 @@ CONSTANTS = {
 PUBLISHED = {
     "loss_type": "CE", "train_rule": "None", "epochs": 200, "lr": 0.1, "start_ib_epoch": 100, "warmup_epochs": 5,
     "milestones": (160, 180), "lr_factors": (0.01, 0.01), "ib_lr_factor": 0.01, "keep_warmup": False, "drw_epoch": 160,
-    "schedule": "step", "constants": {},
+    "schedule": "step",
 }  # fmt: skip
 
 
-def recipe(loss_type="CE", train_rule="None", **fields):
-    return Recipe(**{**PUBLISHED, "loss_type": loss_type, "train_rule": train_rule, **fields})
+def recipe(loss_type="CE", train_rule="None", constants=CONSTANTS, **fields):
+    own = {"loss_type": loss_type, "train_rule": train_rule, **fields}
+    return Recipe(types.SimpleNamespace(**{**PUBLISHED, **constants, **own}))
 
 
 def lrs(**fields):
@@ -169,21 +169,13 @@ def test_the_table_says_what_is_trained_where_that_changes():
 
 
 def test_the_defaults_are_the_published_settings():
-    assert dataclasses.asdict(Recipe.from_settings(Settings())) | {"constants": {}} == PUBLISHED
+    assert {name: getattr(Settings(), name) for name in PUBLISHED} == PUBLISHED
     assert tuple(LOSSES) == ("CE", "Focal", "LDAM", "BS", "LA", "VS", "IB", "IBFocal")
     assert tuple(RULES) == ("None", "Resample", "CBReweight", "IBReweight", "DRW", "DRW-IB", "DRS", "cRT")
 
 
 def test_an_epoch_of_plain_ce_has_neither_weights_nor_sampler():
     assert recipe().stage(7) == Stage(lr=0.1, loss="CE", class_weights="none", sampler="none")
-
-
-def test_a_recipe_from_settings_takes_what_has_the_same_name():
-    fields = {f.name: PUBLISHED[f.name] for f in dataclasses.fields(Recipe) if f.name != "constants"}
-    fields |= {"loss_type": "IB", "epochs": 7, "schedule": "cosine", "milestones": (3,), "lr_factors": (0.1,)}
-    made = Recipe.from_settings(types.SimpleNamespace(**fields, **CONSTANTS, workers=4))
-    assert made == recipe(**fields, constants=CONSTANTS)
-    assert set(made.constants) == set(all_constants())
 
 
 def test_the_constants_of_an_epoch_are_those_in_force():

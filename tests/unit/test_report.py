@@ -49,7 +49,7 @@ def record_of(run, best, last, first=10.0, macro_f1=None, **settings):
     record["epochs_done"] = epochs = record["settings"]["epochs"]
     record["history"] = [copy.deepcopy(record["history"][0]) for _ in range(epochs)]
     record["class_counts"] = counts_of(run)
-    stages = Recipe.from_settings(from_record(record["settings"])).stages()
+    stages = Recipe(from_record(record["settings"])).stages()
     at_best = epochs - epochs // 10 - 1
     for i, epoch in enumerate(record["history"]):
         accuracy = last if i > at_best else best if i == at_best else first

@@ -41,7 +41,7 @@ def flag(line, name):
 
 def stages(run):
     script, *argv = run.argv("out")
-    return Recipe.from_settings(parse(script, argv)).stages()
+    return Recipe(parse(script, argv)).stages()
 
 
 def dry_run(line, capsys):

@@ -1,6 +1,7 @@
 """The settings: each declared once, and what is derived from that."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ from experiment.compare import differing
 from experiment.parser import SCRIPTS, build_parser, parse
 from experiment.settings import FIELDS, IDENTITY, SHARED, from_record, recorded
 from training.recipe import Recipe
-from training.registry import LOSSES, RULES
+from training.registry import LOSSES, RULES, all_constants
 from utils import UsageError
 
 ARGV = {script: ["--data_dir", "somewhere"] if script == "folder_train.py" else [] for script in SCRIPTS}
@@ -30,14 +31,24 @@ def test_every_setting_says_what_it_affects_and_the_lists_follow():
     assert not {"data_dir", "threads", "resume", "keep_epochs", "compile"} & set(IDENTITY)
 
 
+class Watched:
+    """Settings that note what is read of them."""
+
+    def __init__(self, of, names):
+        vars(self).update(of=of, names=names)
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(self.of, name)
+
+
 def test_what_a_recipe_and_the_registry_read_affects_the_schedule():
-    schedule = set(settings.fields_affecting("schedule"))
-    constants = {name for entry in LOSSES.values() for name in entry.constants}
-    starts = {entry.start for entry in RULES.values() if entry.start}
-    fields = {field.name for field in dataclasses.fields(Recipe)} - {"constants"}
-    assert constants | starts | fields | {"beta"} <= schedule
-    # and nothing of the schedule is left unread; start_epoch leaves its first epochs out
-    assert schedule == constants | starts | fields | {"beta", "start_epoch"}
+    read = set(all_constants())
+    for loss, rule, schedule in itertools.product(LOSSES, RULES, ("step", "cosine")):
+        of = dataclasses.replace(settings.Settings(), loss_type=loss, train_rule=rule, schedule=schedule)
+        Recipe(Watched(of, read)).stages()
+    # start_epoch leaves the first epochs of a schedule out
+    assert read | {"start_epoch"} == set(settings.fields_affecting("schedule"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -91,6 +102,20 @@ def test_constants_that_no_epoch_uses_are_named(argv, unused, capsys):
     parse("cifar_train.py", argv)
     said = [line for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
     assert sorted(line.split()[1] for line in said) == unused
+
+
+@pytest.mark.parametrize(
+    ("argv", "warns"),
+    [
+        (["--loss_type", "BS", "--train_rule", "cRT"], True),
+        (["--loss_type", "LA", "--train_rule", "DRS"], True),
+        (["--loss_type", "BS", "--train_rule", "DRW"], False),
+        (["--loss_type", "LDAM", "--train_rule", "DRS"], False),
+    ],
+)
+def test_a_prior_that_is_corrected_twice_is_named(argv, warns, capsys):
+    parse("cifar_train.py", argv)
+    assert ("the prior counts twice" in capsys.readouterr().err) == warns
 
 
 def test_names_of_folders():
