@@ -17,9 +17,16 @@ from script_runner import (
     model_folder,
     read_csv,
     run_ok,
+    tiny,
 )
 
+import imbalance_cifar
 import losses
+from experiment.parser import parse
+from loaders.in_memory import InMemoryBatches
+from training.gradients import match_gradient
+from training.precision import on_device
+from training.recipe import Recipe
 from training.registry import LOSSES, RULES
 
 COUNTS = [124, 76, 46, 27, 16, 9, 5, 3, 2, 1]
@@ -159,6 +166,9 @@ def test_the_loss_that_is_asked_for_is_trained_with(plain_weights, capsys):
         ("CE", "Resample", ["--beta", "0.5"]),
         ("CE", "DRW", ["--drw_epoch", "0"]),
         ("CE", "None", ["--optimizer", "adamw"]),
+        ("CE", "None", ["--momentum", "0.5"]),
+        ("CE", "None", ["--augment", "randaugment"]),
+        ("CE", "None", ["--amp", "bf16"]),
         ("CE", "None", ["--mixup", "1"]),
         ("LA", "None", ["--la_tau", "2"]),
         ("VS", "None", ["--vs_gamma", "0.3"]),
@@ -167,6 +177,33 @@ def test_the_loss_that_is_asked_for_is_trained_with(plain_weights, capsys):
 )
 def test_every_flag_of_the_method_reaches_the_training(loss, rule, flags, plain_weights, tmp_path, capsys):
     assert not weights_after(loss, rule, flags, tmp_path, capsys).equal(plain_weights(loss, rule, capsys))
+
+
+def test_compile_trains_the_whole_batches_with_what_torch_compiled(tmp_path, capsys):
+    seen = []
+
+    def compiled(model, **_):
+        return lambda images: seen.append(len(images)) or model(images)
+
+    with mock.patch("torch.compile", compiled):
+        run_ok([*TWO_EPOCHS, *TINY, "--compile"], tmp_path, capsys)
+    assert seen == [64] * 4 * 2
+
+
+def test_alpha_auto_is_matched_before_its_first_epoch_and_the_gradients_are_in_the_history(tmp_path, capsys):
+    """Measured again from the checkpoint of that moment, to the bit."""
+    args = [*TWO_EPOCHS, "--loss_type", "IB", "--alpha", "auto"]
+    run_ok([*args, *TINY], tmp_path, capsys)
+    before, after = (load_checkpoint(model_folder(tmp_path, "IB") / f"ckpt{e}.pth.tar") for e in (".epoch001", ""))
+    model = on_device(tiny(), torch.device("cpu"))
+    model.load_state_dict(before["state_dict"])
+    recipe = Recipe.from_settings(parse("cifar_train.py", args))
+    criterion = recipe.criterion(recipe.stage(1), COUNTS)
+    batches = InMemoryBatches(imbalance_cifar.IMBALANCEDIGITS(), 64, seed=0)
+    expected = match_gradient(model, batches.train_epoch(1), criterion)
+    assert [record["gradient"] for record in after["history"]] == [None, expected]
+    assert expected["ratio"] == pytest.approx(1, rel=1e-6)
+    assert after["history"][1]["alpha"] == float(criterion.current_alpha)
 
 
 def test_the_same_seed_gives_the_same_run_and_incidental_flags_change_nothing(tmp_path, capsys):
