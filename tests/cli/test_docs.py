@@ -1,10 +1,12 @@
 """README and docs/ tell the truth: commands, flags, defaults, figures, links and snippets."""
 
+import collections
 import importlib
 import json
 import pathlib
 import re
 import shlex
+import subprocess
 
 import pytest
 import torch
@@ -21,17 +23,15 @@ RESULTS = re.compile(r"^<!-- (results/\S+) -->\n((?:\|.*\n)+)", flags=re.M)
 
 
 def blocks(language):
-    """(page, text) of every fenced block."""
-    return [
-        (page, b) for page, text in PAGES.items() for b in re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
-    ]
+    """(page, text) of every fenced block in a language, '' for none."""
+    fenced = [(page, re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M)) for page, text in PAGES.items()]
+    return [(page, text) for page, found in fenced for of, text in found if of == language]
 
 
-def commands(page):
-    """(script, arguments) of every command in a page's blocks; placeholders in <...> and '...' are left out."""
-    lines = [line for of, block in blocks("") for line in block.splitlines() if of == page]
-    for line in lines:
-        words = shlex.split(line.split("  #")[0]) if line.startswith(("python ", "torchrun ")) else []
+def commands(text):
+    """(script, arguments) of every command of a script; those with placeholders, <...> and '...', are left out."""
+    for line in text.replace("\\\n", "").splitlines():
+        words = shlex.split(line, comments=True) if re.match(r"\S*python |torchrun ", line) else []
         script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
         if script is not None and "..." not in words and not any("<" in word for word in words):
             yield words[script], words[script + 1 :]
@@ -50,16 +50,43 @@ def tables_of(text):
 # ---------------------------------------------------------------------------------------------- commands
 
 
-def test_there_are_the_four_published_commands():
-    assert sum("--num_classes 100 " in line for line in PAGES["README.md"].splitlines()) == 4
+#: Of the official README.
+PUBLISHED = """\
+python cifar_train.py --dataset cifar100 --loss_type CE --train_rule None --imb_type exp --imb_factor 0.01 \
+--epochs 200 --num_classes 100 --gpu 0
+python cifar_train.py --dataset cifar100 --loss_type IB --train_rule IBReweight --imb_type exp --imb_factor 0.01 \
+--epochs 200 --num_classes 100 --start_ib_epoch 100 --gpu 0
+python cifar_train.py --dataset cifar100 --loss_type IB --train_rule CBReweight --imb_type exp --imb_factor 0.01 \
+--epochs 200 --num_classes 100 --start_ib_epoch 100 --gpu 0
+python cifar_train.py --dataset cifar100 --loss_type IBFocal --train_rule IBReweight --imb_type exp --imb_factor 0.01 \
+--epochs 200 --num_classes 100 --start_ib_epoch 100 --gpu 0
+"""
+
+
+def test_the_published_commands_are_on_the_readme():
+    assert any(block.startswith(PUBLISHED) for page, block in blocks("") if page == "README.md")
 
 
 def test_every_command_is_one(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for page in PAGES:
-        for script, arguments in commands(page):
-            check_command(script, arguments, capsys)
+    checked = collections.Counter()
+    for page, block in blocks(""):
+        if page != "docs/extending.md":  # run by test_extending.py
+            for script, arguments in commands(block):
+                check_command(script, arguments, capsys)
+                checked[page] += 1
     assert list(tmp_path.iterdir()) == []
+    for page in ("README.md", "docs/production.md"):
+        assert checked[page] == len(re.findall(r"^python ", PAGES[page], flags=re.M))
+
+
+def test_the_commands_of_make_demo_are_ones_and_the_second_continues_from_the_first(capsys):
+    printed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = list(commands(printed))
+    for script, arguments in found:
+        check_command(script, arguments, capsys)
+    ce, ib = (parse(script, arguments) for script, arguments in found)
+    assert ib.resume == f"{ce.model_folder}/ckpt.epoch{ib.start_ib_epoch:03d}.pth.tar"
 
 
 def check_command(script, arguments, capsys):
