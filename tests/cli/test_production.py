@@ -87,6 +87,35 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
         assert found == pytest.approx(expected[number][likeliest].tolist(), abs=2e-5)
 
 
+@pytest.mark.parametrize(("training", "flags"), [(["--ema", "0.9"], []), ([], ["--posthoc_la", "1"])])
+def test_predictions_are_of_the_averaged_weights_and_the_corrected_logits(training, flags, trained, tmp_path):
+    """By hand: the page's code with the average, or minus the logarithm of the prior."""
+    folder, path = trained
+    if training:
+        run_ok(tmp_path, "--data_dir", folder / "animals", *RUN, *training)
+        (path,) = tmp_path.glob("checkpoint/*/ckpt.pth.tar")
+    images = folder / "animals" / "val"
+    run_ok(tmp_path, "-e", "--resume", path, "--predict", images, "--top", "3", "-j", "0", *flags)
+    rows = rows_of(next(tmp_path.glob("log/*/predict/**/*.csv")))
+
+    names: dict = {}
+    exec(PLAIN.split("image = ")[0].replace("checkpoint/NAME/ckpt.best.pth.tar", str(path)), names)
+    state, model, transform = (names[name] for name in ("state", "model", "transform"))
+    if training:
+        averaged = {name.removeprefix("module."): tensor for name, tensor in state["ema"].items()}
+        del averaged["n_averaged"]
+        model.load_state_dict(averaged)
+    counts = torch.tensor(state["class_counts"])
+    files = sorted({row["file"] for row in rows})
+    batch = torch.stack([transform(names["PIL"].Image.open(images / file).convert("RGB")) for file in files])
+    with torch.inference_mode():
+        probabilities = (model(batch) - len(flags[1:]) * (counts / counts.sum()).log()).softmax(1).tolist()
+    found = {(row["file"], row["class"]): float(row["probability"]) for row in rows}
+    expected = [p for of_image in probabilities for p in of_image]
+    assert [found[file, name] for file in files for name in NAMES] == pytest.approx(expected, abs=2e-5)
+    assert len(found) == 27
+
+
 def test_folders_of_one_name_have_predictions_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [csv_name(path) for path in ("new", "./new/", str(tmp_path / "new"), "a/new", "b/new", "/data/new")]
