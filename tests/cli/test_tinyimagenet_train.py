@@ -210,21 +210,36 @@ def test_checkpoint_of_other_crops_is_refused(work):
     assert "image_size" in line
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["--loss_type", "CE", "--train_rule", "Resample", "--val_fraction", "0.3", "--imb_type", "step"],
-        ["--loss_type", "IBFocal", "--train_rule", "IBReweight", "--start_ib_epoch", "1", "--alpha", "auto"],
-        ["--recipe", "ldam", "--loss_type", "LDAM", "--train_rule", "DRW", "--drw_epoch", "1", "--image_size", "16"],
-    ],
-)
-def test_losses_rules_and_crops(work, args):
-    run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "2", *args)
-    (state,) = [load_checkpoint(path) for path in (work / "checkpoint").glob("*/ckpt.pth.tar")]
-    assert state["epoch"] == 2
-    assert all(record["train"]["loss"] > 0 for record in state["history"])
-    # LDAM's s = 30 is for cosines, which the official script does not give it
-    assert ("fc.bias" not in state["state_dict"]) == ("LDAM" in args)
+def ended_with(work, *args):
+    """The last checkpoint of a run of two epochs."""
+    run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "2", "--overwrite", *args)
+    (path,) = (work / "checkpoint").glob("*/ckpt.pth.tar")
+    return load_checkpoint(path)
+
+
+def test_resample_on_a_step_beside_a_held_out_part(work):
+    """Of 3 images in 100 classes one is held out; the others have int(3 * 0.4) = 1, which stays."""
+    state = ended_with(work, "--train_rule", "Resample", "--val_fraction", "0.3", "--imb_type", "step")
+    assert state["class_counts"] == [2] * 100 + [1] * 100
+    assert [record["stage"]["sampler"] for record in state["history"]] == ["Resample"] * 2
+    assert [(record["train"]["seen"], record["val"]["seen"]) for record in state["history"]] == [(300, 100)] * 2
+
+
+def test_alpha_auto_gives_the_loss_the_gradient_of_ce(work):
+    state = ended_with(
+        work, "--loss_type", "IBFocal", "--train_rule", "IBReweight", "--start_ib_epoch", "1", "--alpha", "auto"
+    )
+    before, after = (record["gradient"] for record in state["history"])
+    assert before is None
+    assert after["ratio"] == pytest.approx(1, rel=1e-6)
+    assert after["ce"] > 0
+
+
+def test_padded_crops_and_the_normalised_head_of_the_ldam_recipe(work):
+    args = ["--recipe", "ldam", "--loss_type", "LDAM", "--train_rule", "DRW", "--drw_epoch", "1", "--image_size", "16"]
+    padded, resized = (ended_with(work, *args, *crop)["state_dict"] for crop in ([], ["--crop", "resized"]))
+    assert not padded["conv1.weight"].equal(resized["conv1.weight"])
+    assert "fc.bias" not in padded  # LDAM's s = 30 is for cosines, which the official script does not give it
 
 
 # ---------------------------------------------------------------------------------------- ImageNet's weights
