@@ -9,7 +9,7 @@ import types
 from unittest import mock
 
 import pytest
-from script_runner import FIVE, TINY, break_off, load_checkpoint, run_ok
+from script_runner import FIVE, TINY, break_off, load_checkpoint, log_folder, read_csv, run_ok
 
 import losses
 import models
@@ -59,6 +59,41 @@ def test_a_run_with_the_extension_is_stopped_and_resumed_to_the_same_bits(
     one, two = sorted((tmp_path / "checkpoint").iterdir())
     states = [load_checkpoint(folder / "ckpt.pth.tar")["state_dict"] for folder in (one, two)]
     assert all(states[0][name].equal(states[1][name]) for name in states[0])
+
+
+#: Flags that put an extension in force; of several in a command the first one here.
+FLAGS = ("-a", "--train_rule", "--augment", "--optimizer", "--ema", "--mixup", "--loss_type")
+
+
+def weights_tested(path):
+    """Those of the last epoch, the average where there is one."""
+    state = load_checkpoint(path)
+    return {name.removeprefix("module."): tensor for name, tensor in state.get("ema", state["state_dict"]).items()}
+
+
+@pytest.mark.parametrize(("section", "arguments"), [p for p in commands() if p.values[0] != "A metric"])
+def test_an_extension_gives_other_weights_than_a_run_without_it(section, arguments, registries, tmp_path, capsys):
+    snippet(section)
+    at = arguments.index(next(flag for flag in FLAGS if flag in arguments))
+    plain = arguments[:at] + arguments[at + 2 :]
+    for name, args in (("with", arguments), ("without", plain)):
+        (tmp_path / name).mkdir()
+        run_ok([*TINY, *args, "--seed", "0", "--threads", "1"], tmp_path / name, capsys)
+    one, two = (
+        weights_tested(next((tmp_path / name).glob("checkpoint/*/ckpt.pth.tar"))) for name in ("with", "without")
+    )
+    assert any(name not in one or not tensor.equal(one[name]) for name, tensor in two.items())
+
+
+def test_a_metric_has_a_column(registries, tmp_path, capsys):
+    snippet("A metric")
+    run_ok([*FIVE, *TINY, "--imb_type", "none"], tmp_path, capsys)
+    classes, rows = (
+        read_csv(log_folder(tmp_path, imb="none") / name) for name in ("class_accuracy.csv", "log_test.csv")
+    )
+    worst = [min(float(of[str(k)]) for k in range(10)) for of in classes]
+    assert [float(row["worst"]) for row in rows] == worst
+    assert max(worst) > 0
 
 
 def test_a_data_set():
