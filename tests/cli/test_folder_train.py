@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from image_runs import IB, RUN, fails, make_folder, run, run_ok
+from PIL import Image
 from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, snapshot
 
 import folder_train
@@ -134,6 +135,8 @@ def test_the_checkpoint_keeps_how_images_are_read(folder, tmp_path):
     args = ["--data_dir", folder, *RUN, "--epochs", "1", "--milestones", "--exif", "--mean", "0.1", "0.2", "0.3"]
     run_ok(tmp_path, *args, "--std", "0.5", "0.5", "1")
     path = next((tmp_path / "checkpoint").glob("*/ckpt.pth.tar"))
+    kept = load_checkpoint(path)["preprocessing"]
+    assert (kept["mean"], kept["std"], kept["exif"]) == ([0.1, 0.2, 0.3], [0.5, 0.5, 1.0], True)
     evaluation = ["--data_dir", folder, "-e", "--resume", path, "--threads", "1", "-j", "0"]
     run_ok(tmp_path, *evaluation)
     expected = json.loads(next(tmp_path.glob("log/*/summary.json")).read_text())["last"]
@@ -141,6 +144,24 @@ def test_the_checkpoint_keeps_how_images_are_read(folder, tmp_path):
     status, _, err = run(tmp_path, *evaluation, "--mean", "0.5", "0.5", "0.5")
     assert status == 2
     assert "mean is (0.1, 0.2, 0.3) there and (0.5, 0.5, 0.5) here" in messages(err)[0]
+
+
+def test_exif_turns_the_images_of_training_and_test(folder, tmp_path):
+    """A run on images that say how they are to be turned is that on images that were turned, to the bit."""
+    noted = Image.Exif()
+    noted[0x0112] = 6  # by 90 degrees clockwise
+    for source in folder.rglob("*.jpg"):
+        path = source.relative_to(folder).with_suffix(".png")
+        for place in ("noted", "turned"):
+            (tmp_path / place / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        image = Image.open(source)
+        image.save(tmp_path / "noted" / "images" / path, exif=noted)
+        image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned" / "images" / path)
+    for place, flags in (("noted", ["--exif"]), ("turned", [])):
+        run_ok(tmp_path / place, "--data_dir", "images", *RUN, "--epochs", "1", "--milestones", *flags)
+    one, two = (next((tmp_path / place).glob("checkpoint/*/ckpt.pth.tar")) for place in ("noted", "turned"))
+    assert_same_weights(one, two)
+    assert load_checkpoint(one)["history"][0]["test"]["loss"] == load_checkpoint(two)["history"][0]["test"]["loss"]
 
 
 def test_damaged_images_are_left_out_of_run_and_evaluation(tmp_path):
