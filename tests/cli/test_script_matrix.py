@@ -10,6 +10,8 @@ import torch
 from script_runner import (
     DIGITS,
     REAL,
+    REPOSITORY,
+    SCRIPT,
     TINY,
     TWO_EPOCHS,
     load_checkpoint,
@@ -22,7 +24,7 @@ from script_runner import (
 
 import imbalance_cifar
 import losses
-from experiment.parser import parse
+from experiment.parser import SCRIPTS, parse
 from loaders.in_memory import InMemoryBatches
 from training.gradients import match_gradient
 from training.precision import on_device
@@ -204,6 +206,14 @@ def test_alpha_auto_is_matched_before_its_first_epoch_and_the_gradients_are_in_t
     assert [record["gradient"] for record in after["history"]] == [None, expected]
     assert expected["ratio"] == pytest.approx(1, rel=1e-6)
     assert after["history"][1]["alpha"] == float(criterion.current_alpha)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_trains_as_cifar_train_does(script):
+    """To the letter: what is shown here of cifar_train.py holds for the others."""
+    loops = [(REPOSITORY / name).read_text().split("optimizer = make_optimizer(")[1] for name in (script, SCRIPT.name)]
+    assert "for epoch in run.epochs():" in loops[0]
+    assert loops[0] == loops[1]
 
 
 def test_the_same_seed_gives_the_same_run_and_incidental_flags_change_nothing(tmp_path, capsys):

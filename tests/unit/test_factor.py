@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -191,8 +192,9 @@ def test_two_runs_of_one_place_and_an_incomplete_record_are_named(read, tmp_path
     assert "cut.json: damaged or cut short" in capsys.readouterr().err
 
 
-def test_the_norms_of_a_checkpoint_are_those_that_set_its_alpha(tmp_path):
-    """Measured on the batches on which alpha was matched, the ratio is the one that was asked for."""
+@pytest.fixture(scope="module")
+def of_an_arm(tmp_path_factory):
+    """(checkpoint of a run whose gradient was to be half of CE's, the norm of CE's when alpha was set)."""
     argv = ["--dataset", "digits", "-a", "resnet20", "-b", "8", "--loss_type", "IB", "--start_ib_epoch", "0"]
     settings = parse("cifar_train.py", [*argv, "--alpha", "auto", "--auto_ratio", "0.5", "--seed", "3"])
     torch.manual_seed(0)
@@ -201,9 +203,31 @@ def test_the_norms_of_a_checkpoint_are_those_that_set_its_alpha(tmp_path):
     criterion = recipe.criterion(recipe.stage(0), data.get_cls_num_list())
     found = match_gradient(model, InMemoryBatches(data, 8, seed=3).train_epoch(1), criterion)
     state = {"epoch": 1, "state_dict": model.state_dict(), "criterion": criterion.state_dict()}
-    checkpoint.save(str(tmp_path / checkpoint.NEWEST), {**state, "settings": recorded(settings)})
-    epochs, ce, loss = factor.norms_after(str(tmp_path / checkpoint.NEWEST), "nowhere")
-    assert (epochs, ce, loss) == (1, pytest.approx(found["ce"]), pytest.approx(0.5 * found["ce"]))
+    path = str(tmp_path_factory.mktemp("of_an_arm") / checkpoint.NEWEST)
+    checkpoint.save(path, {**state, "settings": recorded(settings)})
+    return path, found["ce"]
+
+
+def test_the_norms_of_a_checkpoint_are_those_that_set_its_alpha(of_an_arm):
+    """Measured on the batches on which alpha was matched, the ratio is the one that was asked for."""
+    path, ce = of_an_arm
+    assert factor.norms_after(path, "nowhere") == (1, pytest.approx(ce), pytest.approx(0.5 * ce))
+
+
+def test_the_norms_of_records_and_checkpoints_are_printed_and_the_figure_is_drawn(of_an_arm, read, tmp_path, capsys):
+    made = pilot({"attached-gradthird": (70, 60), "weights-grad1": (71, 60)})
+    for one, again in zip(made, (None, 0.35), strict=True):
+        one["history"][100]["gradient"] = {"ce": 2.5, "loss": 0.75, "ratio": 0.3, "again": again}
+    read(*made)
+    path, ce = of_an_arm
+    factor.main([str(tmp_path), "--data_dir", "nowhere", "--arms", path])
+    out = capsys.readouterr().out
+    assert "| A | 1/3 | 0 | 2.50 | 0.75 | 0.30 |  |\n| W | 1 | 0 | 2.50 | 0.75 | 0.30 | 0.35 |\n" in out
+    (line,) = [line for line in out.splitlines() if line.startswith(path)]
+    assert line.startswith(f"{path}, after 1 epochs: gradient of CE ")
+    numbers = [float(number) for number in re.findall(r"\d+\.\d+", line.removeprefix(path))]
+    assert numbers == pytest.approx([ce, 0.5 * ce, 0.5], abs=6e-4)
+    assert (tmp_path / "factor.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_shares_of_the_gradient_are_those_of_a_slow_formula():

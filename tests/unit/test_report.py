@@ -71,8 +71,8 @@ def write_record(tmp_path):
     return write
 
 
-def written(folder, capsys):
-    reproduce.main(["report", str(folder)])
+def written(folder, capsys, *flags):
+    reproduce.main(["report", str(folder), *flags])
     assert "report.md" in capsys.readouterr().out
     return (folder / "report.md").read_text()
 
@@ -229,11 +229,12 @@ def test_what_all_rows_of_a_table_share_is_said_once(write_record, tmp_path, cap
 
 
 def test_methods_that_share_a_setting_are_compared_as_ever(write_record, tmp_path, capsys):
-    """Six rows, too many for all pairs: each against CE and IB, whether in float32 or all in bf16."""
+    """Six rows, too many for all pairs unasked: each against CE and IB, whether in float32 or all in bf16."""
     for method in ("CE", "IB", "IB+CB", "IB+Focal", "BS", "LA"):
         write_record(dataclasses.replace(CE, method=method), 70.0, 70.0, amp="bf16")
-    text = section(written(tmp_path, capsys), "## CIFAR-10, exponential")
-    assert text.count(" minus ") == 9
+    for flags, pairs in (([], 9), (["--all_pairs"], 15)):
+        text = section(written(tmp_path, capsys, *flags), "## CIFAR-10, exponential")
+        assert text.count(" minus ") == pairs
 
 
 def test_first_phases_are_told_apart_beside_a_method_without_one_and_in_rounded_figures(write_record, tmp_path, capsys):
