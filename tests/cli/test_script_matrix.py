@@ -199,7 +199,7 @@ def test_alpha_auto_is_matched_before_its_first_epoch_and_the_gradients_are_in_t
     before, after = (load_checkpoint(model_folder(tmp_path, "IB") / f"ckpt{e}.pth.tar") for e in (".epoch001", ""))
     model = on_device(tiny(), torch.device("cpu"))
     model.load_state_dict(before["state_dict"])
-    recipe = Recipe.from_settings(parse("cifar_train.py", args))
+    recipe = Recipe(parse("cifar_train.py", args))
     criterion = recipe.criterion(recipe.stage(1), COUNTS)
     batches = InMemoryBatches(imbalance_cifar.IMBALANCEDIGITS(), 64, seed=0)
     expected = match_gradient(model, batches.train_epoch(1), criterion)
