@@ -184,7 +184,8 @@ def _text(ratio):
 
 
 def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Heads and lines by name: 'runs', what each reached; 'gradients', how they are matched; 'contrasts'.
+    """Heads and lines by name: 'runs', what each reached; 'gradients', how they are matched; 'ratios', mean differences
+    of the plateau to epoch `PILOT`; 'contrasts'.
 
     'left-out': `left_out_mean`; 'their epoch', counted from 0, is the one that the left-out images choose, 'best' the
     test set's own; 'next': the ratio on the batches after those that set alpha.
@@ -202,10 +203,15 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
         for gradient in [epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")]:
             norms = [gradient.get(name) for name in ("ce", "loss", "ratio", "again")]
             gradients.append([*who, *("" if norm is None else f"{norm:.2f}" for norm in norms)])
+    by_ratio = []
+    for ratio in runs.GRADIENTS.values():
+        pairs = [differences(found, (a, ratio), (b, ratio), PILOT) for a, b in CONTRASTS]
+        by_ratio.append([_text(ratio), *(f"{fmean(values):+.2f}" if values else "" for values in pairs)])
     heads, reached = ["arm", "ratio", "seed"], ["left-out", "their epoch", "test there", "best", "plateau", "last"]
     return {
         "runs": ([*heads, "epochs", "precision", *reached], of_runs),
         "gradients": ([*heads, "of CE", "of the loss", "ratio", "next"], gradients),
+        "ratios": (["ratio", *(f"{a} - {b}" for a, b in CONTRASTS)], by_ratio),
         "contrasts": (
             ["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"],
             [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found).items()],

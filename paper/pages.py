@@ -7,7 +7,7 @@ A table stands below a comment that names its kind and, for each folder of resul
     cifar10_lt100: CE; IB
     -->
 
-The tables of `paper.factor` have the kinds 'factor runs', 'factor gradients' and 'factor contrasts'.
+The tables of `paper.factor` have the kinds 'factor runs', 'factor ratios' and so on.
 """
 
 import collections

@@ -145,6 +145,11 @@ def test_contrasts_are_paired_means_over_seeds_of_one_precision_first_phase_and_
     messages = capsys.readouterr().err
     assert all(f"IB and CE of seed {seed} have two precisions or two first phases" in messages for seed in (1, 2))
     assert factor.tables(found)["contrasts"][1][0][:3] == ["A - W, at the chosen ratios 3 and 1", 2, "+2.75"]
+    assert factor.tables(found)["ratios"][1] == [
+        ["1/3", "+9.00", "", ""],
+        ["1", "+30.00", "", ""],
+        ["3", "-40.00", "", ""],
+    ]
 
 
 def test_a_verdict_counts_all_contrasts_of_the_plan_and_the_gain_has_its_own_words(read):
