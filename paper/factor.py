@@ -188,7 +188,8 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
     of the plateau to epoch `PILOT`; 'contrasts'.
 
     'left-out': `left_out_mean`; 'their epoch', counted from 0, is the one that the left-out images choose, 'best' the
-    test set's own; 'next': the ratio on the batches after those that set alpha.
+    test set's own; 'to 160': the plateau of the first `PILOT` epochs; 'next': the ratio on the batches after those that
+    set alpha.
     """
     of_runs: list[list[Any]] = []
     gradients: list[list[Any]] = []
@@ -196,7 +197,8 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
         who = [place.arm, _text(place.ratio) if place.arm in ARMS else "", place.seed]
         chooses, best = record["history"][-1].get("val"), record["best"]  # the epoch that the left-out images choose
         figures = [left_out_mean(record), best["acc1"]] if chooses else [None, None]
-        figures += [max(epoch["test"]["acc1"] for epoch in record["history"]), top1(record), record["last"]["acc1"]]
+        plateaus = [top1(record, PILOT), top1(record) if record["epochs_done"] >= FULL else None]
+        figures += [max(epoch["test"]["acc1"] for epoch in record["history"]), *plateaus, record["last"]["acc1"]]
         texts = ["" if figure is None else f"{figure:.2f}" for figure in figures]
         texts.insert(1, str(best["epoch"]) if chooses else "")
         of_runs.append([*who, record["epochs_done"], records.precision(record), *texts])
@@ -207,7 +209,8 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
     for ratio in runs.GRADIENTS.values():
         pairs = [differences(found, (a, ratio), (b, ratio), PILOT) for a, b in CONTRASTS]
         by_ratio.append([_text(ratio), *(f"{fmean(values):+.2f}" if values else "" for values in pairs)])
-    heads, reached = ["arm", "ratio", "seed"], ["left-out", "their epoch", "test there", "best", "plateau", "last"]
+    heads, reached = ["arm", "ratio", "seed"], ["left-out", "their epoch", "test there", "best"]
+    reached += [f"to {PILOT}", "plateau", "last"]
     return {
         "runs": ([*heads, "epochs", "precision", *reached], of_runs),
         "gradients": ([*heads, "of CE", "of the loss", "ratio", "next"], gradients),
