@@ -236,7 +236,8 @@ class Loss(nn.Module):
         """Move the buffers, and leave them in float32: `.half()` of a whole model would round class counts."""
 
         def moved(x):
-            return x.to(fn(x).device) if x.is_floating_point() and fn(x).dtype in HALF else fn(x)
+            made = fn(x)
+            return x.to(made.device) if made.dtype in HALF else made
 
         return super()._apply(moved, recurse)
 

@@ -51,9 +51,8 @@ def command(main):
     def run(argv=None):
         name = os.path.basename(sys.argv[0]) if argv is None else f"{main.__module__}.py"
         signal.signal(signal.SIGTERM, _raise_terminated)
-        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-        if hangup and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it
-            signal.signal(hangup, _raise_hung_up)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(signal.SIGHUP, _raise_hung_up)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # print what the terminal's encoding lacks as escapes
                 stream.reconfigure(errors="backslashreplace")
@@ -78,10 +77,8 @@ def command(main):
             if not _is_out_of_memory(error):
                 raise
             status, message = 1, "error: out of memory: a smaller --batch-size or a smaller model needs less"
-        except HungUp as stop:
-            status, message = 129, f"stopped by SIGHUP{one_line(stop)}"
         except Terminated as stop:
-            status, message = 143, f"stopped by SIGTERM{one_line(stop)}"
+            status, message = 128 + stop.signal, f"stopped by {stop.signal.name}{one_line(stop)}"
         except KeyboardInterrupt as stop:
             status, message = 130, f"stopped by Ctrl-C{one_line(stop)}"
         print(f"{name}: {message}", file=sys.stderr, flush=True)
@@ -100,9 +97,13 @@ def _is_out_of_memory(error):
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the program was, so that files are closed on the way out."""
 
+    signal = signal.SIGTERM
 
-class HungUp(KeyboardInterrupt):
-    """SIGHUP: the terminal was closed. Raised as Terminated is."""
+
+class HungUp(Terminated):
+    """SIGHUP: the terminal was closed."""
+
+    signal = signal.SIGHUP
 
 
 def _raise_terminated(signum, frame):

@@ -104,7 +104,15 @@ def read(folder: str | pathlib.Path) -> Found:
             found[place] = record
     for line in left_out:
         warn(f"left out: {line}")
+    for seed in sorted({place.seed for place in found}):
+        first, *others = (record for place, record in found.items() if place.seed == seed)
+        if not all(_may_be_compared(first, other) for other in others):
+            warn(f"the runs of seed {seed} have two precisions or two first phases: those that differ are not compared")
     return found
+
+
+def _may_be_compared(one, other):
+    return records.precision(one) == records.precision(other) and rows.share_first_phase(one, other)
 
 
 def top1(record: dict[str, Any], epochs: int = FULL) -> float:
@@ -133,19 +141,13 @@ def choose(found: Found) -> dict[str, float]:
 
 
 def differences(found: Found, one: tuple[str, float], other: tuple[str, float], epochs: int) -> list[float]:
-    """Plateau of `one` minus that of `other`, (arm, ratio) each, after `epochs` epochs, for each seed that has both.
-
-    A pair of two precisions or two first phases is left out with a warning.
-    """
+    """Plateau of `one` minus that of `other`, (arm, ratio) each, after `epochs` epochs, for each seed that has both in
+    one precision and from one first phase."""
     values = []
     for seed in sorted({place.seed for place in found}):
         pair = [found[place] for place in (Place(*one, seed), Place(*other, seed)) if place in found]
-        if len(pair) < 2 or min(record["epochs_done"] for record in pair) < epochs:
-            continue
-        if len({records.precision(record) for record in pair}) == 1 and rows.share_first_phase(*pair):
+        if len(pair) == 2 and min(record["epochs_done"] for record in pair) >= epochs and _may_be_compared(*pair):
             values.append(top1(pair[0], epochs) - top1(pair[1], epochs))
-        else:
-            warn(f"left out: {one[0]} and {other[0]} of seed {seed} have two precisions or two first phases")
     return values
 
 

@@ -210,7 +210,7 @@ def test_alpha_auto_is_matched_before_its_first_epoch_and_the_gradients_are_in_t
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_trains_as_cifar_train_does(script):
-    """To the letter: what is shown here of cifar_train.py holds for the others."""
+    """Exactly: what is shown here of cifar_train.py holds for the others."""
     loops = [(REPOSITORY / name).read_text().split("optimizer = make_optimizer(")[1] for name in (script, SCRIPT.name)]
     assert "for epoch in run.epochs():" in loops[0]
     assert loops[0] == loops[1]
