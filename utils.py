@@ -51,8 +51,8 @@ def command(main):
     def run(argv=None):
         name = os.path.basename(sys.argv[0]) if argv is None else f"{main.__module__}.py"
         signal.signal(signal.SIGTERM, _raise_terminated)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
-            signal.signal(signal.SIGHUP, _raise_hung_up)
+        if HungUp.signal and signal.getsignal(HungUp.signal) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(HungUp.signal, _raise_hung_up)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # print what the terminal's encoding lacks as escapes
                 stream.reconfigure(errors="backslashreplace")
@@ -97,13 +97,13 @@ def _is_out_of_memory(error):
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the program was, so that files are closed on the way out."""
 
-    signal = signal.SIGTERM
+    signal: Any = signal.SIGTERM
 
 
 class HungUp(Terminated):
     """SIGHUP: the terminal was closed."""
 
-    signal = signal.SIGHUP
+    signal = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 def _raise_terminated(signum, frame):
