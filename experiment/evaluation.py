@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import models
-from experiment import plots
+from experiment import checkpoint, plots
 from experiment.records import csv_text, to_json
 from experiment.run import Run
 from experiment.screen import print_classes, summary_line
@@ -31,9 +31,7 @@ BINS = 15
 def evaluate_checkpoint(
     run: Run, model: torch.nn.Module, test_batches: Any, val_batches: Any, precision: Precision
 ) -> dict:
-    """Print the figures of a restored model and write them to log/<its name>/evaluate. Returns them.
-
-    Those of a correction go to a folder of their own in there, `posthoc_la_1` for example.
+    """Print the figures of a restored model, write them to log/<its name>/evaluate (see `output_folder`), return them.
 
     The flags of CORRECTIONS take one value; of several the one with the best class mean on the held-out part.
 
@@ -73,7 +71,8 @@ def evaluate_checkpoint(
 
 
 def output_folder(run: Run, name: str, correction: Mapping[str, float]) -> str:
-    """The folder `name` of a checkpoint's logs, made; of a correction one below it.
+    """The folder `name` of a checkpoint's logs, made; one below it for any but the newest checkpoint (ckpt.best, say),
+    and for a correction.
 
     The logs are those of the checkpoint's run, or, where its folders were renamed, those named as its folder.
     """
@@ -81,7 +80,10 @@ def output_folder(run: Run, name: str, correction: Mapping[str, float]) -> str:
     logs = os.path.join(settings.root_log, os.path.basename(os.path.dirname(path)))
     if not os.path.isdir(logs):
         logs = settings.log_folder
-    folder = os.path.join(logs, name, *(f"{flag}_{value:g}" for flag, value in correction.items()))
+    file = os.path.basename(path)
+    below = [] if file == checkpoint.NEWEST else [file.removesuffix(".pth.tar")]
+    below += [f"{flag}_{value:g}" for flag, value in correction.items()]
+    folder = os.path.join(logs, name, *below)
     os.makedirs(folder, exist_ok=True)
     return folder
 

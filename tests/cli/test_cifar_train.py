@@ -125,7 +125,7 @@ def test_a_checkpoint_of_the_official_code_reaches_what_its_weights_reach(tmp_pa
     torch.save(official, tmp_path / "ckpt.best.pth.tar")
     with official_archive(tmp_path / "data", "cifar10"):
         run_ok([*RUN, "-e", "--resume", "ckpt.best.pth.tar", "--save_logits"], tmp_path, capsys)
-    folder = log_folder(tmp_path, arch="resnet32", dataset="cifar10", imb="exp_0.1") / "evaluate"
+    folder = log_folder(tmp_path, arch="resnet32", dataset="cifar10", imb="exp_0.1") / "evaluate" / "ckpt.best"
     with np.load(folder / "logits.npz") as saved:
         logits, target = torch.from_numpy(saved["logits"]).double(), torch.from_numpy(saved["target"])
     found = json.loads((folder / "evaluation.json").read_text())

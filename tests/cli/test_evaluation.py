@@ -184,9 +184,9 @@ def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
     path = change(copied, class_counts=counts)
     run_ok(["-e", "--resume", path, "--threads", "1", "--posthoc_la", "1", "--save_logits"], copied, capsys)
     prior = torch.tensor(counts).double() / sum(counts)
-    corrected, _ = logits_of(copied, "posthoc_la_1")
+    corrected, _ = logits_of(copied, "changed.pth/posthoc_la_1")
     torch.testing.assert_close(corrected, plain - prior.log().float(), rtol=1e-4, atol=1e-4)
-    found = json.loads((log_folder(copied) / "evaluate" / "posthoc_la_1" / "evaluation.json").read_text())
+    found = json.loads((log_folder(copied) / "evaluate" / "changed.pth" / "posthoc_la_1" / "evaluation.json").read_text())
     assert found["many"] == pytest.approx((found["per_class"][1] + found["per_class"][4]) / 2)
 
 

@@ -186,7 +186,7 @@ def held_out(tmp_path_factory):
 
 
 def evaluated(home):
-    (path,) = home.glob("log/*/evaluate/evaluation.json")
+    (path,) = home.glob("log/*/evaluate/**/evaluation.json")
     return json.loads(path.read_text())
 
 

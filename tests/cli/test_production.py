@@ -77,7 +77,7 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
     assert status == 0
     assert "warning: left out: new/broken.jpg cannot be decoded" in err
     assert "9 images, 1 left out" in out
-    rows = rows_of(next(tmp_path.glob("log/*/predict/new.csv")))
+    rows = rows_of(next(tmp_path.glob("log/*/predict/weights/new.csv")))
     assert [row["file"] for row in rows[::2]] == [f"deep/{number:02d}.jpg" for number in range(9)]
     for number in range(9):
         likeliest = expected[number].argsort()[::-1][:2]

@@ -144,12 +144,12 @@ def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_fi
     after, figures = snapshot(cwd), ("confusion.png", "class_accuracy.png", "calibration.png")
     assert {name: after[name] for name in before} == before
     new = {Path(name).name for name in after.keys() - before.keys()}
-    assert new == {"evaluate", "evaluation.json", "errors.csv", *figures}
+    assert new == {"evaluate", "ckpt.best", "evaluation.json", "errors.csv", *figures}
     for name in figures:
-        assert_drawn(folder / "evaluate" / name)
+        assert_drawn(folder / "evaluate" / "ckpt.best" / name)
 
     best = json.loads((folder / "summary.json").read_text())["best"]
-    result = json.loads((folder / "evaluate" / "evaluation.json").read_text())
+    result = json.loads((folder / "evaluate" / "ckpt.best" / "evaluation.json").read_text())
     for name in ("acc1", "acc5", "class_mean", "many", "medium", "few", "per_class", "loss"):
         assert result[name] == best[name], name
     assert result["epoch"] == best["epoch"] + 1
@@ -369,9 +369,10 @@ def test_an_average_of_the_weights_is_tested_kept_as_the_best_and_evaluated(tmp_
     args = [*DIGITS, *TINY, "--epochs", "3", "--milestones", "--ema", "0.9"]
     run_ok(args, tmp_path, capsys)
     summary = json.loads((log_folder(tmp_path) / "summary.json").read_text())
-    for name, which in (("ckpt.pth.tar", "last"), ("ckpt.best.pth.tar", "best")):
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
         run_ok(["-e", "--resume", model_folder(tmp_path) / name, "--threads", "1"], tmp_path, capsys)
-        found = json.loads((log_folder(tmp_path) / "evaluate" / "evaluation.json").read_text())
+    for below, which in ((".", "last"), ("ckpt.best", "best")):  # one does not replace the other
+        found = json.loads((log_folder(tmp_path) / "evaluate" / below / "evaluation.json").read_text())
         assert (found["acc1"], found["loss"]) == (summary[which]["acc1"], summary[which]["loss"])
     raw = load_checkpoint(model_folder(tmp_path) / "ckpt.pth.tar")
     assert not torch.equal(raw["state_dict"]["conv1.weight"], raw["ema"]["module.conv1.weight"])
