@@ -181,7 +181,7 @@ def _method(name):
 
 #: Flags of folder_train.py that a run of it names itself.
 NAMED_BY_RUN = (
-    "dataset", "arch", "imb_type", "imb_factor", "epochs", "start_ib_epoch", "drw_epoch", "milestones", "lr_factors",
+    "dataset", "arch", "epochs", "start_ib_epoch", "drw_epoch", "milestones", "lr_factors",
     "batch_size", "lr", "ib_lr_factor", "schedule",
 )  # fmt: skip
 
@@ -202,6 +202,8 @@ def _add_folder(options):
         raise
     if "data_dir" not in settings.given:
         raise UsageError("--dataset folder needs -- --data_dir DIR")
+    if settings.given & {"imb_type", "imb_factor"}:
+        raise UsageError("--imb_type and --imb_factor: with --dataset folder give --imb_type and --ratio before --")
     if settings.dataset in runs.SETUPS:
         raise UsageError(f"{settings.dataset} is a data set of the paper: name this one with --dataset NAME after --")
     if settings.schedule == "cosine" and "ib-lr" in options.control:

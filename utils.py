@@ -145,7 +145,7 @@ def number(
 
     def convert(text):
         value = kind(text)
-        inside = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
+        inside = abs(value) < math.inf and (low is None or value >= low) and (above is None or value > above)
         if not inside or (high is not None and value > high):
             bounds = [f"over {above}" if above is not None else "", f"at least {low}" if low is not None else ""]
             bounds.append(f"at most {high}" if high is not None else "")

@@ -64,15 +64,15 @@ def export_split(data: Data, path: str) -> None:
 
 def describe(chosen: Any, train_set: Any, test_set: Any) -> Data:
     """What the data are. `chosen`: the training images before a validation part is held out."""
-    samples = [sample for part in (chosen, test_set) for sample in getattr(part, "samples", [])]
+    images, tested = (list(getattr(part, "samples", ())) for part in (chosen, test_set))
     return Data(
         classes=list(train_set.classes),
         class_names=list(train_set.class_names),
         class_counts=count_classes(train_set.targets, len(train_set.classes)),
         indices=train_set.chosen,
         split_sha256=split_sha256(chosen.chosen),
-        files_sha256=files_sha256(samples) if samples else None,
-        test_files=getattr(test_set, "paths", None) or [str(index) for index in test_set.chosen],
+        files_sha256=files_sha256(images + tested) if images or tested else None,
+        test_files=[path for path, _ in tested] or [str(index) for index in test_set.chosen],
         mean=test_set.mean,
         std=test_set.std,
         image_size=test_set.image_size,

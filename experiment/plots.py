@@ -10,7 +10,7 @@ from files import write_atomically
 from utils import one_line, warn
 
 FIGURES = ("class_accuracy.png", "curves.png")  # of every run; confusion.png where there are not too many classes
-#: A confusion matrix and its classes' names are drawn up to this many classes.
+#: Most classes whose names, and whose numbers, a confusion matrix shows.
 MOST_NAMED, MOST_ANNOTATED = 200, 12
 #: Width of a figure in inches: a column of a paper.
 WIDTH = 3.3

@@ -91,7 +91,7 @@ def print_classes(names: Sequence[str], counts: Sequence[int], *results: dict) -
         last = results[-1]["per_class"]
         ranked = sorted((k for k in rows if last[k] is not None), key=lambda k: last[k])
         rows = [*ranked[:SHOWN_OF_MANY], *ranked[-SHOWN_OF_MANY:]]
-        print(f"the {SHOWN_OF_MANY} worst and best of {len(names)} classes; all of them are in class_accuracy.csv")
+        print(f"the {SHOWN_OF_MANY} worst and best of {len(names)} classes; the logs have all of them")
     shown = {k: one_line(names[k]) for k in rows}
     width = max(len(name) for name in [*shown.values(), "class"])
     heads = ("best", "last")[: len(results)] if len(results) > 1 else ("acc",)

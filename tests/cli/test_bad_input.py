@@ -45,6 +45,7 @@ def refused(args, cwd, capsys, status, *words):
 USAGE = {
     "unknown dataset": (["--dataset", "mnist"], "--dataset", "'mnist'", "cifar10"),
     "unknown flag": (["--aplha", "3"], "--aplha"),
+    "huge seed": (["--seed", "9" * 400], "--seed", "it must be"),
     "factor 0": (["--imb_factor", "0"], "--imb_factor", "0 is not allowed"),
     "factor that empties a class": (["--imb_factor", "0.001"], "0.001", "of 10 classes empty", "class 7"),
     "num_classes that contradicts": (["--num_classes", "100"], "--num_classes 100", "digits has 10 classes"),

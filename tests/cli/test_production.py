@@ -122,6 +122,7 @@ def test_folders_of_one_name_have_predictions_of_their_own(tmp_path, monkeypatch
     assert names == ["new.csv", "new.csv", "new.csv", "a__new.csv", "b__new.csv", "data__new.csv"]
     assert csv_name(".").endswith(f"__{tmp_path.name}.csv")
     assert csv_name("a_b/c") != csv_name("a/b_c")
+    (tmp_path / csv_name("/data/" + "\N{OK HAND SIGN}" * 90)).touch()  # a name has at most 255 bytes
 
 
 def test_the_pages_code_and_its_onnx_file_give_the_evaluations_logits(trained, tmp_path, monkeypatch, capsys):

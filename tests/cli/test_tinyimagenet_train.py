@@ -181,6 +181,9 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     evaluation = json.loads((log / "evaluate" / "evaluation.json").read_text())
     assert evaluation["acc1"] == float(test[2]["acc1"])
     assert evaluation["seen"] == 200
+    wrong = read_csv(log / "evaluate" / "errors.csv")
+    assert all((tmp_path / "data" / row["file"]).is_file() for row in wrong)
+    assert len(wrong) == round(200 - 2 * evaluation["acc1"])
     assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS)
 
 

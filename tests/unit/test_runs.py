@@ -347,3 +347,13 @@ def test_a_folder_needs_its_place_and_stands_alone(capsys):
     assert "cifar10 is a data set of the paper: name this one with --dataset NAME after --" in line
     line = refused("list", "--dataset", "folder", "cifar10", "--", "--data_dir", "x", capsys=capsys)
     assert "stands alone" in line
+    line = refused("list", "--dataset", "folder", "--", "--data_dir", "x", "--imb_type", "exp", capsys=capsys)
+    assert "give --imb_type and --ratio before --" in line
+
+
+def test_a_folders_long_tail_stands_before_the_dashes(capsys, monkeypatch):
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    argv = ["--dataset", "folder", "--imb_type", "exp", "--ratio", "10", "--method", "CE", "--", "--data_dir", "x"]
+    (line,) = listed(*argv, capsys=capsys)
+    settings = parse("folder_train.py", line[2:])
+    assert (settings.imb_type, settings.imb_factor) == ("exp", 0.1)
