@@ -176,6 +176,8 @@ def _method(name):
         known = ", ".join([*runs.METHODS, *(n for n in registry.LOSSES if n not in runs.METHODS)])
         rules = ", ".join(registry.RULES)
         raise UsageError(f"--method {name}: choose from {known}, a rule ({rules}), or LOSS+RULE")
+    if registry.LOSSES[loss].first_phase_ce:
+        runs.TWO_PHASES.add(loss)
     return runs.name_of_method(loss, rule)
 
 
@@ -206,8 +208,8 @@ def _add_folder(options):
         raise UsageError("--imb_type and --imb_factor: with --dataset folder give --imb_type and --ratio before --")
     if settings.dataset in runs.SETUPS:
         raise UsageError(f"{settings.dataset} is a data set of the paper: name this one with --dataset NAME after --")
-    if settings.schedule == "cosine" and "ib-lr" in options.control:
-        raise UsageError("--control ib-lr lowers the lr at a milestone, which --schedule cosine has not")
+    if settings.schedule != "step" and "ib-lr" in options.control:
+        raise UsageError(f"--control ib-lr lowers the lr at a milestone, which --schedule {settings.schedule} has not")
     runs.folder_setup(settings.dataset, settings, settings.given)
     options.dataset = [settings.dataset]
     options.imb_type = options.imb_type or ["none"]

@@ -108,6 +108,9 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
         raise UsageError(f"--num_classes {settings.num_classes}: {settings.dataset} has {known} classes")
     where = f"in {settings.data_dir}"
     compared = {"other classes": ("classes", f"has other classes than those {where}")}
+    for name in ("mean", "std"):
+        compared[f"another {name}"] = name, f"was trained on images with another {name} than those {where}"
+    state = {**(state.get("preprocessing") or {}), **state}
     # several values are compared on a held-out part of these images
     chooses = any(len(taus) > 1 for taus in (settings.posthoc_la, settings.tau_norm, settings.tau_norm_bias))
     # else the images that are tested may be the ones that were trained on
@@ -122,6 +125,8 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
     forced = []
     for kind, (name, what) in compared.items():
         there, here = state.get(name), getattr(data, name)
+        if name in ("mean", "std"):
+            here = [float(value) for value in here]
         if there in (None, here):
             continue
         if name == "classes":

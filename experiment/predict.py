@@ -28,7 +28,7 @@ PREDICTIONS = "predict"
 
 @torch.no_grad()
 def predict(run: Run) -> None:
-    """Write the likeliest classes of the images in --predict DIR to log/<name>/predict, see `output_folder`, `csv_name`.
+    """Write the likeliest classes of the images in --predict DIR, see `output_folder` and `csv_name`.
 
     Rows are file, class, probability, the likeliest class of an image first. Images that cannot be decoded are named in
     warnings and left out.

@@ -189,7 +189,11 @@ class Run:
                     part.load_state_dict(state)
                 except Exception as error:  # whatever a foreign state makes torch raise
                     raise DataError(f"{start.path} does not fit this model's {name}: {error}") from None
-        if not self.settings.evaluate:
+        if self.settings.evaluate:
+            unread = start.states.keys() - self.parts.keys() - {"optimizer", "criterion", "scaler"}
+            if unread and start.checkpoint.get("settings"):  # not of a foreign checkpoint
+                raise DataError(f"{start.path} holds a state of {min(unread)!r}: name it in run.restore for -e, too")
+        else:
             self._describe(sum(p.numel() for p in model.parameters()))
             distributed.barrier()  # until every rank has read what rank 0 is about to write
 

@@ -27,7 +27,7 @@ from loaders.augment import AUGMENTS, CROPS
 from losses import NORMS
 from training.optimizer import OPTIMIZERS, constants_of
 from training.precision import AMP_TYPES
-from training.recipe import SCHEDULES, Recipe
+from training.recipe import READS, SCHEDULES, Recipe
 from training.registry import LOSSES, RULES, all_constants
 from utils import UsageError, number, path, warn
 
@@ -304,8 +304,10 @@ def fields_affecting(*kinds: str) -> tuple[str, ...]:
 
 #: What makes a run what it is. `exp_str` only names it, as the folder's name is all that two such runs share.
 IDENTITY = fields_affecting("data", "model", "start", "schedule", "optimizer", "selection", "numerics")
+#: Of the schedule what no plan of the epochs shows, a new flag for example: it is compared as it is.
+UNPLANNED = tuple(sorted({*fields_affecting("schedule")} - {*READS, *all_constants(), "start_epoch"}))
 #: What a run and the checkpoint that it starts from share; the schedule is compared epoch by epoch.
-SHARED = fields_affecting("data", "model", "start", "optimizer", "numerics")
+SHARED = (*fields_affecting("data", "model", "start", "optimizer", "numerics"), *UNPLANNED)
 #: What an evaluation takes from the checkpoint.
 OF_CHECKPOINT = fields_affecting("data", "model", "schedule", "selection")
 
@@ -381,8 +383,8 @@ def _check_schedule(settings):
     never = [m for m in milestones if m >= epochs]
     if never and "milestones" in settings.given:
         raise UsageError(f"--milestones {never[0]} never comes: the last epoch is {epochs - 1}")
-    if settings.schedule == "cosine" and settings.given & {"milestones", "lr_factors"}:
-        raise UsageError("--schedule cosine has no --milestones and no --lr_factors")
+    if settings.schedule != "step" and settings.given & {"milestones", "lr_factors"}:
+        raise UsageError(f"--schedule {settings.schedule} has no --milestones and no --lr_factors")
     if never and settings.schedule == "step":
         warn(f"the lr milestones {never} never come in {epochs} epochs (set --milestones)")
     if LOSSES[settings.loss_type].first_phase_ce and settings.start_ib_epoch >= epochs:
@@ -423,5 +425,6 @@ def _check_method(settings):
         if name in settings.given - used:
             rule = f"--train_rule {settings.train_rule}"
             warn(f"{FIELDS[name].metadata['flags'][0]} has no effect: {method} with {rule} does not use it")
-    if "momentum" in settings.given and "momentum" not in constants_of(settings.optimizer):
-        warn(f"--momentum has no effect: --optimizer {settings.optimizer} does not use it")
+    of_others = {name for optimizer in OPTIMIZERS for name in constants_of(optimizer)}
+    for name in sorted(settings.given & of_others - {*constants_of(settings.optimizer)}):
+        warn(f"{FIELDS[name].metadata['flags'][0]} has no effect: --optimizer {settings.optimizer} does not use it")

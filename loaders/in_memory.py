@@ -15,10 +15,13 @@ class InMemoryBatches(Batches):
     """A data set held as one uint8 tensor on the device, cropped from a padded image and flipped for training.
 
     Args:
-        dataset: with `data`, (N, H, W, 3) uint8; of one image size.
+        dataset: with `data`, (N, side, side, 3) uint8.
         padding: zero pixels around an image before the random crop back to H x W.
         augment: a name in `loaders.augment.AUGMENTS`. All but 'none' are made image by image on the host.
         The others: see `loaders.Batches`.
+
+    Raises:
+        ValueError: data of another shape or type.
     """
 
     def __init__(
@@ -26,7 +29,9 @@ class InMemoryBatches(Batches):
         flip: bool | None = None, augment: str = "none", rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
         images = torch.as_tensor(dataset.data)
-        width = images.shape[2]
+        width = images.shape[1]
+        if images.dtype != torch.uint8 or images.shape[1:] != (width, width, 3):
+            raise ValueError(f"data must be (N, side, side, 3) uint8, got {tuple(images.shape)} {images.dtype}")
         super().__init__(dataset, batch_size, device, seed, width, flip, rank, world_size)
         self.padding, self.augment, self.draws_on_host = padding, AUGMENTS[augment].make(width), augment != "none"
         self.images = images.to("cpu" if self.draws_on_host else device)

@@ -9,6 +9,7 @@ from torch import nn
 
 from losses import row_norm
 from models.resnet_cifar import NormedLinear
+from utils import UsageError
 
 
 def head_name(model: nn.Module) -> str:
@@ -18,7 +19,8 @@ def head_name(model: nn.Module) -> str:
     classifiers.
 
     Raises:
-        ValueError: no linear layer; several, and no attribute that says which. AttributeError: no layer of that name.
+        ValueError: no linear layer. UsageError: several, and no attribute that says which. AttributeError: no layer of
+            that name.
     """
     name = getattr(model, "head_name", None)
     if name is not None:
@@ -26,7 +28,7 @@ def head_name(model: nn.Module) -> str:
         return name
     names = _linear_layers(model)
     if len(names) > 1 and not type(model).__module__.startswith("torchvision.models."):
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} has the linear layers {', '.join(names)}: say which one gives the logits, "
             f"model.head_name = {names[-1]!r} for example"
         )
@@ -95,7 +97,7 @@ def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, n
         module.head_name = layer  # type: ignore[assignment]
     try:
         names = [head_name(module)]
-    except ValueError:  # there are several
+    except UsageError:  # there are several
         names = _linear_layers(module)
     for name in names:
         module.get_submodule(name).register_forward_hook(functools.partial(_note, norm))

@@ -12,6 +12,7 @@ from experiment import checkpoint, plots
 from imbalance import groups
 from paper import records, runs, style
 from paper.rows import DATASETS, Row, Rows, by_place, order, published, shared, title, values
+from training.registry import LOSSES
 from utils import DataError, warn
 
 #: Class names stand on the axis up to this many classes; beyond, many, medium and few.
@@ -115,7 +116,7 @@ def _methods(panel, where, to, name):
 
 def begin_of_ib(panel: Rows) -> int:
     """Epochs before the second phase of the rows that have one, 0 where none has."""
-    with_two = [found for row, found in panel.items() if runs.pair_of(row.run.method)[0] in runs.IB_LOSSES]
+    with_two = [found for row, found in panel.items() if LOSSES[runs.pair_of(row.run.method)[0]].first_phase_ce]
     return min((record["settings"]["start_ib_epoch"] for found in with_two for record in found), default=0)
 
 

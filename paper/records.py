@@ -12,7 +12,7 @@ from typing import Any
 
 import imbalance_cifar
 from experiment import parser
-from experiment.settings import Settings, fields_affecting, from_record
+from experiment.settings import UNPLANNED, Settings, fields_affecting, from_record
 from files import write_text
 from imbalance import class_counts
 from paper import runs
@@ -21,10 +21,11 @@ from training.recipe import Recipe
 KEYS = {"settings", "classes", "class_counts", "group_rule", "epochs_done", "best", "last", "history"}
 #: Settings that are compared one by one; `num_classes` follows from the data set, seeds are told apart elsewhere.
 COMPARED = sorted(
-    {*fields_affecting("data", "model", "start", "optimizer", "selection", "numerics")} - {"num_classes", "seed"}
+    {*fields_affecting("data", "model", "start", "optimizer", "selection", "numerics"), *UNPLANNED}
+    - {"num_classes", "seed"}
 )
 #: Settings that are compared by what they do in each epoch.
-SCHEDULE = fields_affecting("schedule")
+SCHEDULE = tuple(name for name in fields_affecting("schedule") if name not in UNPLANNED)
 #: Precision, and batch norm over each process's images alone: named, but no other experiment.
 NUMERICS = (*fields_affecting("numerics"), "processes")
 #: Settings of which the Run itself says what they are.

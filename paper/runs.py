@@ -79,6 +79,8 @@ METHODS = {
     "CE+cRT": ("CE", "cRT"),
 }
 IB_LOSSES = ("IB", "IBFocal")
+#: Losses with a first phase of plain CE; reproduce.py adds those of the registry that it is asked for.
+TWO_PHASES = {*IB_LOSSES}
 #: Rules that change nothing before `drw_epoch`.
 DEFERRED = ("DRW", "DRW-IB", "DRS", "cRT")
 #: Epochs of cRT's second stage, which follows a whole run: those of Kang et al. on ImageNet-LT.
@@ -205,11 +207,14 @@ class Run:
     def argv(self, out: str | pathlib.Path, extra: Sequence[str] = ()) -> list[str]:
         """Script and flags, `extra` ones last; everything that the paper sets is named.
 
-        Logs and checkpoints go below `out`. Other milestones have their own factors, or the script's.
+        Logs and checkpoints go below `out`. Other milestones have their own factors, or the script's; another schedule
+        has none.
         """
         setup, settings = self.setup, self.settings
         if any(word.startswith("--mil") for word in extra):
             settings.pop("lr_factors", None)
+        if any(word.startswith("--sched") for word in extra) and not {"step", "--schedule=step"} & {*extra}:
+            settings = {name: value for name, value in settings.items() if name not in ("milestones", "lr_factors")}
         flags: list[Any] = ["--dataset", self.dataset, "-a", setup.arch, "--imb_type", self.imb_type]
         flags += ["--imb_factor", 1 / self.ratio, "--rand_number", self.subset, "--seed", self.seed]
         flags += ["--batch-size", setup.batch_size]
@@ -225,7 +230,7 @@ class Run:
         """Runs of one family train their first epochs alike, up to their `fork_epoch`."""
         loss, rule = pair_of(self.method)
         first = self.title
-        if loss in IB_LOSSES or (self.method == "CE" and self.variant in ("ib-lr", "paper-lr")):
+        if loss in TWO_PHASES or (self.method == "CE" and self.variant in ("ib-lr", "paper-lr")):
             first = "CE"
         elif rule in DEFERRED:
             first = loss
@@ -248,7 +253,7 @@ class Run:
     def fork_epoch_with(self, settings: Mapping[str, Any]) -> int:
         """The same where `settings`, by the names of the flags, are those of the command."""
         epoch = settings["drw_epoch" if settings["train_rule"] in DEFERRED else "epochs"]
-        if settings["loss_type"] in IB_LOSSES:
+        if settings["loss_type"] in TWO_PHASES:
             epoch = settings["start_ib_epoch"]
         elif self.variant == "ib-lr":  # its lr falls where the setup says
             epoch = min(settings["start_ib_epoch"], self.settings["start_ib_epoch"])

@@ -193,6 +193,7 @@ def evaluate(
         if seen is not None:
             seen.append((logits.float().cpu(), target.cpu()))
     per_class, confusion = metrics.per_class()
-    figures = {name: figure(per_class, confusion, class_counts) for name, figure in CLASS_FIGURES.items()}
+    found = {name: figure(per_class, confusion, class_counts) for name, figure in CLASS_FIGURES.items()}
+    figures = {name: None if value is None else float(value) for name, value in found.items()}
     seconds = time.monotonic() - started
-    return {**metrics.read(), **figures, "per_class": per_class, "confusion": confusion, "seconds": seconds}
+    return {**figures, **metrics.read(), "per_class": per_class, "confusion": confusion, "seconds": seconds}

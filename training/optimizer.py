@@ -30,6 +30,8 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=on_cuda)
 
 
+#: What a group of parameters has beside the optimizer's own settings, and beside what it counts.
+SETTINGS = ("params", "lr_scale")
 #: name -> optimizer from (model, lr, the settings that it depends on)
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}
 
@@ -42,11 +44,15 @@ def constants_of(name: str) -> tuple[str, ...]:
 def make_optimizer(name: str, model: torch.nn.Module, lr: float, constants: Mapping[str, Any]) -> torch.optim.Optimizer:
     """The optimizer of that name, which keeps its own settings when a state is loaded.
 
+    A group's 'lr_scale', here its lr over `lr`, is what the schedule's lr is multiplied by for its parameters.
+
     Args:
         name: a key of `OPTIMIZERS`.
         constants: values by name, among them those of `constants_of(name)`.
     """
     optimizer = OPTIMIZERS[name](model, lr, **{constant: constants[constant] for constant in constants_of(name)})
+    for group in optimizer.param_groups:
+        group.setdefault("lr_scale", group["lr"] / lr if lr else 1.0)
     optimizer.register_load_state_dict_pre_hook(_as_own)
     return optimizer
 
@@ -72,7 +78,11 @@ def _as_own(optimizer, state):
         for name, value in found.items():
             if torch.is_tensor(value) and value.ndim:
                 values[index][name] = torch.empty_like(parameter).copy_(value)
-    return {"state": {i: value for i, value in values.items() if value}, "param_groups": own["param_groups"]}
+    groups = [
+        {**mine, **{name: value for name, value in loaded.items() if name not in {*optimizer.defaults, *SETTINGS}}}
+        for mine, loaded in zip(own["param_groups"], state["param_groups"], strict=True)
+    ]
+    return {"state": {i: value for i, value in values.items() if value}, "param_groups": groups}
 
 
 def _parameters(optimizer):

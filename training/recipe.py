@@ -11,6 +11,11 @@ from training import registry
 from training.registry import Stage
 
 SCHEDULES = ("step", "cosine")
+#: The settings that a Recipe reads, beside the constants of the registry's entries.
+READS = (
+    "loss_type", "train_rule", "start_ib_epoch", "drw_epoch", "epochs", "lr", "schedule", "warmup_epochs",
+    "keep_warmup", "milestones", "lr_factors", "ib_lr_factor",
+)  # fmt: skip
 
 
 class Recipe:

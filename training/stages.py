@@ -9,8 +9,8 @@ from training import distributed
 from training.ema import Ema
 from training.precision import Compiled
 from training.recipe import Recipe
-from training.registry import Stage
-from utils import epoch_seed
+from training.registry import LOSSES, RULES, Stage
+from utils import UsageError, epoch_seed
 
 
 class Stages:
@@ -22,6 +22,10 @@ class Stages:
     Args:
         seed: of the run.
         sync_bn, compiles: of the module that is trained, whose weights are the model's own.
+
+    Raises:
+        UsageError: a model whose head is unknown where it must be known, or not the one that the loss wants; `begin`:
+            a loss with parameters.
     """
 
     def __init__(
@@ -30,6 +34,12 @@ class Stages:
     ) -> None:  # fmt: skip
         self.recipe, self.model, self.optimizer, self.class_counts = recipe, model, optimizer, class_counts
         self.seed, self.ema, self.sync_bn, self.compiles = seed, ema, sync_bn, compiles
+        loss, rule = LOSSES[recipe.settings.loss_type], RULES[recipe.settings.train_rule]
+        if loss.normalised_head or rule.trains == "head":
+            head = model.get_submodule(models.head_name(model))
+            if loss.normalised_head and isinstance(head, torch.nn.Linear):
+                name = recipe.settings.loss_type
+                raise UsageError(f"--loss_type {name} needs a normalised head: this model ignores use_norm")
         self._stage: Stage | None = None
         self._criterion: Any = None
         self._state: dict = {}
@@ -43,7 +53,7 @@ class Stages:
         """
         before, stage = self._stage, self.recipe.stage(epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = stage.lr
+            group["lr"] = stage.lr * group.get("lr_scale", 1.0)
         torch.manual_seed(epoch_seed(self.seed, epoch))
         if self.recipe.draws_head(epoch):
             redraw_head(self.model, self.optimizer, self.ema)
@@ -52,6 +62,8 @@ class Stages:
             if before is not None:
                 self._state = self._criterion.state_dict() if before.loss == stage.loss else {}
             criterion = self.recipe.criterion(stage, self.class_counts)
+            if any(True for _ in criterion.parameters()):
+                raise UsageError(f"--loss_type {stage.loss} has parameters, which nothing trains: make them buffers")
             if self._state:
                 criterion.load_state_dict(self._state)
             self._criterion = criterion.to(next(self.model.parameters()).device)
@@ -83,7 +95,8 @@ def redraw_head(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: E
         fresh = torch.nn.Linear(head.in_features, head.out_features, head.bias is not None)
     head.load_state_dict(fresh.state_dict())  # drawn on the CPU, as every model is
     for parameter in head.parameters():
-        for value in optimizer.state.get(parameter, {}).values():
-            value.zero_()
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            state[name] = value.zero_() if torch.is_tensor(value) else type(value)()
     if ema is not None:
         ema.restart()

@@ -177,6 +177,14 @@ def test_a_checkpoint_that_tells_no_images_chooses_no_correction(copied, capsys)
     assert run_main([*args, "--posthoc_la", "0", "1", "--force"], copied, capsys)[0] == 0
 
 
+def test_a_state_that_the_script_does_not_restore_is_refused(copied, capsys):
+    """A second average, say, whose weights would be left out."""
+    path = change(copied, swa={"n_averaged": torch.tensor(3)})
+    status, _, err = run_main(["-e", "--resume", path, "--threads", "1"], copied, capsys)
+    assert status == 1
+    assert "holds a state of 'swa': name it in run.restore for -e, too" in messages(err)[-1]
+
+
 def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
     evaluate(copied, capsys, "--save_logits")
     plain, _ = logits_of(copied)
@@ -186,7 +194,8 @@ def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
     prior = torch.tensor(counts).double() / sum(counts)
     corrected, _ = logits_of(copied, "changed.pth/posthoc_la_1")
     torch.testing.assert_close(corrected, plain - prior.log().float(), rtol=1e-4, atol=1e-4)
-    found = json.loads((log_folder(copied) / "evaluate" / "changed.pth" / "posthoc_la_1" / "evaluation.json").read_text())
+    folder = log_folder(copied) / "evaluate" / "changed.pth" / "posthoc_la_1"
+    found = json.loads((folder / "evaluation.json").read_text())
     assert found["many"] == pytest.approx((found["per_class"][1] + found["per_class"][4]) / 2)
 
 

@@ -4,13 +4,29 @@ import contextlib
 import pathlib
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import types
 from unittest import mock
 
 import pytest
-from script_runner import FIVE, TINY, break_off, load_checkpoint, log_folder, read_csv, run_ok
+import torch
+from script_runner import (
+    DIGITS,
+    FIVE,
+    TINY,
+    break_off,
+    load_checkpoint,
+    log_folder,
+    messages,
+    model_folder,
+    read_csv,
+    run_main,
+    run_ok,
+)  # fmt: skip
 
+import imbalance_cifar
 import losses
 import models
 from loaders.augment import AUGMENTS
@@ -124,3 +140,80 @@ def test_a_loss_of_the_features_need_not_be_an_ib_loss(monkeypatch, tmp_path, ca
     monkeypatch.setitem(registry.LOSSES, "ByNorm", registry.LossEntry(lambda counts, weight: ByNorm(weight)))
     out = run_ok([*FIVE, *TINY, "--epochs", "1", "--milestones", "--loss_type", "ByNorm"], tmp_path, capsys)
     assert "ByNorm loss" in out
+
+
+class WithParameter(losses.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(10))
+
+
+def two_layers(num_classes=10, use_norm=False, feature_norm="l1"):
+    layers = [torch.nn.Flatten(), torch.nn.Linear(3072, 8), torch.nn.ReLU(), torch.nn.Linear(8, num_classes)]
+    return models.with_feature_norm(torch.nn.Sequential(*layers), norm=feature_norm)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["-a", "small", "--loss_type", "LDAM"],
+            "--loss_type LDAM needs a normalised head: this model ignores use_norm",
+        ),
+        (["-a", "two", "--train_rule", "cRT", "--drw_epoch", "1"], "has the linear layers 1, 3: say which one gives"),
+        (
+            ["-a", "small", "--loss_type", "Own"],
+            "--loss_type Own has parameters, which nothing trains: make them buffers",
+        ),
+    ],
+)
+def test_what_would_train_wrongly_is_refused_at_the_start(flags, said, registries, tmp_path, capsys):
+    snippet("An architecture")
+    models.CIFAR_MODELS["two"] = two_layers
+    registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithParameter())
+    status, _, err = run_main([*DIGITS, "--epochs", "2", "--milestones", *flags], tmp_path, capsys)
+    assert status == 2
+    assert said in messages(err)[-1]
+
+
+def test_a_data_set_with_another_mean_is_another_one(tmp_path, capsys, monkeypatch):
+    two = [*DIGITS, *TINY, "--epochs", "2", "--milestones", "--threads", "1"]
+    run_ok([*two, "--keep_epochs", "1"], tmp_path, capsys)
+    monkeypatch.setattr(imbalance_cifar.DATASETS["digits"], "mean", (0.4, 0.5, 0.5))
+    kept = model_folder(tmp_path) / "ckpt.epoch001.pth.tar"
+    for args in ([*two, "--exp_str", "fork", "--resume", kept], ["-e", "--resume", kept]):
+        status, _, err = run_main(args, tmp_path, capsys)
+        assert status == 1
+        assert "was trained on images with another mean than those in ./data" in messages(err)[-1]
+
+
+def test_an_error_of_an_own_data_set_is_its_own(monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        raise RuntimeError("stack expects each tensor to be equal size")
+
+    monkeypatch.setitem(imbalance_cifar.DATASETS, "own", broken)
+    with pytest.raises(RuntimeError, match="^stack expects"):
+        imbalance_cifar.load("own", tmp_path)
+
+
+def test_a_new_flag_sets_a_run_apart_from_one_without_it(tmp_path):
+    """The page's line of a setting, in a checkout of its own, which nothing reads yet."""
+    root = pathlib.Path(__file__).parents[2]
+    checkout = tmp_path / "checkout"
+    leave = shutil.ignore_patterns(".*", "results", "docs", "tests", "data", "log", "checkpoint", "reproduced")
+    shutil.copytree(root, checkout, ignore=leave)
+    line = next(line for line in SECTIONS["A setting"].splitlines() if "_method(" in line)
+    path = checkout / "experiment" / "settings.py"
+    path.write_text(path.read_text().replace(line, f"{line}\n{line.replace('vs_tau', 'cutmix')}"))
+    asks = """
+import dataclasses
+from experiment.compare import difference
+from experiment.settings import recorded
+from paper import records, runs
+one = records.command_settings(runs.Run("cifar10", "exp", 100, "CE"))
+other = dataclasses.replace(one, cutmix=1.0)
+print(records.describe(recorded(other))[1])
+print(difference(one, other, {"settings": recorded(other)}, 0, ""))
+"""
+    out = subprocess.run([sys.executable, "-c", asks], cwd=checkout, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == ["(('cutmix', '1.0'),)", "cutmix is 1.0 there and 1.2 here"]

@@ -340,3 +340,9 @@ def test_a_subset_of_digits_holds_its_images():
 
 
 # ------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("images", [noise(2) / 255, noise(2)[..., :1], noise(2, width=20), noise(2)[..., 0]])
+def test_images_of_another_form_are_refused(images):
+    with pytest.raises(ValueError, match=r"data must be \(N, side, side, 3\) uint8, got"):
+        batches_of(images)

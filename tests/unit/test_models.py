@@ -324,7 +324,7 @@ def assert_features(model, found, x):
 def test_the_head_is_never_guessed():
     model = HeadFirst()
     for use in (models.head_name, models.HeadOnly):
-        with pytest.raises(ValueError, match=r"the linear layers head, body: say which .*model.head_name = 'body'"):
+        with pytest.raises(UsageError, match=r"the linear layers head, body: say which .*model.head_name = 'body'"):
             use(model)
     model.head_name = "head"
     assert models.head_name(model) == "head"

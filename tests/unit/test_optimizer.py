@@ -1,12 +1,17 @@
 """The optimizers: SGD's momentum from the first step on and from other layouts; every one continues where it was."""
 
 import copy
+import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 
 import models
+from experiment.settings import Settings
 from training.optimizer import OPTIMIZERS, make_optimizer
+from training.recipe import Recipe
+from training.stages import Stages, redraw_head
 
 
 def make(name, model, lr=0.1, momentum=0.9, weight_decay=2e-4):
@@ -135,3 +140,35 @@ def test_adamw_is_torchs():
         theirs.step()
     for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_keep_the_ratio_of_their_lrs_and_what_they_count():
+    """Two groups, through a schedule and a resume; the counter is one that the optimizer does not know."""
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+
+    def grouped(model, lr):
+        groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 10 * lr, "k": 0}]
+        return torch.optim.SGD(groups, lr)
+
+    with mock.patch.dict(OPTIMIZERS, grouped=grouped):
+        one, two = (make_optimizer("grouped", layers, 0.1, {}) for _ in range(2))
+    recipe = Recipe(dataclasses.replace(Settings(), milestones=(1,), lr_factors=(0.5,), warmup_epochs=0, lr=0.1))
+    stages = Stages(recipe, layers, one, [1, 1])
+    for epoch, lr in ((0, 0.1), (1, 0.05)):
+        stages.begin(epoch)
+        assert [group["lr"] for group in one.param_groups] == pytest.approx([lr, 10 * lr])
+    one.param_groups[1]["k"] = 7
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert two.param_groups[1]["k"] == 7
+    assert [group["lr"] for group in two.param_groups] == pytest.approx([0.1, 1.0])  # until the stage begins
+
+
+def test_a_new_head_forgets_numbers_and_tensors_of_its_optimizer_state():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"step": 3, "average": torch.ones_like(parameter)}
+    redraw_head(model, optimizer)
+    for state in optimizer.state.values():
+        assert state["step"] == 0
+        assert not state["average"].any()

@@ -357,3 +357,22 @@ def test_a_folders_long_tail_stands_before_the_dashes(capsys, monkeypatch):
     (line,) = listed(*argv, capsys=capsys)
     settings = parse("folder_train.py", line[2:])
     assert (settings.imb_type, settings.imb_factor) == ("exp", 0.1)
+
+
+def test_another_schedule_has_no_milestones(capsys):
+    (line,) = listed(
+        "--dataset", "digits", "--method", "CE", "--ratio", "100", "--", "--schedule", "cosine", capsys=capsys
+    )
+    settings = parse("cifar_train.py", line[2:])
+    assert settings.schedule == "cosine"
+    assert not settings.given & {"milestones", "lr_factors"}
+
+
+def test_a_loss_of_the_registry_with_a_first_phase_shares_that_of_ce(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "TWO_PHASES", {*runs.IB_LOSSES})
+    monkeypatch.setitem(registry.LOSSES, "Own", registry.LOSSES["IB"])
+    lines = listed("--dataset", "cifar10", "--method", "CE", "Own", "--ratio", "100", capsys=capsys)
+    assert len(lines) == 2
+    ce, own = Run("cifar10", "exp", 100, "CE"), Run("cifar10", "exp", 100, "Own")
+    assert own.family == ce.family
+    assert (own.fork_epoch_with(own.settings), own.trunk) == (100, ce)

@@ -12,7 +12,7 @@ from experiment import flags, settings
 from experiment.compare import differing
 from experiment.parser import SCRIPTS, build_parser, parse
 from experiment.settings import FIELDS, IDENTITY, SHARED, from_record, recorded
-from training.recipe import Recipe
+from training.recipe import READS, Recipe
 from training.registry import LOSSES, RULES, all_constants
 from utils import UsageError
 
@@ -46,8 +46,8 @@ def test_what_a_recipe_and_the_registry_read_affects_the_schedule():
     for loss, rule, schedule in itertools.product(LOSSES, RULES, ("step", "cosine")):
         of = dataclasses.replace(settings.Settings(), loss_type=loss, train_rule=rule, schedule=schedule)
         Recipe(Watched(of, read)).stages()
-    # start_epoch leaves the first epochs of a schedule out
-    assert read | {"start_epoch"} == set(settings.fields_affecting("schedule"))
+    assert read - {*all_constants()} == set(READS)
+    assert settings.UNPLANNED == ()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
