@@ -519,13 +519,6 @@ class AutoAlpha(nn.Module):
         self.value.fill_(value)
         self.sums[2] = 1
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        sums = state_dict.get(prefix + "sums")
-        if sums is not None and prefix + "rest" not in state_dict:  # an older checkpoint: one float64 tensor
-            state_dict[prefix + "sums"] = sums.float()
-            state_dict[prefix + "rest"] = (sums - sums.float()).float()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class IBLoss(Loss):
     """Influence-balanced loss: w_y * CE * alpha / (|p - y| * |h| + epsilon) (paper, eq. 5 to 7 and Section 4.1).

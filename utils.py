@@ -51,8 +51,9 @@ def command(main):
     def run(argv=None):
         name = os.path.basename(sys.argv[0]) if argv is None else f"{main.__module__}.py"
         signal.signal(signal.SIGTERM, _raise_terminated)
-        if HungUp.signal and signal.getsignal(HungUp.signal) == signal.SIG_DFL:  # nohup ignores it
-            signal.signal(HungUp.signal, _raise_hung_up)
+        hung_up = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
+        if hung_up and signal.getsignal(hung_up) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(hung_up, _raise_terminated)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # print what the terminal's encoding lacks as escapes
                 stream.reconfigure(errors="backslashreplace")
@@ -95,23 +96,15 @@ def _is_out_of_memory(error):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program was, so that files are closed on the way out."""
+    """SIGTERM, or SIGHUP, raised where the program was, so that files are closed on the way out."""
 
-    signal: Any = signal.SIGTERM
-
-
-class HungUp(Terminated):
-    """SIGHUP: the terminal was closed."""
-
-    signal = getattr(signal, "SIGHUP", None)  # Windows has none
+    signal: signal.Signals
 
 
 def _raise_terminated(signum, frame):
-    raise Terminated
-
-
-def _raise_hung_up(signum, frame):
-    raise HungUp
+    stop = Terminated()
+    stop.signal = signal.Signals(signum)
+    raise stop
 
 
 def one_line(text: object) -> str:

@@ -74,7 +74,8 @@ def open_run(settings: Settings) -> Iterator["Run"]:
             raise
         newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
         hint = f"the same command continues from {newest}" if os.path.exists(newest) else "no epoch was finished"
-        raise type(stop)(f": {hint}") from None
+        stop.args = (f": {hint}",)
+        raise
     finally:
         distributed.stop()
 

@@ -93,13 +93,10 @@ class MetricAccumulator:
         return accuracy, table.tolist() if self.confusion else None
 
 
-def group_accuracy(per_class: Sequence[float | None], class_counts: Sequence[int]) -> dict[str, float | None]:
-    """dict(class_mean, many, medium, few): means over the classes that have images; None for an empty group."""
-    means: dict[str, float | None] = {}
-    for name, labels in {"class_mean": range(len(per_class)), **groups(class_counts)}.items():
-        values = [accuracy for accuracy in (per_class[k] for k in labels) if accuracy is not None]
-        means[name] = sum(values) / len(values) if values else None
-    return means
+def class_mean(per_class: Sequence, confusion: Any = None, class_counts: Any = None) -> float | None:
+    """Mean accuracy of the classes that have images; None where there are none."""
+    values = [accuracy for accuracy in per_class if accuracy is not None]
+    return sum(values) / len(values) if values else None
 
 
 def macro_f1(per_class: Sequence, confusion: Sequence | None, class_counts: Sequence[int]) -> float | None:
@@ -112,13 +109,14 @@ def macro_f1(per_class: Sequence, confusion: Sequence | None, class_counts: Sequ
 
 
 def _of_group(name):
-    return lambda per_class, confusion, class_counts: group_accuracy(per_class, class_counts)[name]
+    return lambda per_class, confusion, counts: class_mean([per_class[k] for k in groups(counts)[name]])
 
 
 #: What an evaluation reports beside loss, top-1 and top-5. name -> a figure, or None, of (accuracy of each class in
 #: percent or None, confusion matrix or None, training images of each class). A new entry reaches the CSV files,
 #: TensorBoard, summary.json and the screen.
 CLASS_FIGURES: dict[str, Callable[[Sequence, Sequence | None, Sequence[int]], float | None]] = {
-    **{name: _of_group(name) for name in ("class_mean", "many", "medium", "few")},
+    "class_mean": class_mean,
+    **{name: _of_group(name) for name in ("many", "medium", "few")},
     "macro_f1": macro_f1,
 }

@@ -53,7 +53,8 @@ def test_fewer_than_five_classes_are_all_in_the_top_five():
 
 
 def test_groups_are_means_of_class_accuracies_and_an_empty_one_is_none():
-    figures = metrics.group_accuracy([90.0, 50.0, 30.0, None], [500, 101, 19, 5])
+    names = ("class_mean", "many", "medium", "few")
+    figures = {n: metrics.CLASS_FIGURES[n]([90.0, 50.0, 30.0, None], None, [500, 101, 19, 5]) for n in names}
     assert figures == {"class_mean": pytest.approx(170 / 3), "many": 70.0, "medium": None, "few": 30.0}
 
 
