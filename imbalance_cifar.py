@@ -111,9 +111,9 @@ def load(
             train = dataset(data_dir, imb_type, imb_factor, rand_number, download=True)
         return train, dataset(data_dir, train=False)
     except (RuntimeError, OSError, EOFError) as error:
-        archive = getattr(dataset, "filename", None)
-        if archive is None:  # a data set of your own
+        if isinstance(error, RuntimeError) and "corrupted" not in str(error):  # not torchvision's of a bad archive
             raise
+        archive = getattr(dataset, "filename", "its files")
         raise DataError(
             f"no {name} in {data_dir}, or a damaged one, and it cannot be downloaded ({error}): put {archive} there, "
             "name another --data_dir, or try --dataset digits, which needs no download"

@@ -10,6 +10,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 from experiment import checkpoint
 from paper import executors, records
@@ -52,13 +53,14 @@ class Driver:
         executor: see executors.py.
         extra: flags for every script, after a run's own.
         threads: CPU threads of a run.
+        stream: where lines go (None: standard output).
     """
 
     def __init__(
         self, runs: Sequence[Run], out: str | pathlib.Path, results: str | pathlib.Path, executor: executors.Executor,
-        extra: Sequence[str] = (), threads: int = 1,
+        extra: Sequence[str] = (), threads: int = 1, stream: TextIO | None = None,
     ) -> None:  # fmt: skip
-        self.runs, self.executor = runs, executor
+        self.runs, self.executor, self.stream = runs, executor, stream
         self.out, self.results = pathlib.Path(out).resolve(), pathlib.Path(results).resolve()
         self.extra, self.threads = list(extra), threads
         self.families: dict[tuple, list[Run]] = collections.defaultdict(list)
@@ -109,7 +111,7 @@ class Driver:
         return f"{text}, {time_left} to go; running: {', '.join(running) or 'none'}"
 
     def _print(self, text):
-        print(text, flush=True)
+        print(text, file=self.stream, flush=True)
 
     def _epochs_left(self):
         """Epochs to train, those that runs share once."""

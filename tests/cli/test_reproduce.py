@@ -74,10 +74,8 @@ class InProcess:
 def drive(chosen, out, executor, extra=()):
     """(driver, failed runs, what it printed)."""
     text = io.StringIO()
-    work = driver.Driver(chosen, out, out / "results", executor, extra, threads=1)
-    with contextlib.redirect_stdout(text):
-        failed = work.run()
-    return work, failed, text.getvalue()
+    work = driver.Driver(chosen, out, out / "results", executor, extra, threads=1, stream=text)
+    return work, work.run(), text.getvalue()
 
 
 def cell(methods, variants=("",)):
