@@ -196,4 +196,4 @@ def evaluate(
     found = {name: figure(per_class, confusion, class_counts) for name, figure in CLASS_FIGURES.items()}
     figures = {name: None if value is None else float(value) for name, value in found.items()}
     seconds = time.monotonic() - started
-    return {**figures, **metrics.read(), "per_class": per_class, "confusion": confusion, "seconds": seconds}
+    return {**metrics.read(), **figures, "per_class": per_class, "confusion": confusion, "seconds": seconds}
