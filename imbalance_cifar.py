@@ -111,7 +111,7 @@ def load(
             train = dataset(data_dir, imb_type, imb_factor, rand_number, download=True)
         return train, dataset(data_dir, train=False)
     except (RuntimeError, OSError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "corrupted" not in str(error):  # not torchvision's of a bad archive
+        if type(error) is RuntimeError and "corrupted" not in str(error):  # not torchvision's of a bad archive
             raise
         archive = getattr(dataset, "filename", "its files")
         raise DataError(

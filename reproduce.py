@@ -208,8 +208,6 @@ def _add_folder(options):
         raise UsageError("--imb_type and --imb_factor: with --dataset folder give --imb_type and --ratio before --")
     if settings.dataset in runs.SETUPS:
         raise UsageError(f"{settings.dataset} is a data set of the paper: name this one with --dataset NAME after --")
-    if settings.schedule != "step" and "ib-lr" in options.control:
-        raise UsageError(f"--control ib-lr lowers the lr at a milestone, which --schedule {settings.schedule} has not")
     runs.folder_setup(settings.dataset, settings, settings.given)
     options.dataset = [settings.dataset]
     options.imb_type = options.imb_type or ["none"]

@@ -88,7 +88,7 @@ def csv_name(path: str) -> str:
     path = os.path.abspath(path)
     here = os.path.join(os.getcwd(), "")
     name = path.removeprefix(here).strip(os.sep).replace(os.sep, "__")
-    return name.encode()[-200:].decode(errors="ignore") + ".csv"  # a file's name has at most 255 bytes
+    return os.fsencode(name)[-200:].decode(errors="ignore") + ".csv"  # a file's name has at most 255 bytes
 
 
 def _restored(run, num_classes):

@@ -16,6 +16,7 @@ import torch
 
 import models
 from experiment import checkpoint, plots, provenance
+from experiment.compare import refuse_or_force
 from experiment.data import Data, check_data, export_split, preprocessing
 from experiment.records import Records, best_epoch
 from experiment.resume import FACTS, Start, find_evaluated, find_start
@@ -193,7 +194,8 @@ class Run:
         if self.settings.evaluate:
             unread = start.states.keys() - self.parts.keys() - {"optimizer", "criterion", "scaler"}
             if unread and start.checkpoint.get("settings"):  # not of a foreign checkpoint
-                raise DataError(f"{start.path} holds a state of {min(unread)!r}: name it in run.restore for -e, too")
+                what = f"{start.path} holds a state of {min(unread)!r}, which nothing restores"
+                refuse_or_force(self.settings, what)
         else:
             self._describe(sum(p.numel() for p in model.parameters()))
             distributed.barrier()  # until every rank has read what rank 0 is about to write

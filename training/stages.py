@@ -24,8 +24,8 @@ class Stages:
         sync_bn, compiles: of the module that is trained, whose weights are the model's own.
 
     Raises:
-        UsageError: a model whose head is unknown where it must be known, or not the one that the loss wants; `begin`:
-            a loss with parameters.
+        UsageError: a loss with parameters; a model whose head is unknown where it must be known, or not the one that
+            the loss wants.
     """
 
     def __init__(
@@ -34,6 +34,9 @@ class Stages:
     ) -> None:  # fmt: skip
         self.recipe, self.model, self.optimizer, self.class_counts = recipe, model, optimizer, class_counts
         self.seed, self.ema, self.sync_bn, self.compiles = seed, ema, sync_bn, compiles
+        for stage in {stage.loss: stage for stage in recipe.stages()}.values():
+            if any(True for _ in recipe.criterion(stage, class_counts).parameters()):
+                raise UsageError(f"--loss_type {stage.loss} has parameters, which nothing trains: make them buffers")
         loss, rule = LOSSES[recipe.settings.loss_type], RULES[recipe.settings.train_rule]
         if loss.normalised_head or rule.trains == "head":
             head = model.get_submodule(models.head_name(model))
@@ -62,8 +65,6 @@ class Stages:
             if before is not None:
                 self._state = self._criterion.state_dict() if before.loss == stage.loss else {}
             criterion = self.recipe.criterion(stage, self.class_counts)
-            if any(True for _ in criterion.parameters()):
-                raise UsageError(f"--loss_type {stage.loss} has parameters, which nothing trains: make them buffers")
             if self._state:
                 criterion.load_state_dict(self._state)
             self._criterion = criterion.to(next(self.model.parameters()).device)

@@ -181,8 +181,9 @@ def test_a_state_that_the_script_does_not_restore_is_refused(copied, capsys):
     """A second average, say, whose weights would be left out."""
     path = change(copied, swa={"n_averaged": torch.tensor(3)})
     status, _, err = run_main(["-e", "--resume", path, "--threads", "1"], copied, capsys)
-    assert status == 1
-    assert "holds a state of 'swa': name it in run.restore for -e, too" in messages(err)[-1]
+    assert status == 2
+    assert "holds a state of 'swa', which nothing restores (use --force" in messages(err)[-1]
+    run_ok(["-e", "--resume", path, "--threads", "1", "--force"], copied, capsys)
 
 
 def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):

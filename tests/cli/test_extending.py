@@ -103,12 +103,14 @@ def test_an_extension_gives_other_weights_than_a_run_without_it(section, argumen
 
 def test_a_metric_has_a_column(registries, tmp_path, capsys):
     snippet("A metric")
+    metrics.CLASS_FIGURES["a tensor"] = lambda *_: torch.tensor(0.5)
     run_ok([*FIVE, *TINY, "--imb_type", "none"], tmp_path, capsys)
     classes, rows = (
         read_csv(log_folder(tmp_path, imb="none") / name) for name in ("class_accuracy.csv", "log_test.csv")
     )
     worst = [min(float(of[str(k)]) for k in range(10)) for of in classes]
     assert [float(row["worst"]) for row in rows] == worst
+    assert {float(row["a tensor"]) for row in rows} == {0.5}
     assert max(worst) > 0
 
 
@@ -170,21 +172,24 @@ def two_layers(num_classes=10, use_norm=False, feature_norm="l1"):
 def test_what_would_train_wrongly_is_refused_at_the_start(flags, said, registries, tmp_path, capsys):
     snippet("An architecture")
     models.CIFAR_MODELS["two"] = two_layers
-    registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithParameter())
-    status, _, err = run_main([*DIGITS, "--epochs", "2", "--milestones", *flags], tmp_path, capsys)
+    registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithParameter(), first_phase_ce=True)
+    two = [*DIGITS, "--epochs", "2", "--milestones", "--start_ib_epoch", "1"]
+    status, _, err = run_main([*two, *flags], tmp_path, capsys)
     assert status == 2
     assert said in messages(err)[-1]
+    assert not [*tmp_path.glob("checkpoint/*/*.tar")]
 
 
-def test_a_data_set_with_another_mean_is_another_one(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_data_set_with_another_mean_is_another_one(name, tmp_path, capsys, monkeypatch):
     two = [*DIGITS, *TINY, "--epochs", "2", "--milestones", "--threads", "1"]
     run_ok([*two, "--keep_epochs", "1"], tmp_path, capsys)
-    monkeypatch.setattr(imbalance_cifar.DATASETS["digits"], "mean", (0.4, 0.5, 0.5))
+    monkeypatch.setattr(imbalance_cifar.DATASETS["digits"], name, (0.4, 0.5, 0.5))
     kept = model_folder(tmp_path) / "ckpt.epoch001.pth.tar"
     for args in ([*two, "--exp_str", "fork", "--resume", kept], ["-e", "--resume", kept]):
         status, _, err = run_main(args, tmp_path, capsys)
         assert status == 1
-        assert "was trained on images with another mean than those in ./data" in messages(err)[-1]
+        assert f"was trained on images with another {name} than those in ./data" in messages(err)[-1]
 
 
 def test_an_error_of_an_own_data_set_is_its_own(monkeypatch, tmp_path):

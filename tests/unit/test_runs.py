@@ -366,6 +366,8 @@ def test_another_schedule_has_no_milestones(capsys):
     settings = parse("cifar_train.py", line[2:])
     assert settings.schedule == "cosine"
     assert not settings.given & {"milestones", "lr_factors"}
+    argv = ["list", "--dataset", "digits", "--control", "ib-lr", "--", "--schedule", "cosine"]
+    assert "--control ib-lr lowers the lr at a milestone" in refused(*argv, capsys=capsys)
 
 
 def test_a_loss_of_the_registry_with_a_first_phase_shares_that_of_ce(monkeypatch, capsys):
