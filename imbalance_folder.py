@@ -34,7 +34,7 @@ PARTS = ("train", "training", "val", "valid", "validation", "test", "testing", "
 #: Largest share of damaged images that is left out.
 MAX_DAMAGED = 0.05
 
-# Pillow warns of large images, palettes and odd EXIF data without the file's name, and decodes them all the same
+# Pillow warns of large images, palettes and odd EXIF data without the file's name, and decodes them anyway
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
