@@ -101,7 +101,7 @@ def _add_execution(parser):
         "--jobs", type=number(int, low=1), metavar="N",
         help="runs at a time, spread over the GPUs (default: one a GPU, 1 without; with Ray, as many as fit)",
     )  # fmt: skip
-    add("--gpus", type=number(int, low=0), metavar="N", help="GPUs to use (default: all that are there)")
+    add("--gpus", type=number(int, low=0), metavar="N", help="GPUs to use (default: all of this machine's)")
     add(
         "--part", type=_part, metavar="I/N",
         help="of the runs' families, which share epochs, the I-th of N parts: for machines without a common driver",
@@ -130,18 +130,20 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
     datasets, imb_types = options.dataset or ["cifar10"], options.imb_type or ["exp"]
     if set(datasets) & set(runs.NATURAL) and options.imb_type not in (None, ["none"]):
         raise UsageError("inaturalist is trained as it is: leave out --imb_type, or give --imb_type none")
+    if options.ratio and not options.table and (imb_types == ["none"] or set(datasets) <= set(runs.NATURAL)):
+        raise UsageError("--ratio needs --imb_type exp or step: the imbalance is the data's own")
     wanted = {name: getattr(options, name) for name in ("dataset", "imb_type", "method")}
     cells = [run for table in options.table for run in runs.cells_of_table(table)]
     cells = [run for run in cells if not options.ratio or run.ratio in options.ratio]
     for figure in options.figure:
         cells += runs.cells_of_figure(figure, datasets, options.ratio or ())
     cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
-    if options.control:
-        names = [name for name in options.control if runs.CONTROLS[name][0] in (options.method or runs.METHODS)]
-        cells += runs.controls(names, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
-    if not (options.table or options.figure or options.control):
-        ratios = options.ratio or ([100] if set(datasets) & runs.OWN_SETUPS.keys() else CIFAR_RATIOS)
+    if not (options.table or options.figure) and (options.method or not options.control):
+        is_one = options.control or set(datasets) & runs.OWN_SETUPS.keys()
+        ratios = options.ratio or ([100] if is_one else CIFAR_RATIOS)
         cells = runs.grid(datasets, imb_types, ratios, options.method or list(runs.METHODS))
+    if options.control:
+        cells += runs.controls(options.control, runs.grid(datasets, imb_types, options.ratio or [100], ["CE"]))
     if not cells:
         raise UsageError("no run is all of that: leave out one of the restrictions")
     return list(dict.fromkeys(runs.spread_over(cells, options.seeds, options.subsets, options.protocol)))
@@ -178,14 +180,13 @@ def _method(name):
         raise UsageError(f"--method {name}: choose from {known}, a rule ({rules}), or LOSS+RULE")
     if registry.LOSSES[loss].first_phase_ce:
         runs.TWO_PHASES.add(loss)
+    if registry.RULES[rule].sampler != "none" and registry.RULES[rule].start is None:
+        runs.SAMPLED.add(rule)
     return runs.name_of_method(loss, rule)
 
 
 #: Flags of folder_train.py that a run of it names itself.
-NAMED_BY_RUN = (
-    "dataset", "arch", "epochs", "start_ib_epoch", "drw_epoch", "milestones", "lr_factors",
-    "batch_size", "lr", "ib_lr_factor", "schedule",
-)  # fmt: skip
+NAMED_BY_RUN = {"dataset", *runs.Setup.__dataclass_fields__}
 
 
 def _add_folder(options):
@@ -194,7 +195,7 @@ def _add_folder(options):
     from experiment.settings import FIELDS
 
     if options.dataset != ["folder"] or options.table or options.figure:
-        raise UsageError("--dataset folder stands alone: no other data set, no --table and no --figure")
+        raise UsageError("--dataset folder cannot be combined with another data set, --table or --figure")
     said = io.StringIO()  # warnings about lengths that the runs set; each run says its own
     try:
         with contextlib.redirect_stderr(said):
@@ -212,7 +213,7 @@ def _add_folder(options):
     options.dataset = [settings.dataset]
     options.imb_type = options.imb_type or ["none"]
     extra = []
-    for name in sorted(settings.given - set(NAMED_BY_RUN)):
+    for name in sorted(settings.given - NAMED_BY_RUN):
         value = getattr(settings, name)
         if value is None:  # --pretrained none
             continue

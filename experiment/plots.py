@@ -97,10 +97,16 @@ def plain_log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def draw_confusion(axes: Any, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Any:
-    """A confusion matrix, rows the true classes, in percent of the class. Returns its image."""
+def _titled(what, run):
+    return f"{what}\n{label(run, 200)}" if run else what
+
+
+def _confusion(confusion, names, folder, title):
+    """Rows are the true classes, in percent of the class."""
+    width = WIDTH if len(names) <= 30 else min(2 * WIDTH, 0.07 * len(names))
+    figure, axes = subplots(width=width, height=width)
     percent = [[100 * cell / max(sum(row), 1) for cell in row] for row in confusion]
-    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="predicted", ylabel="true")
     axes.grid(False)
     if len(names) <= MOST_NAMED:
@@ -112,17 +118,6 @@ def draw_confusion(axes: Any, confusion: Sequence[Sequence[int]], names: Sequenc
             for j, value in enumerate(row):
                 color = "white" if value > 50 else "black"
                 axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=5.5, color=color)
-    return image
-
-
-def _titled(what, run):
-    return f"{what}\n{label(run, 200)}" if run else what
-
-
-def _confusion(confusion, names, folder, title):
-    width = WIDTH if len(names) <= 30 else min(2 * WIDTH, 0.07 * len(names))
-    figure, axes = subplots(width=width, height=width)
-    draw_confusion(axes, confusion, names)
     axes.set_title(_titled("Confusion, percent of the true class", title), fontsize=6)
     return save(figure, folder, "confusion.png")
 

@@ -31,18 +31,17 @@ OWN = (
 
 
 def check_extra(runs: Iterable[Run], extra: Sequence[str]) -> None:
-    """Refuse flags for the scripts that reproduce.py sets itself, and those that a script does not know.
+    """Refuse flags for the scripts that reproduce.py or a variant sets, and those that a script does not know.
 
     Raises:
         UsageError: the first such flag. SystemExit: a flag that a script does not know.
     """
     for run in runs if extra else ():
         own, asked = records.command_settings(run), records.command_settings(run, tuple(extra))
-        if run.variant == "ib-lr" and asked.schedule != "step":
-            raise UsageError(f"--control ib-lr lowers the lr at a milestone, which --schedule {asked.schedule} has not")
-        for name in OWN:
+        for name in (*OWN, *sorted(run.changes.keys() - {"epochs"})):
             if getattr(own, name) != getattr(asked, name):
-                raise UsageError(f"reproduce.py sets --{name} itself: it cannot be among the flags after --")
+                who = "reproduce.py" if name in OWN else run.title
+                raise UsageError(f"{who} sets --{name} itself: the flags after -- may not change it")
 
 
 class Driver:
@@ -120,8 +119,7 @@ class Driver:
         left = 0
         for run in self._in(WAITING, RUNNING):
             done = self._epochs_done(run)
-            trunk = max(self.families[run.family], key=self.fork_epoch)
-            if not done and self.forks(run) and (trunk is not run or self.fork_point(run)):
+            if not done and (self.fork_point(run) or self._must_wait(run)):
                 done = self.fork_epoch(run)  # another run trains them, or has trained them
             left += self.epochs(run) - done
         return left
@@ -160,7 +158,7 @@ class Driver:
 
     def fork_epoch(self, run: Run) -> int:
         """`Run.fork_epoch` with the flags for every script."""
-        return run.fork_epoch_with(vars(self._settings(run)))
+        return run.fork_epoch(vars(self._settings(run)))
 
     def forks(self, run: Run) -> bool:
         """Whether it goes its own way after epochs that it shares; false for one that others fork from."""
@@ -170,10 +168,8 @@ class Driver:
         """The checkpoint of another run of its family after the epochs that they share, or None."""
         epoch = self.fork_epoch(run)
         for other in [*self.families[run.family], run.trunk] if self.forks(run) else ():
-            folder = self._model_folder(other)
-            path = folder / checkpoint.epoch_name(epoch)
-            # one of the two is written last
-            if other != run and path.exists() and (folder / checkpoint.best_name(epoch)).exists():
+            path = self._model_folder(other) / checkpoint.epoch_name(epoch)
+            if other != run and path.exists():
                 return path
         return None
 

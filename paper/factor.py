@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiment import checkpoint, plots
-from experiment.compare import settings_of_checkpoint
+from experiment import plots
 from experiment.records import plateau
 from loaders.in_memory import InMemoryBatches
 from losses import IBLoss, inverse_frequency_weights
@@ -34,8 +33,13 @@ ARMS = {
     "A": ("attached", "factor attached", "#d55e00", "s"),
     "D": ("detached", "factor detached", "#009e73", "D"),
 }
-#: Runs beside the arms: (method, variant) -> name.
-BESIDE = {("CE", ""): "CE", ("CE", "ib-lr"): "CE, lr of IB", ("IB", ""): "IB"}
+#: (method, variant) -> arm and ratio of its gradient to CE's; beside the arms a run's name, and 0.
+PLACES = {
+    ("IB", f"{start}-grad{name}"): (arm, ratio)
+    for arm, (start, *_) in ARMS.items()
+    for name, ratio in runs.GRADIENTS.items()
+}
+PLACES |= {("CE", ""): ("CE", 0.0), ("CE", "ib-lr"): ("CE, lr of IB", 0.0), ("IB", ""): ("IB", 0.0)}
 CONTRASTS = (("A", "W"), ("D", "W"), ("A", "D"))
 #: Epochs of a whole run and of the pilot's.
 FULL, PILOT = 200, 160
@@ -53,8 +57,7 @@ BINS = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
 
 
 class Place(NamedTuple):
-    """What a run of the experiment is. arm: a key of ARMS, or a name of BESIDE; ratio: of its gradient to CE's, 0 for
-    the latter."""
+    """What a run of the experiment is: arm and ratio as in `PLACES`, and the seed."""
 
     arm: str
     ratio: float
@@ -71,12 +74,8 @@ def place_of(record: dict[str, Any]) -> Place | None:
         return None
     if not all(name in FREE or (name == "--force" and _is_of_precision(text)) for name, text in difference):
         return None
-    variant, _, ratio = run.variant.partition("-grad")
-    arm = next((arm for arm, (start, *_) in ARMS.items() if ratio and start == variant), None)
-    if arm is not None and run.method == "IB":
-        return Place(arm, runs.GRADIENTS[ratio], run.seed)
-    name = BESIDE.get((run.method, run.variant))
-    return None if name is None else Place(name, 0.0, run.seed)
+    found = PLACES.get((run.method, run.variant))
+    return found and Place(*found, run.seed)
 
 
 def _is_of_precision(forced):
@@ -229,15 +228,13 @@ def norms_after(path: str, data_dir: str) -> tuple[int, float, float]:
 
     See `gradient_norms`; in float32. Raises DataError: not a checkpoint of an arm.
     """
-    epochs, model, data = influence.trained(path, data_dir)
-    state = checkpoint.load(path)
-    settings: Any = settings_of_checkpoint(state, path)
-    recipe = Recipe(settings)
+    state, settings, model, data = influence.trained(path, data_dir)
+    recipe, epochs = Recipe(settings), state["epoch"]
     criterion = recipe.criterion(recipe.stage(epochs - 1), data.get_cls_num_list())
     if not criterion.needs_features:
         raise DataError(f"{path} is before the second phase, or of a run without one")
     criterion.load_state_dict(state["criterion"])  # its alpha
-    batches = InMemoryBatches(data, settings.batch_size, seed=settings.seed)
+    batches = InMemoryBatches(data, settings.batch_size, seed=settings.seed or 0)
     return epochs, *gradient_norms(model, batches.train_epoch(epochs), criterion)
 
 
@@ -270,7 +267,7 @@ def draw(found: Found, to: pathlib.Path) -> pathlib.Path | None:
     """factor.png and factor.pdf: accuracy after the pilot's epochs against the ratio of the gradients, seeds as points,
     an arm a line through the mean of the seeds that have all of its ratios."""
     found = {place: record for place, record in found.items() if place.arm in ARMS and record["epochs_done"] >= PILOT}
-    if not found:
+    if not (found and plots.available()):
         return None
     figure, axes = plots.subplots()
     for arm, (_, name, color, marker) in ARMS.items():
@@ -305,11 +302,11 @@ def draw_shares(of_models: dict[str, dict[str, list[float]]], to: pathlib.Path) 
 
 def shares_of_arms(path: str, data_dir: str) -> tuple[str, dict[str, list[float]]]:
     """('after N epochs', `gradient_shares` of the arms) of a checkpoint of cifar_train.py, on its training images."""
-    epochs, model, data = influence.trained(path, data_dir)
+    state, _, model, data = influence.trained(path, data_dir)
     weight, batches = inverse_frequency_weights(data.get_cls_num_list()), InMemoryBatches(data, 128)
     losses = {"W": IBLoss(weight, norm="none"), "A": IBLoss(weight), "D": IBLoss(weight, detach=True)}
     shares = {arm: gradient_shares(model, batches.eval_epoch(), loss) for arm, loss in losses.items()}
-    return f"after {epochs} epochs", shares
+    return f"after {state['epoch']} epochs", shares
 
 
 @command
@@ -334,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(model)
         for arm, parts in arms.items():
             print(f"{arm}: " + ", ".join(f"{part:.1f} %" for part in parts))
-    if shares:
+    if shares and plots.available():
         draw_shares(shares, options.folder)
     draw(found, options.folder)
 

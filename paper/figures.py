@@ -1,19 +1,16 @@
-"""Figures of a report, each with its caption: methods side by side, Fig. 2, Fig. 3, weight norms, confusion."""
+"""Figures of a report, each with its caption: methods side by side, Fig. 2, Fig. 3."""
 
 import collections
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import Any
 
-from experiment import checkpoint, plots
+from experiment import plots
 from imbalance import groups
-from paper import records, runs, style
-from paper.rows import DATASETS, Row, Rows, by_place, order, published, shared, title, values
+from paper import runs, style
+from paper.rows import DATASETS, Rows, by_place, published, shared, title, values
 from training.registry import LOSSES
-from utils import DataError, warn
 
 #: Class names stand on the axis up to this many classes; beyond, many, medium and few.
 MOST_NAMED = 20
@@ -21,12 +18,8 @@ MOST_NAMED = 20
 Captions = dict[pathlib.Path, str]
 
 
-def draw(rows: Rows, to: pathlib.Path, folders: Sequence[str | pathlib.Path] = ()) -> Captions:
-    """All figures of a report as PNG and PDF in `to`. Returns the PNGs with their captions, in order.
-
-    Args:
-        folders: may hold weights/*.pth.tar and evaluations/*.json, whose figures are drawn too.
-    """
+def draw(rows: Rows, to: pathlib.Path) -> Captions:
+    """All figures of a report as PNG and PDF in `to`. Returns the PNGs with their captions, in order."""
     if not plots.available():
         return {}
     found: Captions = {}
@@ -37,13 +30,6 @@ def draw(rows: Rows, to: pathlib.Path, folders: Sequence[str | pathlib.Path] = (
         curves = starts(rows, dataset, protocol) if protocol != "own" else {}
         if curves:
             found |= _starts(curves, dataset, protocol, to)
-    for folder in map(pathlib.Path, folders):
-        suffix = f"_{folder.name}" if len(folders) > 1 else ""
-        try:
-            found |= _weight_norms(folder, to, suffix)
-            found |= _confusion(folder, to, suffix)
-        except (ValueError, DataError) as error:
-            warn(f"{folder}: not all figures of weights and evaluations: {error}")
     if (to / "figure2.json").is_file():
         found[_influence(json.loads((to / "figure2.json").read_text()), to)] = ""
     return found
@@ -57,22 +43,16 @@ def panels(rows: Rows, where: tuple[str, str, int, str]) -> dict[str, Rows]:
     here = [row for row in rows if not row.run.variant.startswith("start")]
     here = [row for row in here if set(row.difference) == shared(here) or row.run.protocol == "own"]
     plain = [row for row in here if not row.run.variant]
-    chosen = {"methods": _in_fours(plain, plain[:1])}
-    ib = [row for row in plain if row.run.method == "IB"]
-    chosen["controls"] = _in_fours(ib + [row for row in here if row.run.variant], ib)
-    found = {}
-    for kind, parts in chosen.items():
-        for i, part in enumerate(parts):
+    ib = [row for row in plain if row.run.method == "IB"][:1]
+    variants, found = [row for row in here if row.run.variant], {}
+    for kind, again, rest in (("methods", plain[:1], plain[1:]), ("controls", ib, variants)):
+        step = style.MOST_IN_A_PANEL - len(again)
+        for i in range(0, len(rest), step):
+            part = [*again, *rest[i : i + step]]
             if len(part) > 1:
-                name = "_".join([kind, *map(str, where), *[str(i + 1)] * (i > 0)])
+                name = "_".join([kind, *map(str, where), *[str(i // step + 1)] * (i > 0)]).replace(" ", "_")
                 found[name] = {row: rows[row] for row in part}
     return found
-
-
-def _in_fours(listed, again):
-    first, rest = listed[: style.MOST_IN_A_PANEL], listed[style.MOST_IN_A_PANEL :]
-    step = style.MOST_IN_A_PANEL - len(again)
-    return [first, *(again + rest[i : i + step] for i in range(0, len(rest), step))]
 
 
 def _methods(panel, where, to, name):
@@ -81,11 +61,12 @@ def _methods(panel, where, to, name):
     first = next(iter(panel.values()))[0]
     classes, printed = len(first["class_counts"]), []
     metric = next(iter(panel)).metric
-    begin = _second_phase(panel)
+    start, begin = _second_phase(panel)
     for i, (row, found) in enumerate(panel.items()):
         look = style.of(row.run.method, row.run.variant, i)
-        if row.difference:  # an own data set: what sets it apart
-            look["label"] += ", " + ", ".join(value for _, value in row.difference)
+        look["label"] += f", subset {row.run.subset}" if row.run.subset else ""
+        if row.run.protocol == "own":  # what sets it apart
+            look["label"] += "".join(f", {setting} {value}" for setting, value in row.difference)
         _curve(above, found, metric, look, begin, i)
         level = published(row)
         if level is not None:
@@ -96,6 +77,8 @@ def _methods(panel, where, to, name):
         else:
             _over_groups(below, found, look, i, len(panel))
     _frame(above, panel, metric, begin)
+    if start:
+        above.axvline(start + 0.5, color="black", linestyle="--", linewidth=0.8)
     _class_axis(below, first)
     above.set(xlabel="epoch", ylabel=f"test {'class mean' if metric == 'class_mean' else 'top-1'} [%]")
     below.set(ylabel="test accuracy [%]")
@@ -105,7 +88,7 @@ def _methods(panel, where, to, name):
     caption = f"{title(where)}. Above: test accuracy from epoch {begin + 1} on, mean over the seeds"
     several = {len(found) for found in panel.values() if len(found) > 1}
     caption += "; band: ± one sample standard deviation" if several else ""
-    caption += f"; dashed: the second phase starts after epoch {begin_of_ib(panel)}" if begin_of_ib(panel) else ""
+    caption += f"; dashed: the second phase starts after epoch {start}" if start else ""
     caption += f"; dotted: published ({', '.join(printed)})" if printed else ""
     caption += ". Below: accuracy of each class over its training images, last epoch" if classes <= MOST_NAMED else (
         ". Below: accuracy of the groups over the last tenth of the epochs"
@@ -114,17 +97,14 @@ def _methods(panel, where, to, name):
     return {style.save(figure, to, name): f"{caption}; points are seeds. Seeds of {'; '.join(seeds)}."}
 
 
-def begin_of_ib(panel: Rows) -> int:
-    """Epochs before the second phase of the rows that have one, 0 where none has."""
-    with_two = [found for row, found in panel.items() if LOSSES[runs.pair_of(row.run.method)[0]].first_phase_ce]
-    return min((record["settings"]["start_ib_epoch"] for found in with_two for record in found), default=0)
-
-
 def _second_phase(panel):
-    """Epochs that are left out: those before the switch; without one, the first quarter."""
+    """Epochs before the second phase, 0 where no row comes to one; and how many are left out: those before it, or the
+    first quarter."""
     epochs = min(len(record["history"]) for found in panel.values() for record in found)
-    start = begin_of_ib(panel)
-    return max(start - max(epochs // 100, 1), 0) if 0 < start < epochs else epochs // 4
+    with_two = [found for row, found in panel.items() if LOSSES[runs.pair_of(row.run.method)[0]].first_phase_ce]
+    starts = [record["settings"]["start_ib_epoch"] for found in with_two for record in found]
+    start = min((start for start in starts if start < epochs), default=0)
+    return start, max(start - max(epochs // 100, 1), 0) if start else epochs // 4
 
 
 def _curve(axes, found, metric, look, begin, nth):
@@ -139,7 +119,7 @@ def _curve(axes, found, metric, look, begin, nth):
 
 
 def _frame(axes, panel, metric, begin):
-    """The switch, and limits in which the rare falls at a high learning rate do not flatten the rest."""
+    """Limits in which the rare falls at a high learning rate do not flatten the rest."""
     shown = sorted(
         epoch["test"][metric] for found in panel.values() for record in found for epoch in record["history"][begin:]
     )
@@ -147,9 +127,6 @@ def _frame(axes, panel, metric, begin):
     low, high = min([shown[len(shown) // 8], *levels]), max([shown[-1], *levels])
     axes.set_ylim(low - 0.1 * (high - low) - 0.2, high + 0.1 * (high - low) + 0.2)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    start = begin_of_ib(panel)
-    if start > begin:
-        axes.axvline(start + 0.5, color="black", linestyle="--", linewidth=0.8)
 
 
 def _over_class_size(axes, found, look):
@@ -230,54 +207,3 @@ def _influence(found, to):
         axes.legend()
     panels[-1].set_xlabel("image, by influence")
     return style.save(figure, to, "figure2")
-
-
-# --------------------------------------------------------------------------------------- weights and evaluations
-
-
-def _weight_norms(folder, to, suffix):
-    """The length of each class's weight vector, of the weight files of a folder."""
-    found = {}
-    for path in sorted((folder / "weights").glob("*.pth.tar")):
-        state = checkpoint.load(path)
-        if path.name != "phase_one.pth.tar" and "settings" in state and "class_counts" in state:
-            sizes = state["class_counts"]
-            found[Row(*records.describe(state["settings"]))] = sizes, class_norms(state["state_dict"], len(sizes))
-    found = dict(list(found.items())[: style.MOST_IN_A_PANEL])
-    if not found:
-        return {}
-    figure, axes = plots.subplots(height=2.3)
-    for row in sorted(found, key=order):
-        sizes, norms = found[row]
-        look = style.of(row.run.method, row.run.variant)
-        line = {"linewidth": 0.8} if len(sizes) <= MOST_NAMED else {"linestyle": "none", "markersize": 2, "alpha": 0.8}
-        axes.plot(sizes, norms, **look, **line)
-    axes.set(xscale="log", xlabel="training images of the class", ylabel="length of its weights")
-    axes.invert_xaxis()
-    plots.plain_log_ticks(axes.xaxis)
-    axes.legend(ncols=2)
-    text = "Length of each class's weight vector in the last layer, after the last epoch, over its training images."
-    return {style.save(figure, to, f"weight_norms{suffix}"): text}
-
-
-def class_norms(state_dict: dict[str, Any], classes: int) -> list[float]:
-    """L2 norm of each class's weights: of the last matrix of a state dict."""
-    matrix = [tensor for tensor in state_dict.values() if tensor.dim() == 2][-1]
-    matrix = matrix if len(matrix) == classes else matrix.T  # a normalised head's
-    return matrix.double().norm(dim=1).tolist()
-
-
-def _confusion(folder, to, suffix):
-    """The confusion matrix of every evaluation whose file is named after a method."""
-    captions = {}
-    for method in ("CE", "IB", "IB+CB", "IB+Focal"):
-        path = folder / "evaluations" / f"{method}.json"
-        result = json.loads(path.read_text()) if path.is_file() else {}
-        if not result.get("confusion") or len(result["confusion"]) > MOST_NAMED:
-            continue
-        figure, axes = plots.subplots(height=plots.WIDTH)
-        plots.draw_confusion(axes, result["confusion"], result["classes"])
-        axes.set_title(f"{style.name_of(method)}, percent of the true class")
-        text = f"Confusion of {method} after the last epoch, in percent of the true class; classes from the largest."
-        captions[style.save(figure, to, f"confusion_{method}{suffix}")] = text
-    return captions

@@ -11,6 +11,7 @@ import imbalance_cifar
 import models
 from experiment import checkpoint
 from experiment.compare import settings_of_checkpoint
+from experiment.settings import Settings
 from files import write_text
 from loaders.in_memory import InMemoryBatches
 from losses import influence
@@ -38,7 +39,7 @@ def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
     Returns:
         dict(classes: two names, images: training images of each, influence: two falling lists in [0, 1]).
     """
-    _, model, train_set = trained(path, data_dir)
+    *_, model, train_set = trained(path, data_dir)
     values, target = influences(model, InMemoryBatches(train_set, 128).eval_epoch())
     parts = [values[target == label].sort(descending=True).values for label in (0, train_set.num_classes - 1)]
     largest = max(part[0] for part in parts)
@@ -49,8 +50,8 @@ def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
     }
 
 
-def trained(path: str, data_dir: str) -> tuple[int, torch.nn.Module, Any]:
-    """(epochs done, model in evaluation mode, training set) of a checkpoint of cifar_train.py.
+def trained(path: str, data_dir: str) -> tuple[dict[str, Any], Settings, torch.nn.Module, Any]:
+    """(checkpoint, its settings, model in evaluation mode, training set) of a run of cifar_train.py.
 
     As the script builds them, with the L1 norm for the features whatever the loss wanted.
     """
@@ -63,7 +64,7 @@ def trained(path: str, data_dir: str) -> tuple[int, torch.nn.Module, Any]:
     )
     model = models.CIFAR_MODELS[settings.arch](train_set.num_classes, use_norm=settings.use_norm, feature_norm="l1")
     checkpoint.load_weights(model, state["state_dict"], path)
-    return state["epoch"], model.eval(), train_set
+    return state, settings, model.eval(), train_set
 
 
 @torch.no_grad()

@@ -65,9 +65,8 @@ def _of_rows(kind, named, base=None):
         if kind == "groups":
             whens = [("plateau", name) for name in GROUPS]
         elif kind == "gain":
-            base_row, _ = here.get(base, (row, []))
-            both = rows.pairs(dict(here.values()), row, base_row) if base in here else []
-            of_base = rows.published(base_row) if base in here else None
+            base_row, _ = here[base]
+            both, of_base = rows.pairs(dict(here.values()), row, base_row), rows.published(base_row)
             printed = None if printed is None or of_base is None else printed - of_base
         sign = "+" if kind == "gain" else ""
         cells = [] if kind == "groups" else ["" if printed is None else f"{printed:{sign}.2f}"]

@@ -94,10 +94,10 @@ def read(folder: str | pathlib.Path) -> tuple[list[tuple[str, dict[str, Any]]], 
         try:
             record = load(path)
         except ValueError as error:
-            left_out.append(f"{path.relative_to(folder)}: {error}")
+            left_out.append(f"{path}: {error}")
             continue
         if record is not None:
-            found.append((str(path.relative_to(folder)), record))
+            found.append((str(path), record))
     return found, left_out
 
 

@@ -75,7 +75,7 @@ def write(
     left_out += doubtful
     for line in left_out:
         warn(f"left out: {line}")
-    images = figures.draw(rows, to, folders)
+    images = figures.draw(rows, to)
     parts = ["# What has run", "", *notes, RULE.format(margin=margin), ""]
     parts += [*against_the_paper(rows, margin), *per_class(rows), *others(rows, all_pairs), *runs_and_commands(rows)]
     parts += ["## Left out", "", *(f"- {line}" for line in left_out), ""] if left_out else []
@@ -216,7 +216,7 @@ def per_class(rows: Rows) -> list[str]:
             cells[runs.runs_of(cell)[0]].append(cell)
     if not any(Row(run) in rows for run in cells):
         return ["Table 3 (per class, CIFAR-10, ratio 50): nothing has run at full length.", ""]
-    lines, names = [], range(10)
+    lines, names = [], []
     for run, of_run in cells.items():
         found, printed = rows.get(Row(run), []), [cell["value"] for cell in of_run]
         lines.append([run.imb_type, run.method, "published", *printed, f"{fmean(printed):.2f}"])

@@ -55,13 +55,11 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
     A run that is found twice counts once; two different runs of one seed are left out.
     """
     same, seeds, left_out = collections.defaultdict(dict), collections.defaultdict(list), []
-    identified = [(path, record, *records.identify(record)) for path, record in found]
+    identified = [(path, record, *_identify(record)) for path, record in found]
     usual = _usual_settings(identified)
     for path, record, run, difference in identified:
         if run.protocol == "own":
             difference = tuple(d for d in difference if d not in usual[run.dataset, run.imb_type, run.ratio])
-            if RULES[runs.pair_of(run.method)[1]].trains == "head":  # a second stage makes it longer
-                difference = tuple(d for d in difference if d[0] not in ("epochs", "drw_epoch"))
         curve = tuple(round(epoch["test"]["acc1"], 4) for epoch in record["history"])
         same[run, difference].setdefault(curve, (path, record))
     for (run, difference), curves in sorted(same.items(), key=lambda item: item[0][0].seed):
@@ -71,6 +69,13 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
             continue
         seeds[Row(dataclasses.replace(run, seed=0), difference)] += [record for _, record in curves.values()]
     return {row: seeds[row] for row in sorted(seeds, key=order)}, left_out
+
+
+def _identify(record):
+    run, difference = records.identify(record)
+    if run.protocol == "own" and RULES[runs.pair_of(run.method)[1]].trains == "head":  # a second stage makes it longer
+        difference = tuple(one for one in difference if one[0] not in ("epochs", "drw_epoch"))
+    return run, difference
 
 
 def order(row: Row) -> tuple:
@@ -92,7 +97,7 @@ def _usual_settings(identified):
 
 def by_place(rows: Rows) -> dict[tuple[str, str, int, str], Rows]:
     """The rows of each place, in the order in which the places first appear."""
-    places = {row.place: {} for row in rows}
+    places = collections.defaultdict(dict)
     for row, found in rows.items():
         places[row.place][row] = found
     return places
@@ -184,7 +189,7 @@ def pairs(found: Rows, one: Row, other: Row) -> list[tuple[dict[str, Any], dict[
 
 
 def first_phases(here: Rows) -> dict[Row, str]:
-    """A letter for each first phase among the rows of a place, 'A' and 'B' or 'A, B' over the seeds.
+    """A letter for each first phase among the rows of a place: 'A', or where the seeds have several 'A, B, A'.
 
     Empty where no seed has two. Two rows with the same letters started from the same epochs.
     """
@@ -199,4 +204,5 @@ def first_phases(here: Rows) -> dict[Row, str]:
             several = several or (bool(phases) and not same)
             phases += [] if same else [record]
             letters[row].append("ABCDEFGHIJ"[(same or [len(phases) - 1])[0] % 10])
-    return {row: ", ".join(dict.fromkeys(found)) for row, found in letters.items()} if several else {}
+    short = {row: found if len({*found}) > 1 else found[:1] for row, found in letters.items()}
+    return {row: ", ".join(found) for row, found in short.items()} if several else {}

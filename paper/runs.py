@@ -81,6 +81,8 @@ METHODS = {
 IB_LOSSES = ("IB", "IBFocal")
 #: Losses with a first phase of plain CE; reproduce.py adds those of the registry that it is asked for.
 TWO_PHASES = {*IB_LOSSES}
+#: Rules with a sampler that is in force from the first epoch on, in a first phase too; reproduce.py adds own ones.
+SAMPLED = {"Resample"}
 #: Rules that change nothing before `drw_epoch`.
 DEFERRED = ("DRW", "DRW-IB", "DRS", "cRT")
 #: Epochs of cRT's second stage, which follows a whole run: those of Kang et al. on ImageNet-LT.
@@ -179,7 +181,8 @@ class Run:
         by = SHORTENING[self.protocol]
         for name in ("epochs", "start_ib_epoch", "drw_epoch"):
             found[name] //= by
-        found["milestones"] = tuple(epoch // by for epoch in found["milestones"])
+        falls = {epoch // by: factor for epoch, factor in zip(found["milestones"], found["lr_factors"], strict=True)}
+        found |= {"milestones": tuple(falls), "lr_factors": tuple(falls.values())}
         found["keep_warmup"] = found["start_ib_epoch"] < WARMUP_EPOCHS
         if self.setup.schedule != "step":
             del found["milestones"], found["lr_factors"]
@@ -230,7 +233,8 @@ class Run:
         """Runs of one family train their first epochs alike, up to their `fork_epoch`."""
         loss, rule = pair_of(self.method)
         first = self.title
-        if loss in TWO_PHASES or (self.method == "CE" and self.variant in ("ib-lr", "paper-lr")):
+        is_ce = self.method == "CE" and self.variant in ("ib-lr", "paper-lr")
+        if is_ce or (loss in TWO_PHASES and rule not in SAMPLED):
             first = "CE"
         elif rule in DEFERRED:
             first = loss
@@ -245,13 +249,12 @@ class Run:
             return self
         return dataclasses.replace(self, method=method, variant=self.variant if recipe else "")
 
-    @property
-    def fork_epoch(self) -> int:
-        """Epochs that it takes over from its family; all of them for the run that the others fork from."""
-        return self.fork_epoch_with(self.settings)
+    def fork_epoch(self, settings: Mapping[str, Any] | None = None) -> int:
+        """Epochs that it takes over from its family; all of them for the run that the others fork from.
 
-    def fork_epoch_with(self, settings: Mapping[str, Any]) -> int:
-        """The same where `settings`, by the names of the flags, are those of the command."""
+        settings: of the command with the flags for every script; None: the run's own.
+        """
+        settings = settings or self.settings
         epoch = settings["drw_epoch" if settings["train_rule"] in DEFERRED else "epochs"]
         if settings["loss_type"] in TWO_PHASES:
             epoch = settings["start_ib_epoch"]
@@ -275,7 +278,8 @@ def pair_of(method: str) -> tuple[str, str]:
 def name_of_method(loss: str, rule: str) -> str:
     """The name of a loss with a rule, the one of `METHODS` where there is one."""
     named = {pair: name for name, pair in METHODS.items()}
-    return named.get((loss, rule), loss if rule == "None" else f"{loss}+{rule}")
+    is_plain = rule == "None" and loss not in METHODS  # 'IB' alone is IB with its rule
+    return named.get((loss, rule), loss if is_plain else f"{loss}+{rule}")
 
 
 def titled(method: str, variant: str) -> str:
@@ -293,7 +297,7 @@ def _flag(name, value):
 
 
 def published() -> list[dict[str, Any]]:
-    """The rows of published.csv as dicts; ratio, value, spread and runs are numbers, None where blank.
+    """The rows of published.csv as dicts; ratio, value and spread are numbers, None where blank.
 
     whose: who published it. same_experiment: whether it is a run of ours that may be judged against it.
     """
@@ -301,7 +305,6 @@ def published() -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     for row in rows:
         row["ratio"] = int(row["ratio"] or 1)
-        row["runs"] = int(row["runs"])
         row["same_experiment"] = row["same_experiment"] == "yes"
         for name in ("value", "spread"):
             row[name] = float(row[name]) if row[name] else None

@@ -133,13 +133,12 @@ def family(
 
 
 def _p_value(differences, resolution):
-    """Of the paired t-test; 1 where the mean is no more than one image, NaN for one seed."""
-    n, (mean, spread, *_) = len(differences), _summary(differences, resolution)
+    """Of the paired t-test, its error no smaller than that of the 95 % interval; NaN for one seed."""
+    n, (mean, _, half, _) = len(differences), _summary(differences, resolution)
     if n < 2:
         return math.nan
-    if abs(mean) <= resolution:
-        return 1.0
-    return float(2 * student.sf(abs(mean) / spread * math.sqrt(n), n - 1)) if spread else 0.0
+    error = half / quantile(n, LEVEL)
+    return float(2 * student.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
 
 
 def holm(ps: Sequence[float], size: int | None = None) -> list[float]:

@@ -32,9 +32,15 @@ METHODS = {
     ("IB", "weights-only"): ("class weights, loss as large as CE's", "#2a9d8f", "^"),
     ("IB", "weights-at-ib"): ("class weights, loss as large as IB's", "#1d4e89", "v"),
     ("IB", "detached"): ("IB, factor detached", "#9b2226", "P"),
+    ("Focal", ""): ("Focal", "#117733", "d"),
+    ("CB", ""): ("CB", "#332288", "*"),
+    ("CE+CB", ""): ("CE+CB", "#999933", "<"),
+    ("CE+DRW", ""): ("CE+DRW", "#882255", "H"),
+    ("CE+DRW-IB", ""): ("CE+DRW-IB", "#aa4499", "8"),
+    ("CE+DRS", ""): ("CE+DRS", "#44aa99", ">"),
 }
-#: For methods without an entry, in the order in which a figure meets them.
-OTHERS = [("#56b4e9", "<"), ("#7f6000", ">"), ("#4b0082", "h"), ("#9b2226", "d"), ("#2a9d8f", "*")]
+#: For methods without an entry, in the order in which a figure meets them; no entry has both of a pair.
+OTHERS = [("#5d6d7e", "d"), ("#b7950b", "8"), ("#4b0082", "h"), ("#7b241c", "*"), ("#196f3d", "H")]
 
 
 def name_of(method: str, variant: str = "") -> str:

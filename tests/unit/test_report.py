@@ -8,7 +8,6 @@ import pathlib
 import statistics
 
 import pytest
-import torch
 from scipy import stats
 
 import reproduce
@@ -433,8 +432,8 @@ def test_incomplete_and_foreign_files_are_named_and_left_out(write_record, tmp_p
         "without.json": "lacks best, class_counts", "wrong.json": "loss_type is 'XX'",
     }  # fmt: skip
     for name, reason in expected.items():
-        assert f"- {name}: {reason}\n" in section(text + "\n#", "## Left out")
-        assert f"warning: left out: {name}: {reason}\n" in err
+        assert f"- {tmp_path / name}: {reason}\n" in section(text + "\n#", "## Left out")
+        assert f"warning: left out: {tmp_path / name}: {reason}\n" in err
     assert cells(text, "cifar10", "exp", "100", "IB", "78.26 (authors)")[5:7] == ["1", "82.00"]
 
 
@@ -444,7 +443,8 @@ def test_two_runs_of_one_seed_are_left_out_and_one_found_twice_counts_once(write
     write_record(CE, 70.0, 70.0)
     write_record(CE, 70.0, 70.0, name="log_of_the_same")
     text = written(tmp_path, capsys)
-    assert f"- {IB.name}.json and zz_other.json: different runs of one seed" in text
+    one, other = tmp_path / f"{IB.name}.json", tmp_path / "zz_other.json"
+    assert f"- {one} and {other}: different runs of one seed" in text
     table = section(text, "### Table 4")
     assert cells(table, "cifar10", "exp", "100", "IB")[5] == ""
     assert cells(table, "cifar10", "exp", "100", "CE")[5] == "1"
@@ -567,23 +567,32 @@ def test_a_figure_has_four_methods_at_most_with_names_a_reader_knows(tmp_path, m
     assert "published (CE 70.87, IB 78.26" in first
 
 
+def test_many_rows_of_plain_ib_fill_panels_and_are_told_apart(tmp_path, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(style, "save", lambda figure, to, name: kept.update({name: figure}) or pathlib.Path(name))
+    rows = {Row(dataclasses.replace(IB, subset=subset)): [record_of(IB, 78.0, 78.0)] for subset in range(5)}
+    figures.draw(rows, tmp_path)
+    labels = [figure.axes[0].get_legend_handles_labels()[1] for figure in kept.values()]
+    assert labels == [["IB", "IB, subset 1", "IB, subset 2", "IB, subset 3"], ["IB", "IB, subset 4"]]
+
+
+def test_no_two_methods_look_alike():
+    looks = [look[1:] for look in style.METHODS.values()] + style.OTHERS
+    assert len(set(looks)) == len(looks)
+    assert {(name, "") for name in runs.METHODS} <= style.METHODS.keys()
+
+
 def test_a_hundred_classes_are_drawn_as_groups(tmp_path, monkeypatch):
     kept = {}
     monkeypatch.setattr(style, "save", lambda figure, to, name: kept.update({name: figure}) or pathlib.Path(name))
-    folder = RESULTS / "cifar100_lt100"
-    rows, _ = group(records.read(folder)[0])
-    figures.draw(rows, tmp_path, [folder])
+    rows, _ = group(records.read(RESULTS / "cifar100_lt100")[0])
+    figures.draw(rows, tmp_path)
     _, below = kept["methods_cifar100_exp_100_full"].axes
     assert [text.get_text() for text in below.get_xticklabels()] == [
         "many\n35 classes", "medium\n35 classes", "few\n30 classes",
     ]  # fmt: skip
     few = {row.run.method: plateau(found[0]["history"])["few"] for row, found in rows.items()}
     assert [bar.get_height() for bar in below.patches[2::3]] == pytest.approx(list(few.values()))
-    (norms,) = kept["weight_norms"].axes
-    ce = torch.load(folder / "weights" / "cifar100_resnet32_CE_None_exp_0.01_full_s0.pth.tar", weights_only=True)
-    assert list(norms.get_lines()[0].get_ydata()) == pytest.approx(
-        [row.norm().item() for row in ce["state_dict"]["linear.weight"]], rel=1e-5
-    )
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent for path in RESULTS.glob("*/report.md")), ids=lambda p: p.name)

@@ -103,7 +103,7 @@ def test_names_of_runs_that_have_been_trained_stay():
     assert Run("cifar100", "exp", 100, "IB+Focal").name == "cifar100_resnet32_IBFocal_IBReweight_exp_0.01_full_s0"
     run = Run("cifar10", "exp", 100, "IB", "weights-only", seed=1, protocol="short")
     assert run.name == "cifar10_resnet32_IB_IBReweight_exp_0.01_short_s1_weights-only"
-    assert (run.fork_epoch, run.trunk.name) == (20, "cifar10_resnet32_CE_None_exp_0.01_short_s1")
+    assert (run.fork_epoch(), run.trunk.name) == (20, "cifar10_resnet32_CE_None_exp_0.01_short_s1")
 
 
 def test_runs_of_a_family_train_their_shared_epochs_alike():
@@ -115,11 +115,11 @@ def test_runs_of_a_family_train_their_shared_epochs_alike():
         trunk = stages(family[0].trunk)
         for run in family:
             own = stages(run)
-            assert own[: run.fork_epoch] == trunk[: run.fork_epoch]
+            assert own[: run.fork_epoch()] == trunk[: run.fork_epoch()]
             if run != run.trunk:
                 shared += 1
-                is_last = run.fork_epoch == len(trunk) - 1  # the epoch before the last has a copy, the last has none
-                assert is_last or own[run.fork_epoch] != trunk[run.fork_epoch], "they could share more"
+                is_last = run.fork_epoch() == len(trunk) - 1  # the epoch before the last has a copy, the last has none
+                assert is_last or own[run.fork_epoch()] != trunk[run.fork_epoch()], "they could share more"
     assert shared > 100
 
 
@@ -134,7 +134,7 @@ def test_runs_of_a_family_train_their_shared_epochs_alike():
 )
 def test_what_the_baselines_share(method, trunk, fork_epoch):
     run = Run("cifar100", "exp", 100, method)
-    assert (run.trunk.method, run.fork_epoch) == (trunk, fork_epoch)
+    assert (run.trunk.method, run.fork_epoch()) == (trunk, fork_epoch)
     last = stages(run)[-1]
     expected = {"LDAM-DRW": ("CB", "none"), "CE+DRW-IB": ("IB", "none"), "CE+DRS": ("none", "Resample")}
     expected["CE+cRT"] = ("none", "Balanced")
@@ -186,7 +186,7 @@ def test_the_factor_is_nine_arms_of_one_first_phase(capsys):
     }
     assert {(s.alpha, s.auto_target) for s in settings} == {("auto", "gradient")}
     found = runs.controls(["factor"], [Run("cifar10", "exp", 100, "CE")])
-    assert {(run.trunk.method, run.fork_epoch) for run in found} == {("CE", 100)}
+    assert {(run.trunk.method, run.fork_epoch()) for run in found} == {("CE", 100)}
     assert found[0].title == "IB (class weights, gradient x 1/3)"
 
 
@@ -298,7 +298,7 @@ def test_a_method_is_any_loss_and_rule_of_the_registry(asked, method, pair, caps
     assert (runs.pair_of(method), runs.name_of_method(*pair)) == (pair, method)
     assert records.describe(recorded(records.command_settings(run))) == (run, ())
     assert run.family[6] in (pair[0], "CE", run.title)
-    assert stages(run)[: run.fork_epoch] == stages(run.trunk)[: run.fork_epoch]
+    assert stages(run)[: run.fork_epoch()] == stages(run.trunk)[: run.fork_epoch()]
 
 
 def test_a_loss_that_is_registered_is_a_method(capsys, monkeypatch):
@@ -346,7 +346,7 @@ def test_a_folder_needs_its_place_and_stands_alone(capsys):
     line = refused("list", "--dataset", "folder", "--", "--data_dir", "x/cifar10", capsys=capsys)
     assert "cifar10 is a data set of the paper: name this one with --dataset NAME after --" in line
     line = refused("list", "--dataset", "folder", "cifar10", "--", "--data_dir", "x", capsys=capsys)
-    assert "stands alone" in line
+    assert "another data set" in line
     line = refused("list", "--dataset", "folder", "--", "--data_dir", "x", "--imb_type", "exp", capsys=capsys)
     assert "give --imb_type and --ratio before --" in line
 
@@ -366,8 +366,46 @@ def test_another_schedule_has_no_milestones(capsys):
     settings = parse("cifar_train.py", line[2:])
     assert settings.schedule == "cosine"
     assert not settings.given & {"milestones", "lr_factors"}
-    argv = ["list", "--dataset", "digits", "--control", "ib-lr", "--", "--schedule", "cosine"]
-    assert "--control ib-lr lowers the lr at a milestone" in refused(*argv, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ("--dataset digits --control ib-lr -- --schedule cosine", "CE (ib-lr) sets --lr_factors itself"),
+        ("--dataset digits --control ib-lr -- --milestones 120 150 160", "CE (ib-lr) sets --milestones itself"),
+        ("--figure 3 -- --start_ib_epoch 30", "IB (start000) sets --start_ib_epoch itself"),
+        ("--dataset folder --ratio 50 -- --data_dir x", "--ratio needs --imb_type"),
+        ("--dataset inaturalist --ratio 100", "--ratio needs --imb_type"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(argv, reason, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    assert reason in refused("list", *argv.split(), capsys=capsys)
+
+
+def test_a_control_stands_beside_the_methods_that_are_named(capsys):
+    lines = listed("--control", "weights-only", "--method", "CE", "IB", capsys=capsys)
+    assert [flag(line, "--exp_str") for line in lines] == ["full_s0", "full_s0", "full_s0_weights-only"]
+
+
+def test_ib_without_its_rule_is_a_method_of_its_own(capsys):
+    (line,) = listed("--method", "IB+None", "--ratio", "100", capsys=capsys)
+    settings = parse("cifar_train.py", line[2:])
+    assert (settings.train_rule, runs.name_of_method("IB", "None")) == ("None", "IB+None")
+    assert runs.name_of_method("IB", "IBReweight") == "IB"
+
+
+def test_a_sampler_from_the_first_epoch_on_shares_no_epochs_with_ce():
+    run = Run("cifar10", "exp", 100, "IB+Resample")
+    assert run.trunk == run
+    assert stages(run)[0].sampler == "Resample"
+
+
+def test_a_short_run_on_a_folder_has_one_fall_where_two_meet(capsys, monkeypatch):
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    argv = ["--dataset", "folder", "--method", "CE", "--protocol", "short", "--", "--data_dir", "x", "--epochs", "20"]
+    (line,) = listed(*argv, capsys=capsys)
+    assert parse("folder_train.py", line[2:]).milestones == (3,)
 
 
 def test_a_loss_of_the_registry_with_a_first_phase_shares_that_of_ce(monkeypatch, capsys):
@@ -377,4 +415,4 @@ def test_a_loss_of_the_registry_with_a_first_phase_shares_that_of_ce(monkeypatch
     assert len(lines) == 2
     ce, own = Run("cifar10", "exp", 100, "CE"), Run("cifar10", "exp", 100, "Own")
     assert own.family == ce.family
-    assert (own.fork_epoch_with(own.settings), own.trunk) == (100, ce)
+    assert (own.fork_epoch(own.settings), own.trunk) == (100, ce)

@@ -91,6 +91,12 @@ def test_verdicts_of_a_level_are_those_of_the_t_tests(level):
     assert {"adds", "adds (small)", "equal within ±0.5", "not known"} <= seen
 
 
+def test_no_p_is_smaller_than_that_of_the_printed_interval():
+    (found,) = statistics.family({"": [0.4445, 0.4444]}, resolution=0.22).values()
+    error = 0.22 / stats.t.ppf(0.975, 1)
+    assert found.p == pytest.approx(2 * stats.t.sf(0.44445 / error, 1))
+
+
 def test_holm_against_his_rule_by_hand():
     assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
