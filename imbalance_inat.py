@@ -56,7 +56,7 @@ def read_annotations(path: str) -> tuple[list[tuple[str, int]], dict[int, str]]:
     except FileNotFoundError:
         raise DataError(f"no {path}: it belongs to the official data of iNaturalist 2018") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no annotation file of iNaturalist ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path} is not an annotation file of iNaturalist ({type(error).__name__}: {error})") from None
     if not files:
         raise DataError(f"{path} lists no images")
     class_of = dict(rows)

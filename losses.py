@@ -212,7 +212,7 @@ class Loss(nn.Module):
     #: whether `set_alpha` is to be called before the loss is trained on, and the alpha in force: of the IB losses
     needs_alpha = False
     current_alpha: Any = None
-    #: a loss that cannot take probabilities says so, and they are refused in one line
+    #: a loss that cannot take probabilities says so, and mixup is refused
     accepts_soft_targets = True
     #: whether a mean divides by the sum of the samples' weights, or by their number
     divides_by_weights = True

@@ -59,7 +59,8 @@ def main(argv=None):
             images.data = decode(paths, size if is_padded else images.image_size, settings.workers)
             if is_padded:
                 return InMemoryBatches(images, padding=size // 8, augment=augment, **run.loading)
-            return ImageFileBatches(images, image_size=size, workers=settings.workers, augment=augment, **run.loading)
+            how = {"crop": settings.crop, "augment": augment, "workers": settings.workers}
+            return ImageFileBatches(images, image_size=size, **how, **run.loading)
 
         test_batches = for_evaluation(batches(test_set), size)
         val_batches = for_evaluation(batches(val_set), size) if val_set else None

@@ -15,7 +15,7 @@ from utils import DataError, NothingToDo, UsageError, named, warn
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run's data are: class names as the data set and as people call them, training images of each class, the
+    """What a run's data are: class names in the data set and as they are printed, training images of each class, the
     indices of the images that are trained on, checksums of the images chosen (before a part of them is held out) and
     of the image files (None in memory, where torchvision checks md5), the test images (files, or their numbers in the
     data set), and what the model sees of an image, see `preprocessing`."""

@@ -54,6 +54,7 @@ def evaluate_checkpoint(
     print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
     folder = output_folder(run, EVALUATION, correction)
     where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, "data_dir": settings.data_dir}
+    where |= {"val_list": settings.val_list, "forced": run.forced}
     path = os.path.join(folder, "evaluation.json")
     write_text(path, to_json({**where, "classes": run.data.classes, **result}))
     written = [path, *plots.of_evaluation(result, run.data.class_names, run.class_counts, folder, settings.name)]
@@ -142,7 +143,7 @@ def correct_head(run: Run, model: torch.nn.Module, val_batches: Any, precision: 
     values, apply = getattr(settings, name), CORRECTIONS[name]
     head: Any = model.get_submodule(models.head_name(model))
     if getattr(head, "bias", None) is None:
-        raise UsageError(f"--{name} needs a linear layer with a bias: this model has LDAM's normalised head")
+        raise UsageError(f"--{name} needs a linear layer with a bias, and this model's has none")
     weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
 
     def correct(value):
@@ -156,7 +157,7 @@ def correct_head(run: Run, model: torch.nn.Module, val_batches: Any, precision: 
     if len(values) > 1:
         if settings.predict:
             raise UsageError(f"--{name} takes one value with --predict: -e without --predict finds the best of several")
-        if val_batches is None:
+        if val_batches is None or settings.val_left_out:  # left-out images lack the largest class
             raise UsageError(
                 f"--{name} with several values needs a part of --val_fraction that is held out beside the test images"
             )

@@ -43,7 +43,7 @@ def predict(run: Run) -> None:
     path, paths = str(settings.predict), list_images(str(settings.predict))
     classes = state.get("class_names") or state.get("classes") or list(map(str, range(settings.num_classes or 0)))
     if not classes:
-        raise DataError(f"{run.start.path} records no classes: it is not of this repository")
+        raise DataError(f"{run.start.path} records no classes: this repository did not write it")
     run.class_counts = state.get("class_counts") or []
     if settings.posthoc_la and not run.class_counts:
         raise UsageError(f"--posthoc_la: {run.start.path} records no class counts")
@@ -94,7 +94,8 @@ def csv_name(path: str) -> str:
 def _restored(run, num_classes):
     """The model with the checkpoint's weights, the averaged ones where there are any."""
     settings = run.settings
-    build: Any = models.CIFAR_MODELS.get(settings.arch) or functools.partial(models.torchvision_model, settings.arch)
+    of_cifar = models.CIFAR_MODELS if settings.script == "cifar_train.py" else {}
+    build: Any = of_cifar.get(settings.arch) or functools.partial(models.torchvision_model, settings.arch)
     model = build(num_classes, use_norm=settings.use_norm, feature_norm=settings.feature_norm)
     model = on_device(model, run.device, settings.batch_norm)
     ema = Ema(model, settings.ema) if settings.ema else None

@@ -179,7 +179,10 @@ def find_evaluated(settings: Settings) -> tuple[Settings, Start]:
         loss = "LDAM" if is_normalised else "CE" if settings.use_norm else settings.loss_type
         merged = dataclasses.replace(settings, loss_type=loss)
     else:
-        there = {name: getattr(theirs, name) for name in OF_CHECKPOINT if name in state["settings"]}
+        own = settings.given & {"train_list", "val_list", "skip_damaged"}  # it may test on other images
+        there = {name: getattr(theirs, name) for name in OF_CHECKPOINT if name in state["settings"] and name not in own}
+        if "val_list" in own and settings.val_list != theirs.val_list and "train_list" not in own:
+            there.pop("train_list", None)
         # older runs of folder_train.py without val/ tested on the part that --val_fraction held out
         compared = {**there, "val_fraction": theirs.val_fraction or theirs.test_fraction}
         wrong = {name: value for name, value in compared.items() if name in settings.given and name in there}

@@ -18,6 +18,7 @@ import models
 from experiment import checkpoint, plots, provenance
 from experiment.compare import refuse_or_force
 from experiment.data import Data, check_data, export_split, preprocessing
+from experiment.parser import SCRIPTS
 from experiment.records import Records, best_epoch
 from experiment.resume import FACTS, Start, find_evaluated, find_start
 from experiment.screen import Progress, print_classes, summary_line
@@ -53,6 +54,7 @@ def open_run(settings: Settings) -> Iterator["Run"]:
                 settings = dataclasses.replace(settings, resume="auto", overwrite=False)
                 print("restarted by torchrun: --resume auto", flush=True)
             start = find_start(settings)
+            _check_shared(start.path and start.epoch, "--root_model")
             settings = dataclasses.replace(settings, seed=_seed(settings, start))
             run = Run(settings, start, device)
             try:
@@ -74,7 +76,8 @@ def open_run(settings: Settings) -> Iterator["Run"]:
         if settings.evaluate:
             raise
         newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
-        hint = f"the same command continues from {newest}" if os.path.exists(newest) else "no epoch was finished"
+        how = "the same command" + " with --resume auto alone" * (settings.overwrite or settings.force)
+        hint = f"{how} continues from {newest}" if os.path.exists(newest) else "no epoch was finished"
         stop.args = (f": {hint}",)
         raise
     finally:
@@ -93,6 +96,12 @@ def _prepared(settings, device):
         torch.set_num_threads(settings.threads)
     set_determinism(settings.deterministic, settings.tf32)
     return dataclasses.replace(settings, threads=torch.get_num_threads(), processes=distributed.world_size())
+
+
+def _check_shared(found, flag):
+    """Refuse ranks on machines that do not see the same files."""
+    if len(set(distributed.gather(found))) > 1:
+        raise DataError(f"the processes of this job do not find the same files: {flag} must be the same disk for all")
 
 
 def _seed(settings, start):
@@ -157,6 +166,7 @@ class Run:
         settings, start = self.settings, self.start
         if settings.export_split:
             export_split(data, settings.export_split)
+        _check_shared((data.split_sha256, data.files_sha256), "--data_dir")
         self.data, self.class_counts = data, data.class_counts
         self.forced += check_data(data, start, settings)
         if start.is_finished:
@@ -403,7 +413,7 @@ def _load_pretrained(settings, model):
     ImageNet models keep their own last layer: always with ImageNet's weights, whose classes are not the data's, else
     where the weights have one of another form.
     """
-    new_head = None if settings.arch in models.CIFAR_MODELS else models.head_name(model)
+    new_head = models.head_name(model) if SCRIPTS[settings.script].has_imagenet_weights else None
     if settings.pretrained == "imagenet":
         weights = models.imagenet_weights(settings.arch)
         body = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{new_head}.")}
@@ -413,6 +423,6 @@ def _load_pretrained(settings, model):
     elif settings.pretrained:
         weights = checkpoint.load_foreign(settings.pretrained)
         is_new = checkpoint.load_weights(model, weights, settings.pretrained, new_head)
-        head = f"its last layer, {models.head_name(model)}, is {'new' if is_new else 'from there, too'}"
+        head = "" if new_head is None else f"; its last layer, {new_head}, is {'new' if is_new else 'from there, too'}"
         if distributed.is_main():
-            print(f"--pretrained {settings.pretrained}: {len(weights)} tensors loaded into {settings.arch}; {head}")
+            print(f"--pretrained {settings.pretrained}: {len(weights)} tensors loaded into {settings.arch}{head}")

@@ -109,7 +109,7 @@ class Settings:
     check_images: bool = _data(False, "--check_images", None,
         "decode every image before training starts", affects="nothing")
     skip_damaged: bool = _data(False, "--skip_damaged", None,
-        "decode every image before training starts, and leave out those that are damaged, 5 % at most")
+        "decode every image before training starts, and leave out those that are damaged, at most one in twenty")
     exif: bool = _data(False, "--exif", None, "turn images as their EXIF orientation says")
     mean: tuple[float, ...] | None = _data(None, "--mean M", number(float),
         "of the images' channels, from 0 to 1 (default: ImageNet's)", nargs=3)
@@ -132,16 +132,17 @@ class Settings:
         "random mirroring of training images; auto: as the data set says, no for digits")
     augment: str = _data("none", "--augment", AUGMENTS, _explain(AUGMENTS))
     image_size: int = _data(None, "--image_size N", number(int, low=8, high=1024),
-        "side of the square that the model sees, in pixels")
+        "side of the square that the model sees, in pixels (default: %(default)s)")
     crop: str | None = _data(None, "--crop", CROPS, f"training crops. {_explain(CROPS)} (default: %(default)s)")
     recipe: str | None = _data(None, "--recipe", ("official", "paper", "ldam"),
-        "defaults of the flags: the official code's, what the paper prints (lr x 0.1 at 50 and 90), or the LDAM "
-        "paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold", affects="nothing")
+        "defaults of the flags (default: %(default)s): the official code's, what the paper prints (lr x 0.1 at 50 and "
+        "90), or the LDAM paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold",
+        affects="nothing")
 
     arch: str = _model(None, "-a --arch NAME", plain_name, "the network")
     pretrained: str | None = _model(None, "--pretrained imagenet|none|PATH", path,
-        "first weights: ImageNet's, always with a new last layer, or those of a checkpoint, whose last layer is taken "
-        "where it fits", affects="start", nargs="?")
+        "first weights: ImageNet's, always with a new last layer, or those of a checkpoint; its last layer is taken "
+        "where it fits, and must fit on CIFAR", affects="start", nargs="?")
 
     loss_type: str = _method("CE", "--loss_type LOSS", LOSSES, _explain(LOSSES))
     train_rule: str = _method("None", "--train_rule RULE", RULES, _explain(RULES))
@@ -216,8 +217,8 @@ class Settings:
         "batch norm over all GPUs, as on a single one (with torchrun)", affects="numerics")
     compile: bool = _run(False, "--compile", None, "torch.compile", affects="rounding")
     cuda_graph: bool = _run(True, "--no_cuda_graph", None,
-        "on a GPU start every kernel of a step by itself; without the flag steps on images in memory are replayed as a "
-        "CUDA graph, except with --mixup, --amp fp16 or torchrun", affects="rounding")
+        "do not replay training steps as a CUDA graph; without the flag a GPU does so for images in memory, except "
+        "with --mixup, --amp fp16 or torchrun", affects="rounding")
     batch_norm: str = _run("cudnn", "--batch_norm", ("cudnn", "native"),
         "on a GPU: batch norm by cuDNN in float32, as torch does, or always by PyTorch's own kernels",
         affects="rounding")

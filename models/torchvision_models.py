@@ -25,9 +25,12 @@ _ONLY = {"maxvit": 224, "vit": 224}
 
 
 def torchvision_archs() -> list[str]:
-    """Names of torchvision's classifiers that end in a linear layer, sorted."""
+    """Names of torchvision's classifiers that end in a linear layer, sorted.
+
+    Without MNASNet, whose state dict loads with torch's version numbers only.
+    """
     names = torchvision.models.list_models(module=torchvision.models)
-    return [name for name in names if not name.startswith("squeezenet")]
+    return [name for name in names if not name.startswith(("squeezenet", "mnasnet"))]
 
 
 def torchvision_model(arch: str, num_classes: int, use_norm: bool = False, feature_norm: str = "l1") -> nn.Module:
@@ -64,7 +67,8 @@ def imagenet_weights(arch: str) -> dict[str, Tensor]:
     socket.setdefaulttimeout(30)  # torch.hub sets none, and a blocked network would hang for minutes
     try:
         with contextlib.redirect_stderr(sys.stdout):  # standard error is for errors
-            weights = entry.get_state_dict(progress=sys.stdout.isatty(), check_hash=True)
+            # by torchvision's own model: DenseNet's files have older names
+            weights = torchvision.models.get_model(arch, weights=entry, progress=sys.stdout.isatty()).state_dict()
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as error:
         raise DataError(
             f"no ImageNet weights of {arch} (from {entry.url}: {error}): name such a file with --pretrained PATH, "

@@ -55,7 +55,7 @@ class StepGraph:
         self, batches: TrainEpoch, metrics: MetricAccumulator, model: torch.nn.Module, criterion: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> MetricAccumulator:  # fmt: skip
-        """Take in an epoch, before its first step; `metrics` are new. Returns those that its steps add to."""
+        """Prepare an epoch, before its first step; `metrics` are new. Returns those that its steps add to."""
         held = (model, criterion, optimizer, numbers_of([model, criterion]))
         if held == self.held and batches.source is self.batches.source:
             self.batches.take_draws(batches)

@@ -25,7 +25,7 @@ class Ema(AveragedModel):
         self._source = (model,)  # in a tuple it is no part of this module
 
     def update(self) -> None:
-        """Take in the weights of the model that this was made of."""
+        """Add the model's current weights to the average."""
         self.update_parameters(self._source[0])
 
     def restart(self) -> None:

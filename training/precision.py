@@ -69,6 +69,8 @@ class NativeBatchNorm2d(torch.nn.BatchNorm2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.momentum is None or not self.track_running_stats:
             return super().forward(images)
+        if self.training and images.numel() == images.shape[1]:
+            raise ValueError(f"expected more than 1 value per channel when training, got {tuple(images.shape)}")
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return torch.batch_norm(

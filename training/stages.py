@@ -24,8 +24,8 @@ class Stages:
         sync_bn, compiles: of the module that is trained, whose weights are the model's own.
 
     Raises:
-        UsageError: a loss with parameters; a model whose head is unknown where it must be known, or not the one that
-            the loss wants.
+        UsageError: a loss with parameters, or without soft targets beside mixup; a model whose head is unknown where
+            it must be known, or not the one that the loss wants.
     """
 
     def __init__(
@@ -35,7 +35,10 @@ class Stages:
         self.recipe, self.model, self.optimizer, self.class_counts = recipe, model, optimizer, class_counts
         self.seed, self.ema, self.sync_bn, self.compiles = seed, ema, sync_bn, compiles
         for stage in {stage.loss: stage for stage in recipe.stages()}.values():
-            if any(True for _ in recipe.criterion(stage, class_counts).parameters()):
+            criterion = recipe.criterion(stage, class_counts)
+            if getattr(recipe.settings, "mixup", 0) and not criterion.accepts_soft_targets:
+                raise UsageError(f"--mixup: --loss_type {stage.loss} takes no soft targets")
+            if any(True for _ in criterion.parameters()):
                 raise UsageError(f"--loss_type {stage.loss} has parameters, which nothing trains: make them buffers")
         loss, rule = LOSSES[recipe.settings.loss_type], RULES[recipe.settings.train_rule]
         if loss.normalised_head or rule.trains == "head":
