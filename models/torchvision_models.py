@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import pickle
+import re
 import socket
 import sys
 
@@ -67,8 +68,7 @@ def imagenet_weights(arch: str) -> dict[str, Tensor]:
     socket.setdefaulttimeout(30)  # torch.hub sets none, and a blocked network would hang for minutes
     try:
         with contextlib.redirect_stderr(sys.stdout):  # standard error is for errors
-            # by torchvision's own model: DenseNet's files have older names
-            weights = torchvision.models.get_model(arch, weights=entry, progress=sys.stdout.isatty()).state_dict()
+            weights = entry.get_state_dict(progress=sys.stdout.isatty(), check_hash=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as error:
         raise DataError(
             f"no ImageNet weights of {arch} (from {entry.url}: {error}): name such a file with --pretrained PATH, "
@@ -76,7 +76,9 @@ def imagenet_weights(arch: str) -> dict[str, Tensor]:
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
-    return {name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")}
+    weights = {name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")}
+    # DenseNet's files have older names
+    return {re.sub(r"(denselayer\d+\.\w+)\.(\d\.)", r"\1\2", name): tensor for name, tensor in weights.items()}
 
 
 def check_image_size(arch: str, size: int) -> None:
