@@ -31,24 +31,18 @@ def one_thread():
 
 
 @pytest.fixture
-def ce_run(tmp_path, capsys):
+def ce_run(tmp_path):
     """A finished CE run of five epochs, with the checkpoints after 1, 2 and 3; its model folder."""
-    run_ok([*FIVE, *TINY, "--keep_epochs", "1", "3"], tmp_path, capsys)
+    run_ok([*FIVE, *TINY, "--keep_epochs", "1", "3"], tmp_path)
     return model_folder(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def one_epoch(tmp_path_factory):
-    """The checkpoint of a CE run after one of five epochs; made once, by whoever asks first."""
+    """The checkpoint of a CE run after one of five epochs."""
     folder = tmp_path_factory.mktemp("one_epoch")
-
-    def get(capsys):
-        path = model_folder(folder) / "ckpt.epoch001.pth.tar"
-        if not path.exists():
-            run_ok([*FIVE, *TINY, "--keep_epochs", "1"], folder, capsys)
-        return path
-
-    return get
+    run_ok([*FIVE, *TINY, "--keep_epochs", "1"], folder)
+    return model_folder(folder) / "ckpt.epoch001.pth.tar"
 
 
 #: Files that take longest: they start first, so that the workers of `pytest -n 2` end together.

@@ -34,11 +34,11 @@ def accuracy_of_classes(predicted, labels):
     return [100 * (predicted[labels == k] == k).double().mean().item() for k in labels.unique()]
 
 
-def test_from_the_archive_to_the_records(name, tmp_path, capsys):
+def test_from_the_archive_to_the_records(name, tmp_path):
     classes = len(CLASS_NAMES[name])
     counts = [int(TRAIN[name] * 0.1 ** (k / (classes - 1))) for k in range(classes)]
     training = ["-b", "8", "--epochs", "1", "--warmup_epochs", "0", "--milestones"]
-    out = run_ok(["--dataset", name, *TINY, *RUN, *training], tmp_path, capsys)
+    out = run_ok(["--dataset", name, *TINY, *RUN, *training], tmp_path)
     assert f"class counts: {' '.join(map(str, counts))}, total {sum(counts)}" in out
     folder = log_folder(tmp_path, dataset=name, imb="exp_0.1")
     summary = json.loads((folder / "summary.json").read_text())
@@ -104,7 +104,7 @@ def features_by_hand(state, x):
     return x.mean((2, 3))
 
 
-def test_a_checkpoint_of_the_official_code_reaches_what_its_weights_reach(tmp_path, capsys):
+def test_a_checkpoint_of_the_official_code_reaches_what_its_weights_reach(tmp_path):
     state, (images, labels) = weights_by_hand(), images_of_test("cifar10")
     features = features_by_hand(state, images)
     # the head finds the nearest of the first ten images, one a class, and confuses three classes
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_the_official_code_reaches_what_its_weights_reach(tmp_pa
     }
     torch.save(official, tmp_path / "ckpt.best.pth.tar")
     with official_archive(tmp_path / "data", "cifar10"):
-        run_ok([*RUN, "-e", "--resume", "ckpt.best.pth.tar", "--save_logits"], tmp_path, capsys)
+        run_ok([*RUN, "-e", "--resume", "ckpt.best.pth.tar", "--save_logits"], tmp_path)
     folder = log_folder(tmp_path, arch="resnet32", dataset="cifar10", imb="exp_0.1") / "evaluate" / "ckpt.best"
     with np.load(folder / "logits.npz") as saved:
         logits, target = torch.from_numpy(saved["logits"]).double(), torch.from_numpy(saved["target"])

@@ -8,12 +8,10 @@ import torch
 from script_runner import (
     DIGITS,
     TINY,
-    assert_same_weights,
+    assert_same_run,
     break_off,
     load_checkpoint,
-    log_folder,
     model_folder,
-    read_logs,
     run_main,
     run_ok,
 )
@@ -29,7 +27,7 @@ CRT += ["--train_rule", "cRT"]
 HEAD = ("linear.weight", "linear.bias")
 
 
-def heads_at_start(args, cwd, capsys):
+def heads_at_start(args, cwd):
     """[(weight, its momentum, labels seen)] of each epoch that trains the head alone; weights from before it."""
     train_one_epoch, found = cifar_train.train_one_epoch, []
 
@@ -47,13 +45,13 @@ def heads_at_start(args, cwd, capsys):
         return train_one_epoch(model, seen(), criterion, optimizer, *rest, **more)
 
     with mock.patch.object(cifar_train, "train_one_epoch", watched):
-        run_ok(args, cwd, capsys)
+        run_ok(args, cwd)
     return found
 
 
 @pytest.mark.parametrize("loss", ["LDAM", "IB"])
-def test_the_second_stage_of_crt_changes_the_head_and_nothing_else(loss, tmp_path, capsys):
-    run_ok([*CRT, "--loss_type", loss, "--keep_epochs", "3", "4"], tmp_path, capsys)
+def test_the_second_stage_of_crt_changes_the_head_and_nothing_else(loss, tmp_path):
+    run_ok([*CRT, "--loss_type", loss, "--keep_epochs", "3", "4"], tmp_path)
     folder = model_folder(tmp_path, loss, "cRT")
     states = [load_checkpoint(folder / f"ckpt{name}.pth.tar") for name in (".epoch003", ".epoch004", "")]
     assert [state["epoch"] for state in states] == [3, 4, 5]
@@ -67,8 +65,8 @@ def test_the_second_stage_of_crt_changes_the_head_and_nothing_else(loss, tmp_pat
     assert [record["stage"]["trains"] for record in states[2]["history"]] == ["all"] * 3 + ["head"] * 2
 
 
-def test_the_head_of_crt_is_drawn_anew_from_the_seed_and_sees_the_classes_equally_often(tmp_path, capsys):
-    found = heads_at_start([*CRT, "--keep_epochs", "3"], tmp_path, capsys)
+def test_the_head_of_crt_is_drawn_anew_from_the_seed_and_sees_the_classes_equally_often(tmp_path):
+    found = heads_at_start([*CRT, "--keep_epochs", "3"], tmp_path)
     assert len(found) == 2
     weight, momentum, _ = found[0]
     torch.manual_seed(epoch_seed(0, 3))
@@ -82,62 +80,43 @@ def test_the_head_of_crt_is_drawn_anew_from_the_seed_and_sees_the_classes_equall
     assert len(labels) == 2 * 309
     shares = [labels.count(k) / len(labels) for k in range(10)]
     assert max(abs(share - 0.1) for share in shares) < 0.04, "over three standard deviations"
-    again = heads_at_start([*CRT, "--exp_str", "again"], tmp_path, capsys)
-    other = heads_at_start([*CRT, "--exp_str", "other", "--seed", "1"], tmp_path, capsys)
+    again = heads_at_start([*CRT, "--exp_str", "again"], tmp_path)
+    other = heads_at_start([*CRT, "--exp_str", "other", "--seed", "1"], tmp_path)
     assert torch.equal(again[0][0], weight)
     assert not torch.equal(other[0][0], weight)
 
 
-@pytest.mark.parametrize(("loss", "after"), [("LDAM", 2), ("IB", 4)])
-def test_crt_stopped_in_either_stage_is_resumed_to_the_same_end(loss, after, tmp_path, capsys):
-    args = [*CRT, "--loss_type", loss]
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    assert break_off(args, tmp_path, capsys, after)[0] == 130
-    run_ok([*args, "--resume", "auto"], tmp_path, capsys)
-    one, two = (model_folder(tmp_path, loss, "cRT", exp=e) for e in ("0", "whole"))
-    assert_same_weights(one / "ckpt.pth.tar", two / "ckpt.pth.tar")
-    logs = [read_logs(log_folder(tmp_path, loss, "cRT", exp=e)) for e in ("0", "whole")]
-    assert logs[0] == logs[1]
+def test_crt_stopped_in_its_second_stage_is_resumed_to_the_same_end(tmp_path):
+    args = [*CRT, "--loss_type", "IB"]
+    run_ok([*args, "--exp_str", "whole"], tmp_path)
+    assert break_off(args, tmp_path, after=4)[0] == 130
+    run_ok([*args, "--resume", "auto"], tmp_path)
+    one, two = (model_folder(tmp_path, "IB", "cRT", exp=e) for e in ("0", "whole"))
+    assert_same_run(one, two)
 
 
 @pytest.mark.parametrize("flags", [["--schedule", "cosine"], ["--loss_type", "IB"]], ids=" ".join)
-def test_crt_forked_from_a_finished_run_is_the_run_from_the_start(flags, tmp_path, capsys):
+def test_crt_forked_from_a_finished_run_is_the_run_from_the_start(flags, tmp_path):
     args = [*CRT, *flags]
     if "cosine" in flags:
         at = args.index("--milestones")
         args[at : at + 2] = []
     first = [*args, "--epochs", "3", "--train_rule", "None"]
-    run_ok(first, tmp_path, capsys)
+    run_ok(first, tmp_path)
     loss = "IB" if "IB" in flags else "CE"
     state = load_checkpoint(model_folder(tmp_path, loss) / "ckpt.pth.tar")
     for record in state["history"]:  # as of older checkpoints
         del record["stage"]["trains"]
     torch.save(state, tmp_path / "older.pth.tar")
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    run_ok([*args, "--resume", "older.pth.tar"], tmp_path, capsys)
-    one, two = (model_folder(tmp_path, loss, "cRT", exp=e) / "ckpt.pth.tar" for e in ("0", "whole"))
-    assert_same_weights(one, two)
-    logs = [read_logs(log_folder(tmp_path, loss, "cRT", exp=e)) for e in ("0", "whole")]
-    assert logs[0] == logs[1]
+    run_ok([*args, "--exp_str", "whole"], tmp_path)
+    run_ok([*args, "--resume", "older.pth.tar"], tmp_path)
+    one, two = (model_folder(tmp_path, loss, "cRT", exp=e) for e in ("0", "whole"))
+    assert_same_run(one, two)
 
 
-def test_crt_cannot_be_forked_from_a_run_that_has_gone_on_with_the_whole_network(tmp_path, capsys):
-    run_ok([*CRT, "--train_rule", "None"], tmp_path, capsys)
+def test_crt_cannot_be_forked_from_a_run_that_has_gone_on_with_the_whole_network(tmp_path):
+    run_ok([*CRT, "--train_rule", "None"], tmp_path)
     path = model_folder(tmp_path) / "ckpt.pth.tar"
-    status, _, err = run_main([*CRT, "--epochs", "7", "--resume", path], tmp_path, capsys)
+    status, _, err = run_main([*CRT, "--epochs", "7", "--resume", path], tmp_path)
     assert status == 2
     assert "in epoch 4, lr is 0.0008 there and 0.1 here" in err
-
-
-def test_dry_run_of_crt_says_what_is_trained_and_warns_of_milestones_that_never_come(tmp_path, capsys):
-    status, out, err = run_main([*CRT, "--milestones", "2", "4", "--dry_run"], tmp_path, capsys)
-    assert status == 0
-    assert out.splitlines() == [
-        "epoch_from_0,lr,loss,class_weights,sampler,trains",
-        "0,0.02,CE,none,none,all",
-        "1,0.04,CE,none,none,all",
-        "2,0.0006000000000000002,CE,none,none,all",
-        "3,0.1,CE,none,Balanced,head",
-        "4,0.05,CE,none,Balanced,head",
-    ]
-    assert err == "warning: the lr milestones [4] never come: from --drw_epoch 3 on the head has its own lr\n"

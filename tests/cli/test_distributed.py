@@ -58,8 +58,9 @@ def runs(tmp_path_factory):
             commands.append((str(folder), "cifar", ranks, [str(flag) for flag in flags]))
     (root / "inat").mkdir()
     make_inat(root / "inat" / "data")
-    for ranks, more in ((1, []), (1, ["-e", "--resume", "auto"]), (2, ["-e", "--resume", "auto"])):
-        commands.append((str(root / "inat"), "inat", ranks, [str(flag) for flag in [*INAT, *more]]))
+    evaluation = [*INAT, "-e", "--resume", "auto", "-b", 3]
+    for ranks, flags in ((1, INAT), (1, evaluation), (2, [*evaluation, "--root_log", "log2"])):
+        commands.append((str(root / "inat"), "inat", ranks, [str(flag) for flag in flags]))
     (root / "commands.json").write_text(json.dumps(commands))
     status, _, err = launch(DRIVER, "--forked", root / "commands.json", cwd=root)
     assert status == 0, err
@@ -73,6 +74,8 @@ def test_model_without_batch_norm_is_the_single_processes(name, runs):
     states = [load_checkpoint(model_folder(folder, loss, rule, arch="plain") / "ckpt.pth.tar") for folder in cwd]
     for key, tensor in states[0]["state_dict"].items():
         torch.testing.assert_close(states[1]["state_dict"][key], tensor, rtol=1e-6, atol=1e-6)
+    factors = [state["history"][-1]["ib_factor"] or [] for state in states]
+    assert factors[1] == pytest.approx(factors[0], rel=1e-5)
     ranks = [(cwd[1] / f"rank{rank}of2").read_text() for rank in (0, 1)]
     assert ranks[0] == ranks[1], "the same bits, the same count of test images"
     assert ranks[0].endswith(" 540")
@@ -99,6 +102,15 @@ def test_an_evaluation_counts_the_same_with_one_and_two_ranks(runs):
     assert tables[0] == tables[1]
 
 
+def test_the_errors_that_two_ranks_find_are_those_of_one(runs):
+    found = []
+    for logs in ("log", "log2"):
+        (path,) = (runs / "inat" / logs).glob("*/evaluate/errors.csv")
+        found.append(sorted((row["file"], row["class"], row["predicted"]) for row in read_csv(path)))
+    assert len(found[0]) > 2
+    assert found[0] == found[1]
+
+
 def test_rank_that_is_killed_is_restarted_by_torchrun_and_continues(tmp_path):
     """With batch norm: both ranks end with the same bits, and every epoch is in the log once."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--max-restarts", 1, "--standalone"]
@@ -112,8 +124,8 @@ def test_rank_that_is_killed_is_restarted_by_torchrun_and_continues(tmp_path):
     assert ranks[0] == ranks[1]
 
 
-def test_sync_bn_needs_cuda(tmp_path, capsys):
-    status, _, err = run_main([*BASE, *TINY, "--sync_bn"], tmp_path, capsys)
+def test_sync_bn_needs_cuda(tmp_path):
+    status, _, err = run_main([*BASE, *TINY, "--sync_bn"], tmp_path)
     assert status == 2
     assert "--sync_bn needs CUDA devices" in messages(err)[0]
     assert list(tmp_path.iterdir()) == []

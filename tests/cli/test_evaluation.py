@@ -15,20 +15,15 @@ RUN = [*DIGITS, *TINY, "--epochs", "3", "--milestones", "2", "--val_fraction", "
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a finished run that has a held-out part; made once, by whoever asks first."""
+    """A folder with a finished run that has a held-out part."""
     folder = tmp_path_factory.mktemp("trained")
-
-    def get(capsys):
-        if not (folder / "log").exists():
-            run_ok(RUN, folder, capsys)
-        return folder
-
-    return get
+    run_ok(RUN, folder)
+    return folder
 
 
-def evaluate(folder, capsys, *flags):
+def evaluate(folder, *flags):
     """(what was printed, evaluation.json) of an evaluation that must succeed; without a single flag of the run."""
-    out = run_ok(["-e", "--resume", model_folder(folder) / "ckpt.pth.tar", "--threads", "1", *flags], folder, capsys)
+    out = run_ok(["-e", "--resume", model_folder(folder) / "ckpt.pth.tar", "--threads", "1", *flags], folder)
     (line,) = [line for line in out.splitlines() if line.startswith("written: ")]
     return out, json.loads((folder / line.split()[1]).read_text())
 
@@ -42,84 +37,76 @@ def accuracy(logits, target):
     return 100 * (logits.argmax(1) == target).double().mean().item()
 
 
-def test_saved_logits_give_the_figures(trained, capsys):
-    folder = trained(capsys)
-    _, found = evaluate(folder, capsys, "--save_logits")
-    logits, target = logits_of(folder)
-    assert logits.shape == (540, 10)
-    assert accuracy(logits, target) == pytest.approx(found["acc1"])
-    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-5)
-
-
-def test_posthoc_logit_adjustment_subtracts_the_log_prior(trained, capsys):
-    folder = trained(capsys)
-    evaluate(folder, capsys, "--save_logits")
-    plain, target = logits_of(folder)
-    counts = torch.tensor(json.loads((log_folder(folder) / "summary.json").read_text())["class_counts"]).double()
+def test_posthoc_logit_adjustment_subtracts_the_log_prior(trained):
+    evaluate(trained, "--save_logits")
+    plain, target = logits_of(trained)
+    counts = torch.tensor(json.loads((log_folder(trained) / "summary.json").read_text())["class_counts"]).double()
     expected = plain - 1.5 * (counts / counts.sum()).log().float()
-    out, found = evaluate(folder, capsys, "--posthoc_la", "1.5", "--save_logits")
-    torch.testing.assert_close(logits_of(folder, "posthoc_la_1.5")[0], expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(logits_of(folder)[0], plain), "the figures without the correction stay"
+    out, found = evaluate(trained, "--posthoc_la", "1.5", "--save_logits")
+    torch.testing.assert_close(logits_of(trained, "posthoc_la_1.5")[0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits_of(trained)[0], plain), "the figures without the correction stay"
     assert found["acc1"] == pytest.approx(accuracy(expected, target))
     assert found["posthoc_la"] == 1.5
     assert "--posthoc_la 1.5 applied" in out
 
 
 @pytest.mark.parametrize(("flag", "keeps"), [("tau_norm", 0), ("tau_norm_bias", 1)])
-def test_tau_norm_divides_by_the_length_of_the_class_vectors(flag, keeps, trained, capsys):
-    folder = trained(capsys)
-    evaluate(folder, capsys, "--save_logits")
-    plain, _ = logits_of(folder)
-    state = load_checkpoint(model_folder(folder) / "ckpt.pth.tar")["state_dict"]
+def test_tau_norm_divides_by_the_length_of_the_class_vectors(flag, keeps, trained):
+    evaluate(trained, "--save_logits")
+    plain, _ = logits_of(trained)
+    state = load_checkpoint(model_folder(trained) / "ckpt.pth.tar")["state_dict"]
     weight, bias = state["linear.weight"], state["linear.bias"]
     expected = (plain - bias) / weight.norm(dim=1) ** 0.7 + keeps * bias
-    _, found = evaluate(folder, capsys, f"--{flag}", "0.7", "--save_logits")
-    torch.testing.assert_close(logits_of(folder, f"{flag}_0.7")[0], expected, rtol=1e-4, atol=1e-4)
+    _, found = evaluate(trained, f"--{flag}", "0.7", "--save_logits")
+    torch.testing.assert_close(logits_of(trained, f"{flag}_0.7")[0], expected, rtol=1e-4, atol=1e-4)
     assert found[flag] == 0.7
 
 
-def test_of_several_values_the_held_out_part_picks_one(trained, capsys):
-    out, found = evaluate(trained(capsys), capsys, "--posthoc_la", "0", "1", "2")
+def test_of_several_values_the_held_out_part_picks_one(trained):
+    out, found = evaluate(trained, "--posthoc_la", "0", "1", "2")
     scores = {
         line.split()[1].rstrip(":"): float(line.split()[4])
         for line in out.splitlines()
         if "on the held-out part" in line
     }
     assert list(scores) == ["0", "1", "2"]
+    history = json.loads((log_folder(trained) / "summary.json").read_text())["history"]
+    assert scores["0"] == pytest.approx(history[-1]["val"]["class_mean"], abs=0.006)
     assert found["posthoc_la"] == float(max(scores, key=scores.get))
 
 
-def test_several_values_without_a_held_out_part_are_refused(tmp_path, capsys):
-    run_ok([*DIGITS, *TINY, "--epochs", "1", "--milestones"], tmp_path, capsys)
+@pytest.mark.parametrize("flags", [[], ["--val_left_out", "5"]], ids=["none", "without the largest class"])
+def test_several_values_without_a_held_out_part_are_refused(flags, tmp_path):
+    run_ok([*DIGITS, *TINY, "--epochs", "1", "--milestones", *flags], tmp_path)
     args = ["-e", "--resume", model_folder(tmp_path) / "ckpt.pth.tar", "--tau_norm", "0.5", "1"]
-    status, _, err = run_main(args, tmp_path, capsys)
+    status, _, err = run_main(args, tmp_path)
     assert status == 2
     assert "--val_fraction" in messages(err)[0]
 
 
 @pytest.mark.parametrize("flag", [["--val_fraction", "0.1"], ["--imb_factor", "0.1"], ["--ema", "0.9"]])
-def test_a_flag_that_contradicts_the_checkpoint_is_refused(flag, trained, capsys):
-    args = ["-e", "--resume", model_folder(trained(capsys)) / "ckpt.pth.tar", *flag]
-    status, _, err = run_main(args, trained(capsys), capsys)
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(flag, trained):
+    args = ["-e", "--resume", model_folder(trained) / "ckpt.pth.tar", *flag]
+    status, _, err = run_main(args, trained)
     assert status == 2
     assert f"{flag[0].removeprefix('--')} is " in messages(err)[0]
     assert "--force" in messages(err)[0]
 
 
-def test_an_ib_checkpoint_is_evaluated_under_its_own_name(tmp_path, capsys):
+def test_an_ib_checkpoint_is_evaluated_under_its_own_name(tmp_path):
     two = [*DIGITS, *TINY, "--epochs", "2", "--milestones", "--start_ib_epoch", "1"]
-    run_ok([*two, "--loss_type", "IB"], tmp_path, capsys)
-    run_ok(["-e", "--resume", model_folder(tmp_path, "IB") / "ckpt.pth.tar"], tmp_path, capsys)
+    run_ok([*two, "--loss_type", "IB"], tmp_path)
+    run_ok(["-e", "--resume", model_folder(tmp_path, "IB") / "ckpt.pth.tar"], tmp_path)
     assert (log_folder(tmp_path, "IB") / "evaluate" / "evaluation.json").exists()
     assert [path.name for path in (tmp_path / "log").iterdir()] == [log_folder(tmp_path, "IB").name]
 
 
-def test_export_split_writes_the_indices_and_trains_nothing(tmp_path, capsys):
-    out = run_ok([*DIGITS, *TINY, "--export_split", "split.txt"], tmp_path, capsys)
+def test_export_split_writes_the_indices_and_trains_nothing(tmp_path):
+    out = run_ok([*DIGITS, *TINY, "--export_split", "split.txt"], tmp_path)
     indices = [int(line) for line in (tmp_path / "split.txt").read_text().splitlines()]
     assert len(indices) == len(set(indices)) == 309
     assert "309" in out
-    run_ok([*DIGITS, *TINY, "--val_fraction", "0.2", "--export_split", "split.txt"], tmp_path, capsys)
+    run_ok([*DIGITS, *TINY, "--val_fraction", "0.2", "--export_split", "split.txt"], tmp_path)
     kept = [int(line) for line in (tmp_path / "split.txt").read_text().splitlines()]
     assert set(kept) < set(indices)
     assert len(kept) == len(set(kept)) == 247, "without the held-out part"
@@ -144,9 +131,9 @@ def test_calibration_against_a_slow_count():
 
 
 @pytest.fixture
-def copied(trained, tmp_path, capsys):
+def copied(trained, tmp_path):
     """A copy of the finished run, to change."""
-    shutil.copytree(trained(capsys), tmp_path, dirs_exist_ok=True)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -157,41 +144,41 @@ def change(folder, **parts):
     return folder / "changed.pth"
 
 
-def test_other_classes_than_the_models_are_refused(copied, capsys):
+def test_other_classes_than_the_models_are_refused(copied):
     path = change(copied, classes=[*map(str, range(9)), "ten"])
-    status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied, capsys)
+    status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied)
     assert (status, out) == (1, "")
     (line,) = messages(err)
     assert "has other classes than those in ./data: 'ten' there and '9' here" in line
-    assert run_main(["-e", "--resume", path, "--threads", "1", "--force"], copied, capsys)[0] == 0
+    assert run_main(["-e", "--resume", path, "--threads", "1", "--force"], copied)[0] == 0
 
 
-def test_a_checkpoint_that_tells_no_images_chooses_no_correction(copied, capsys):
+def test_a_checkpoint_that_tells_no_images_chooses_no_correction(copied):
     state = load_checkpoint(model_folder(copied) / "ckpt.pth.tar")
     torch.save({name: state[name] for name in ("epoch", "arch", "state_dict")}, copied / "published.pth")
     args = ["--dataset", "digits", "-a", "tiny", "-e", "--resume", "published.pth", "--val_fraction", "0.3"]
-    status, _, err = run_main([*args, "--posthoc_la", "0", "1"], copied, capsys)
+    status, _, err = run_main([*args, "--posthoc_la", "0", "1"], copied)
     assert status == 2
     assert "published.pth does not record its training images" in messages(err)[-1]
-    assert run_main([*args, "--posthoc_la", "1"], copied, capsys)[0] == 0
-    assert run_main([*args, "--posthoc_la", "0", "1", "--force"], copied, capsys)[0] == 0
+    assert run_main([*args, "--posthoc_la", "1"], copied)[0] == 0
+    assert run_main([*args, "--posthoc_la", "0", "1", "--force"], copied)[0] == 0
 
 
-def test_a_state_that_the_script_does_not_restore_is_refused(copied, capsys):
+def test_a_state_that_the_script_does_not_restore_is_refused(copied):
     """A second average, say, whose weights would be left out."""
     path = change(copied, swa={"n_averaged": torch.tensor(3)})
-    status, _, err = run_main(["-e", "--resume", path, "--threads", "1"], copied, capsys)
+    status, _, err = run_main(["-e", "--resume", path, "--threads", "1"], copied)
     assert status == 2
     assert "holds a state of 'swa', which nothing restores (use --force" in messages(err)[-1]
-    run_ok(["-e", "--resume", path, "--threads", "1", "--force"], copied, capsys)
+    run_ok(["-e", "--resume", path, "--threads", "1", "--force"], copied)
 
 
-def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
-    evaluate(copied, capsys, "--save_logits")
+def test_prior_and_groups_are_those_of_the_checkpoint(copied):
+    evaluate(copied, "--save_logits")
     plain, _ = logits_of(copied)
     counts = [5, 150, 7, 30, 200, 9, 11, 13, 60, 1]
     path = change(copied, class_counts=counts)
-    run_ok(["-e", "--resume", path, "--threads", "1", "--posthoc_la", "1", "--save_logits"], copied, capsys)
+    run_ok(["-e", "--resume", path, "--threads", "1", "--posthoc_la", "1", "--save_logits"], copied)
     prior = torch.tensor(counts).double() / sum(counts)
     corrected, _ = logits_of(copied, "changed.pth/posthoc_la_1")
     torch.testing.assert_close(corrected, plain - prior.log().float(), rtol=1e-4, atol=1e-4)
@@ -200,26 +187,26 @@ def test_prior_and_groups_are_those_of_the_checkpoint(copied, capsys):
     assert found["many"] == pytest.approx((found["per_class"][1] + found["per_class"][4]) / 2)
 
 
-def test_logits_that_are_not_finite_are_no_accuracy(copied, capsys):
+def test_logits_that_are_not_finite_are_no_accuracy(copied):
     weights = load_checkpoint(model_folder(copied) / "ckpt.pth.tar")["state_dict"]
     path = change(copied, state_dict={**weights, "linear.bias": torch.full((10,), float("nan"))})
-    status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied, capsys)
+    status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied)
     assert status == 1
     assert "top-1" not in out
     assert "changed.pth gives logits that are not finite" in messages(err)[-1]
 
 
 @pytest.mark.parametrize("flag", ["--tau_norm", "--posthoc_la"])
-def test_a_normalised_head_takes_no_correction(flag, tmp_path, capsys):
-    run_ok([*DIGITS, *TINY, "--epochs", "1", "--milestones", "--loss_type", "LDAM"], tmp_path, capsys)
+def test_a_normalised_head_takes_no_correction(flag, tmp_path):
+    run_ok([*DIGITS, *TINY, "--epochs", "1", "--milestones", "--loss_type", "LDAM"], tmp_path)
     path = model_folder(tmp_path, "LDAM") / "ckpt.pth.tar"
-    status, _, err = run_main(["-e", "--resume", path, "--threads", "1", flag, "1"], tmp_path, capsys)
+    status, _, err = run_main(["-e", "--resume", path, "--threads", "1", flag, "1"], tmp_path)
     assert status == 2
     assert f"{flag} needs a linear layer with a bias" in messages(err)[-1]
 
 
-def test_an_evaluation_without_a_checkpoint_is_one_line(tmp_path, capsys):
-    status, out, err = run_main([*RUN, "-e", "--resume", "auto"], tmp_path, capsys)
+def test_an_evaluation_without_a_checkpoint_is_one_line(tmp_path):
+    status, out, err = run_main([*RUN, "-e", "--resume", "auto"], tmp_path)
     assert (status, out) == (1, "")
     (line,) = messages(err)
     assert f"no checkpoint at {model_folder(tmp_path).relative_to(tmp_path)}/ckpt.pth.tar" in line

@@ -1,6 +1,7 @@
 """docs/extending.md does what it says: its snippets and its commands are run, and each run is stopped and resumed."""
 
 import contextlib
+import json
 import pathlib
 import re
 import shlex
@@ -63,15 +64,13 @@ def commands():
 
 
 @pytest.mark.parametrize(("section", "arguments"), list(commands()))
-def test_a_run_with_the_extension_is_stopped_and_resumed_to_the_same_bits(
-    section, arguments, registries, tmp_path, capsys
-):
+def test_a_run_with_the_extension_is_stopped_and_resumed_to_the_same_bits(section, arguments, registries, tmp_path):
     snippet(section)
     arch = [] if "-a" in arguments else TINY
     args = [*arguments, *arch, "--seed", "0", "--threads", "1"]
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    assert break_off(args, tmp_path, capsys, after=1)[0] == 130
-    run_ok(args, tmp_path, capsys)
+    run_ok([*args, "--exp_str", "whole"], tmp_path)
+    assert break_off(args, tmp_path, after=1)[0] == 130
+    run_ok(args, tmp_path)
     one, two = sorted((tmp_path / "checkpoint").iterdir())
     states = [load_checkpoint(folder / "ckpt.pth.tar")["state_dict"] for folder in (one, two)]
     assert all(states[0][name].equal(states[1][name]) for name in states[0])
@@ -88,23 +87,23 @@ def weights_tested(path):
 
 
 @pytest.mark.parametrize(("section", "arguments"), [p for p in commands() if p.values[0] != "A metric"])
-def test_an_extension_gives_other_weights_than_a_run_without_it(section, arguments, registries, tmp_path, capsys):
+def test_an_extension_gives_other_weights_than_a_run_without_it(section, arguments, registries, tmp_path):
     snippet(section)
     at = arguments.index(next(flag for flag in FLAGS if flag in arguments))
     plain = arguments[:at] + arguments[at + 2 :]
     for name, args in (("with", arguments), ("without", plain)):
         (tmp_path / name).mkdir()
-        run_ok([*TINY, *args, "--seed", "0", "--threads", "1"], tmp_path / name, capsys)
+        run_ok([*TINY, *args, "--seed", "0", "--threads", "1"], tmp_path / name)
     one, two = (
         weights_tested(next((tmp_path / name).glob("checkpoint/*/ckpt.pth.tar"))) for name in ("with", "without")
     )
     assert any(name not in one or not tensor.equal(one[name]) for name, tensor in two.items())
 
 
-def test_a_metric_has_a_column(registries, tmp_path, capsys):
+def test_a_metric_has_a_column(registries, tmp_path):
     snippet("A metric")
     metrics.CLASS_FIGURES["a tensor"] = lambda *_: torch.tensor(0.5)
-    run_ok([*FIVE, *TINY, "--imb_type", "none"], tmp_path, capsys)
+    run_ok([*FIVE, *TINY, "--imb_type", "none"], tmp_path)
     classes, rows = (
         read_csv(log_folder(tmp_path, imb="none") / name) for name in ("class_accuracy.csv", "log_test.csv")
     )
@@ -132,7 +131,7 @@ def test_a_hook_gets_the_record_of_each_epoch(monkeypatch):
     assert (step, figures["test/acc1"], figures["train/loss"], figures["lr"]) == (3, 50.0, 1.5, 0.1)
 
 
-def test_a_loss_of_the_features_need_not_be_an_ib_loss(monkeypatch, tmp_path, capsys):
+def test_a_loss_of_the_features_need_not_be_an_ib_loss(monkeypatch, tmp_path):
     class ByNorm(losses.CrossEntropyLoss):
         needs_features = True
 
@@ -140,14 +139,21 @@ def test_a_loss_of_the_features_need_not_be_an_ib_loss(monkeypatch, tmp_path, ca
             return 1 / (1 + features.flatten())
 
     monkeypatch.setitem(registry.LOSSES, "ByNorm", registry.LossEntry(lambda counts, weight: ByNorm(weight)))
-    out = run_ok([*FIVE, *TINY, "--epochs", "1", "--milestones", "--loss_type", "ByNorm"], tmp_path, capsys)
+    out = run_ok([*FIVE, *TINY, "--epochs", "1", "--milestones", "--loss_type", "ByNorm"], tmp_path)
     assert "ByNorm loss" in out
+    (record,) = json.loads((log_folder(tmp_path, "ByNorm") / "summary.json").read_text())["history"]
+    assert record["alpha"] is None
+    assert all(0 < factor < 1 for factor in record["ib_factor"])
 
 
 class WithParameter(losses.CrossEntropyLoss):
     def __init__(self):
         super().__init__()
         self.shift = torch.nn.Parameter(torch.zeros(10))
+
+
+class OfLabels(losses.CrossEntropyLoss):
+    accepts_soft_targets = False
 
 
 def two_layers(num_classes=10, use_norm=False, feature_norm="l1"):
@@ -167,27 +173,29 @@ def two_layers(num_classes=10, use_norm=False, feature_norm="l1"):
             ["-a", "small", "--loss_type", "Own"],
             "--loss_type Own has parameters, which nothing trains: make them buffers",
         ),
+        (["--loss_type", "Hard", "--mixup", "0.2"], "--mixup: --loss_type Hard takes no soft targets"),
     ],
 )
-def test_what_would_train_wrongly_is_refused_at_the_start(flags, said, registries, tmp_path, capsys):
+def test_what_would_train_wrongly_is_refused_at_the_start(flags, said, registries, tmp_path):
     snippet("An architecture")
     models.CIFAR_MODELS["two"] = two_layers
     registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithParameter(), first_phase_ce=True)
+    registry.LOSSES["Hard"] = registry.LossEntry(lambda counts, weight: OfLabels(), first_phase_ce=True)
     two = [*DIGITS, "--epochs", "2", "--milestones", "--start_ib_epoch", "1"]
-    status, _, err = run_main([*two, *flags], tmp_path, capsys)
+    status, _, err = run_main([*two, *flags], tmp_path)
     assert status == 2
     assert said in messages(err)[-1]
     assert not [*tmp_path.glob("checkpoint/*/*.tar")]
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
-def test_a_data_set_with_another_mean_is_another_one(name, tmp_path, capsys, monkeypatch):
+def test_a_data_set_with_another_mean_is_another_one(name, tmp_path, monkeypatch):
     two = [*DIGITS, *TINY, "--epochs", "2", "--milestones", "--threads", "1"]
-    run_ok([*two, "--keep_epochs", "1"], tmp_path, capsys)
+    run_ok([*two, "--keep_epochs", "1"], tmp_path)
     monkeypatch.setattr(imbalance_cifar.DATASETS["digits"], name, (0.4, 0.5, 0.5))
     kept = model_folder(tmp_path) / "ckpt.epoch001.pth.tar"
     for args in ([*two, "--exp_str", "fork", "--resume", kept], ["-e", "--resume", kept]):
-        status, _, err = run_main(args, tmp_path, capsys)
+        status, _, err = run_main(args, tmp_path)
         assert status == 1
         assert f"was trained on images with another {name} than those in ./data" in messages(err)[-1]
 

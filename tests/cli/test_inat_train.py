@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from image_runs import IB, IDS, TAIL, fails, make_inat, run_ok
-from script_runner import assert_same_weights, read_csv, read_logs
+from script_runner import read_csv
 
 import imbalance_inat
 import inat_train
@@ -58,18 +58,14 @@ def test_load_orders_classes_by_id_and_keeps_the_natural_tail(data, capsys):
     assert "4 classes, iNaturalist 2018 has 8142" in capsys.readouterr().err
 
 
-def test_run_resume_and_evaluation(data, tmp_path):
+def test_run_and_evaluation(data, tmp_path):
     args = ["--data_dir", data, *RUN, *IB]
-    out = run_ok(tmp_path, *args, "--exp_str", "whole", script=inat_train)
+    out = run_ok(tmp_path, *args, script=inat_train)
     assert "class counts: 24 11 5 2, total 42" in out
-    run_ok(tmp_path, "--data_dir", data, *RUN, script=inat_train)
-    trunk = tmp_path / "checkpoint" / "inaturalist_mobilenet_v3_small_CE_None_none_0" / "ckpt.epoch001.pth.tar"
-    run_ok(tmp_path, *args, "--resume", trunk, script=inat_train)
-    names = [f"inaturalist_mobilenet_v3_small_IB_IBReweight_none_{exp}" for exp in ("0", "whole")]
-    assert_same_weights(*(tmp_path / "checkpoint" / name / "ckpt.pth.tar" for name in names))
-    assert read_logs(tmp_path / "log" / names[0]) == read_logs(tmp_path / "log" / names[1])
-    last = read_csv(tmp_path / "log" / names[0] / "log_test.csv")[-1]
-    assert (last["many"], float(last["medium"]) >= 0, float(last["few"]) >= 0) == ("n/a", True, True)
+    log = tmp_path / "log" / "inaturalist_mobilenet_v3_small_IB_IBReweight_none_0" / "log_test.csv"
+    last = read_csv(log)[-1]
+    assert last["many"] == "n/a"
+    assert "n/a" not in (last["medium"], last["few"])
     out = run_ok(tmp_path, *args, "-e", "--resume", "auto", script=inat_train)
     assert f"\ntop-1 {float(last['acc1']):.2f}  " in out
 
@@ -108,7 +104,10 @@ def annotate(row, **fields):
         (annotate(5, category_id=10), "images in two classes: 5"),
         (remove_class(10), "no training images of the classes species 10"),
         (lambda content: content.update(images=[]), "lists no images"),
-        (lambda content: content["annotations"].append({"id": 1}), "is no annotation file of iNaturalist .KeyError"),
+        (
+            lambda content: content["annotations"].append({"id": 1}),
+            "is not an annotation file of iNaturalist .KeyError",
+        ),
     ],
 )
 def test_annotations_that_cannot_be_used(copy, edit, message):
@@ -133,7 +132,7 @@ def test_what_is_only_a_warning(copy, capsys):
 def test_no_data(copy, tmp_path):
     assert "no nowhere/train2018.json" in fails(tmp_path, "--data_dir", "nowhere", *RUN, script=inat_train)
     (copy / "train2018.json").write_text("{")
-    with pytest.raises(DataError, match="is no annotation file"):
+    with pytest.raises(DataError, match="is not an annotation file"):
         imbalance_inat.load(str(copy))
 
 

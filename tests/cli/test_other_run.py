@@ -6,14 +6,13 @@ import pytest
 from script_runner import (
     FIVE,
     TINY,
-    assert_same_weights,
+    assert_same_run,
     break_off,
     load_checkpoint,
     log_folder,
     messages,
     model_folder,
     read_csv,
-    read_logs,
     run_main,
     run_ok,
     snapshot,
@@ -36,22 +35,21 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_a_setting_that_differs_is_named_and_refused(name, one_epoch, tmp_path, capsys):
-    path = one_epoch(capsys)
-    args = [*FIVE, *TINY, "--exp_str", "other", *DIFFERENT[name], "--resume", path]
-    status, _, err = run_main(args, tmp_path, capsys)
+def test_a_setting_that_differs_is_named_and_refused(name, one_epoch, tmp_path):
+    args = [*FIVE, *TINY, "--exp_str", "other", *DIFFERENT[name], "--resume", one_epoch]
+    status, _, err = run_main(args, tmp_path)
     assert status == 2
     (line,) = messages(err)
     assert f"{name} is " in line
     assert "--force" in line
-    assert str(path) in line
+    assert str(one_epoch) in line
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["batch_size", "lr", "optimizer"])
-def test_force_goes_on_with_a_setting_that_differs_and_says_so(name, one_epoch, tmp_path, capsys):
-    args = [*FIVE, *TINY, "--exp_str", "other", *DIFFERENT[name], "--resume", one_epoch(capsys), "--force"]
-    status, out, err = run_main(args, tmp_path, capsys)
+def test_force_goes_on_with_a_setting_that_differs_and_says_so(name, one_epoch, tmp_path):
+    args = [*FIVE, *TINY, "--exp_str", "other", *DIFFERENT[name], "--resume", one_epoch, "--force"]
+    status, out, err = run_main(args, tmp_path)
     assert status == 0
     assert f"{name} is " in err
     assert err.startswith("warning:")
@@ -59,28 +57,28 @@ def test_force_goes_on_with_a_setting_that_differs_and_says_so(name, one_epoch, 
     assert "epoch 1/5" not in out
 
 
-def test_threads_that_differ_warn_only(one_epoch, tmp_path, capsys):
-    args = [*FIVE, *TINY, "--resume", one_epoch(capsys)]
+def test_threads_that_differ_warn_only(one_epoch, tmp_path):
+    args = [*FIVE, *TINY, "--resume", one_epoch]
     args[args.index("--threads") + 1] = "2"
-    _, _, err = break_off(args, tmp_path, capsys, after=0)
+    _, _, err = break_off(args, tmp_path, after=0)
     assert "made with 1 threads, this run has 2" in err
 
 
 @pytest.mark.parametrize("more", [[], ["--start-epoch", "3"]])
-def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(more, tmp_path, capsys):
+def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(more, tmp_path):
     args = [*FIVE, *TINY, *more]
-    run_ok(args, tmp_path, capsys, figures=True)
+    run_ok(args, tmp_path, figures=True)
     before = snapshot(tmp_path)
     for again in (args, [*args, "--resume", "auto"], [*args, "-p", "3"]):
-        out = run_ok(again, tmp_path, capsys, figures=True)
+        out = run_ok(again, tmp_path, figures=True)
         assert "finished: nothing to do" in out
         assert snapshot(tmp_path) == before
 
 
-def test_a_folder_with_another_runs_settings_is_not_written_over(ce_run, tmp_path, capsys):
+def test_a_folder_with_another_runs_settings_is_not_written_over(ce_run, tmp_path):
     before = snapshot(tmp_path)
     for flags in (["--lr", "0.2"], ["--seed", "1"], ["--seed", "1", "--resume", "auto"]):
-        status, _, err = run_main([*FIVE, *TINY, *flags], tmp_path, capsys)
+        status, _, err = run_main([*FIVE, *TINY, *flags], tmp_path)
         assert status == 2
         assert len(messages(err)) == 1
         assert "other settings" in err
@@ -90,55 +88,55 @@ def test_a_folder_with_another_runs_settings_is_not_written_over(ce_run, tmp_pat
         assert snapshot(tmp_path) == before
 
 
-def test_another_runs_logs_are_safe_where_its_checkpoints_lie_elsewhere(tmp_path, capsys):
-    run_ok([*FIVE, *TINY, "--root_model", "elsewhere"], tmp_path, capsys)
+def test_another_runs_logs_are_safe_where_its_checkpoints_lie_elsewhere(tmp_path):
+    run_ok([*FIVE, *TINY, "--root_model", "elsewhere"], tmp_path)
     before = snapshot(tmp_path / "log")
-    status, _, err = run_main([*FIVE, *TINY, "--lr", "0.2"], tmp_path, capsys)
+    status, _, err = run_main([*FIVE, *TINY, "--lr", "0.2"], tmp_path)
     assert snapshot(tmp_path / "log") == before
     assert status == 2
     assert "--exp_str" in err
 
 
-def test_logs_of_this_run_without_its_checkpoints_are_not_written_over(tmp_path, capsys):
-    run_ok([*FIVE, *TINY], tmp_path, capsys)
+def test_logs_of_this_run_without_its_checkpoints_are_not_written_over(tmp_path):
+    run_ok([*FIVE, *TINY], tmp_path)
     shutil.rmtree(tmp_path / "checkpoint")
     before = snapshot(tmp_path)
     for more in ([], ["--resume", "auto"]):
-        status, _, err = run_main([*FIVE, *TINY, *more], tmp_path, capsys)
+        status, _, err = run_main([*FIVE, *TINY, *more], tmp_path)
         assert status == 2
         assert "holds the logs of a run after 5 epochs, but" in messages(err)[-1]
         assert "holds no checkpoint of it: --overwrite it" in messages(err)[-1]
         assert snapshot(tmp_path) == before
 
 
-def test_another_constant_of_the_loss_by_force_starts_without_the_calibrated_alpha(tmp_path, capsys):
+def test_another_constant_of_the_loss_by_force_starts_without_the_calibrated_alpha(tmp_path):
     auto = ["--alpha", "auto", "--auto_target", "ce"]
     args = [*FIVE, *TINY, "--loss_type", "IB", "--train_rule", "IBReweight", *auto]
     path = model_folder(tmp_path, "IB", "IBReweight") / "ckpt.pth.tar"
-    break_off(args, tmp_path, capsys, after=4)
+    break_off(args, tmp_path, after=4)
     batches = load_checkpoint(path)["criterion"]["auto.sums"][2] / 2  # of two epochs
-    run_ok([*args, "--epsilon", "0.1", "--resume", "auto", "--force"], tmp_path, capsys)
+    run_ok([*args, "--epsilon", "0.1", "--resume", "auto", "--force"], tmp_path)
     criterion = load_checkpoint(path)["criterion"]
     assert criterion["auto.sums"][2] == batches, "the batches of the last epoch alone"
 
 
 @pytest.mark.parametrize("name", ["optimizer", "criterion"])
-def test_a_forced_fork_stopped_in_its_first_epoch_continues(name, tmp_path, capsys):
+def test_a_forced_fork_stopped_in_its_first_epoch_continues(name, tmp_path):
     """What it drops of the other run's states is not in its own first checkpoint either."""
     ib = [*FIVE, *TINY, "--loss_type", "IB", "--train_rule", "IBReweight"]
     other = {"optimizer": ["--alpha", "auto", "--optimizer", "adamw"], "criterion": ["--alpha", "5"]}[name]
-    break_off([*ib, "--alpha", "auto"], tmp_path, capsys, after=4)
+    break_off([*ib, "--alpha", "auto"], tmp_path, after=4)
     path = model_folder(tmp_path, "IB", "IBReweight") / "ckpt.pth.tar"
     args = [*ib, *other, "--exp_str", "other", "--resume", str(path), "--force"]
-    break_off(args, tmp_path, capsys, after=0)
-    run_ok(args, tmp_path, capsys)
+    break_off(args, tmp_path, after=0)
+    run_ok(args, tmp_path)
     assert len(load_checkpoint(model_folder(tmp_path, "IB", "IBReweight", "other") / "ckpt.pth.tar")["history"]) == 5
 
 
-def test_force_does_not_continue_another_run_in_the_place_of_the_checkpoint_that_is_named(one_epoch, tmp_path, capsys):
-    run_ok([*FIVE, *TINY], tmp_path, capsys)
+def test_force_does_not_continue_another_run_in_the_place_of_the_checkpoint_that_is_named(one_epoch, tmp_path):
+    run_ok([*FIVE, *TINY], tmp_path)
     before = snapshot(tmp_path)
-    status, _, err = run_main([*FIVE, *TINY, "--wd", "0.1", "--resume", one_epoch(capsys), "--force"], tmp_path, capsys)
+    status, _, err = run_main([*FIVE, *TINY, "--wd", "0.1", "--resume", one_epoch, "--force"], tmp_path)
     assert status == 2
     assert "holds a run with other settings (weight_decay is 0.0002 there and 0.1 here)" in messages(err)[-1]
     assert snapshot(tmp_path) == before
@@ -147,22 +145,22 @@ def test_force_does_not_continue_another_run_in_the_place_of_the_checkpoint_that
 # -------------------------------------------------------------------------------------------------------- --overwrite
 
 
-def test_an_overwriting_run_broken_off_at_once_leaves_no_figures_of_the_old_one(tmp_path, capsys):
+def test_an_overwriting_run_broken_off_at_once_leaves_no_figures_of_the_old_one(tmp_path):
     args = [*FIVE, *TINY]
-    run_ok(args, tmp_path, capsys, figures=True)
+    run_ok(args, tmp_path, figures=True)
     log = log_folder(tmp_path)
     assert {"summary.json", "curves.png", "confusion.png"} <= {path.name for path in log.iterdir()}
-    break_off([*args, "--lr", "0.2", "--overwrite"], tmp_path, capsys, after=0)
+    break_off([*args, "--lr", "0.2", "--overwrite"], tmp_path, after=0)
     left = {path.name for path in log.iterdir()}
     assert left == {"args.json", "class_accuracy.csv", "log_test.csv", "log_train.csv"}
     assert all(read_csv(log / name) == [] for name in left if name.endswith(".csv"))
 
 
-def test_a_refused_overwrite_deletes_nothing(tmp_path, capsys):
-    run_ok([*FIVE, *TINY], tmp_path, capsys)
+def test_a_refused_overwrite_deletes_nothing(tmp_path):
+    run_ok([*FIVE, *TINY], tmp_path)
     before = snapshot(tmp_path)
     for wrong in (["--resume", "nowhere.pth.tar"], ["--pretrained", "nowhere.pth.tar"], ["--imb_factor", "0.001"]):
-        status, _, _ = run_main([*FIVE, *TINY, "--lr", "0.2", "--overwrite", *wrong], tmp_path, capsys)
+        status, _, _ = run_main([*FIVE, *TINY, "--lr", "0.2", "--overwrite", *wrong], tmp_path)
         assert status in (1, 2)
         assert snapshot(tmp_path) == before
 
@@ -170,37 +168,36 @@ def test_a_refused_overwrite_deletes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "name"), [("--resume", "ckpt.epoch002.pth.tar"), ("--pretrained", "ckpt.best.pth.tar")]
 )
-def test_overwrite_never_deletes_the_checkpoint_that_it_starts_from(flag, name, tmp_path, capsys):
-    break_off([*FIVE, *TINY], tmp_path, capsys, after=3)
+def test_overwrite_never_deletes_the_checkpoint_that_it_starts_from(flag, name, tmp_path):
+    break_off([*FIVE, *TINY], tmp_path, after=3)
     before = snapshot(tmp_path)
     args = [*FIVE, *TINY, "--overwrite", flag, model_folder(tmp_path) / name]
-    status, _, err = run_main(args, tmp_path, capsys)
+    status, _, err = run_main(args, tmp_path)
     assert status == 2
     assert messages(err)[-1].startswith("cifar_train.py: error: --overwrite would delete ")
     assert snapshot(tmp_path) == before
 
 
-def test_overwrite_empties_the_folders_and_starts_again(ce_run, tmp_path, capsys):
+def test_overwrite_empties_the_folders_and_starts_again(ce_run, tmp_path):
     args = [*FIVE, *TINY, "--lr", "0.2"]
     log = log_folder(tmp_path)
     (log / "evaluate").mkdir()
     for path in (log / "evaluate" / "logits.npz", log / "notes.txt"):
         path.touch()
-    run_ok([*args, "--overwrite"], tmp_path, capsys)
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
+    run_ok([*args, "--overwrite"], tmp_path)
+    run_ok([*args, "--exp_str", "whole"], tmp_path)
     for folder in (log_folder, model_folder):
         names = [{p.name for p in folder(tmp_path, exp=e).iterdir() if "events" not in p.name} for e in ("0", "whole")]
         assert names[0] == names[1]
-    assert_same_weights(ce_run / "ckpt.pth.tar", model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
-    assert read_logs(log) == read_logs(log_folder(tmp_path, exp="whole"))
+    assert_same_run(ce_run, model_folder(tmp_path, exp="whole"))
 
 
-def test_force_never_calls_a_finished_run_another_one(tmp_path, capsys):
+def test_force_never_calls_a_finished_run_another_one(tmp_path):
     """Nothing is left to train, so that the figures would be those of the run as it was."""
-    run_ok([*FIVE, *TINY], tmp_path, capsys)
+    run_ok([*FIVE, *TINY], tmp_path)
     before = snapshot(tmp_path)
     for more in ([], ["--resume", "auto"]):
-        status, out, _ = run_main([*FIVE, *TINY, "--lr", "0.2", *more, "--force"], tmp_path, capsys)
+        status, out, _ = run_main([*FIVE, *TINY, "--lr", "0.2", *more, "--force"], tmp_path)
         assert status == 2
         assert "best (" not in out
         assert snapshot(tmp_path) == before

@@ -25,45 +25,45 @@ def parts_of(record):
     return [(part["from_epoch"], part["code"]["commit"][0], part["threads"]) for part in record["trained_on"]]
 
 
-def test_a_run_of_two_commits_names_both_with_their_epochs(tmp_path, capsys):
+def test_a_run_of_two_commits_names_both_with_their_epochs(tmp_path):
     with at_commit("a"):
-        assert break_off(ARGS, tmp_path, capsys, after=2)[0] == 130
-        assert break_off([*ARGS, "--resume", "auto"], tmp_path, capsys, after=1)[0] == 130
+        assert break_off(ARGS, tmp_path, after=2)[0] == 130
+        assert break_off([*ARGS, "--resume", "auto"], tmp_path, after=1)[0] == 130
     with at_commit("b"):
-        run_ok([*ARGS, "--resume", "auto"], tmp_path, capsys)
+        run_ok([*ARGS, "--resume", "auto"], tmp_path)
     record = summary_of(tmp_path)
     assert parts_of(record) == [(0, "a", 1), (3, "b", 1)]
     assert record["code"]["commit"] == "b" * 40
     assert load_checkpoint(model_folder(tmp_path) / "ckpt.pth.tar")["trained_on"] == record["trained_on"]
 
 
-def test_a_process_that_trains_nothing_leaves_no_trace(tmp_path, capsys):
+def test_a_process_that_trains_nothing_leaves_no_trace(tmp_path):
     with at_commit("a"):
-        run_ok(ARGS, tmp_path, capsys)
+        run_ok(ARGS, tmp_path)
     before = summary_of(tmp_path)
     (log_folder(tmp_path) / "summary.json").unlink()  # so that the logs are made again
     with at_commit("b"):
-        run_ok([*ARGS, "--deterministic"], tmp_path, capsys)
+        run_ok([*ARGS, "--deterministic"], tmp_path)
     assert summary_of(tmp_path) == before
     assert parts_of(before) == [(0, "a", 1)]
 
 
-def test_a_fork_brings_the_parts_of_the_run_that_it_starts_from(tmp_path, capsys):
+def test_a_fork_brings_the_parts_of_the_run_that_it_starts_from(tmp_path):
     with at_commit("a"):
-        break_off([*ARGS, "--keep_epochs", "2"], tmp_path, capsys, after=2)
+        break_off([*ARGS, "--keep_epochs", "2"], tmp_path, after=2)
     path = model_folder(tmp_path) / "ckpt.epoch002.pth.tar"
     with at_commit("b"):
-        run_ok([*ARGS, "--exp_str", "fork", "--resume", path], tmp_path, capsys)
+        run_ok([*ARGS, "--exp_str", "fork", "--resume", path], tmp_path)
     assert parts_of(summary_of(tmp_path, "fork")) == [(0, "a", 1), (2, "b", 1)]
 
 
-def test_a_checkpoint_that_does_not_tell_leaves_its_epochs_open(tmp_path, capsys):
-    break_off([*ARGS, "--keep_epochs", "2"], tmp_path, capsys, after=2)
+def test_a_checkpoint_that_does_not_tell_leaves_its_epochs_open(tmp_path):
+    break_off([*ARGS, "--keep_epochs", "2"], tmp_path, after=2)
     state = load_checkpoint(model_folder(tmp_path) / "ckpt.epoch002.pth.tar")
     del state["trained_on"], state["forced"]
     torch.save(state, tmp_path / "old.pth.tar")
     with at_commit("b"):
-        run_ok([*ARGS, "--exp_str", "fork", "--resume", "old.pth.tar"], tmp_path, capsys)
+        run_ok([*ARGS, "--exp_str", "fork", "--resume", "old.pth.tar"], tmp_path)
     record = summary_of(tmp_path, "fork")
     assert parts_of(record) == [(2, "b", 1)]
     assert provenance.lengths(record["trained_on"], "device", 5) == [(None, 2), ("cpu", 3)]
@@ -88,30 +88,30 @@ def test_lengths_join_parts_that_agree():
     assert provenance.lengths([], "device", 10) == [(None, 10)]
 
 
-def test_what_force_has_passed_over_stays_in_the_record(tmp_path, capsys):
-    break_off([*ARGS, "--keep_epochs", "2"], tmp_path, capsys, after=2)
+def test_what_force_has_passed_over_stays_in_the_record(tmp_path):
+    break_off([*ARGS, "--keep_epochs", "2"], tmp_path, after=2)
     path = model_folder(tmp_path) / "ckpt.epoch002.pth.tar"
     assert load_checkpoint(path)["forced"] == []
     other = [*ARGS, "--exp_str", "other", "-b", "32"]
     with_force = [*other, "--resume", path, "--force"]
-    assert break_off(with_force, tmp_path, capsys, after=1)[0] == 130
-    run_ok([*other, "--resume", "auto"], tmp_path, capsys)
+    assert break_off(with_force, tmp_path, after=1)[0] == 130
+    run_ok([*other, "--resume", "auto"], tmp_path)
     (what,) = summary_of(tmp_path, "other")["forced"]
     assert what.startswith("batch_size is ")
     assert load_checkpoint(model_folder(tmp_path, exp="other") / "ckpt.pth.tar")["forced"] == [what]
 
 
-def test_force_over_other_images_stays_in_the_record(tmp_path, capsys):
-    break_off([*ARGS, "--keep_epochs", "2"], tmp_path, capsys, after=2)
+def test_force_over_other_images_stays_in_the_record(tmp_path):
+    break_off([*ARGS, "--keep_epochs", "2"], tmp_path, after=2)
     state = load_checkpoint(model_folder(tmp_path) / "ckpt.epoch002.pth.tar")
     counts = [*state["class_counts"][:-1], state["class_counts"][-1] + 1]
     torch.save({**state, "class_counts": counts}, tmp_path / "other.pth.tar")
     args = [*ARGS, "--exp_str", "other", "--resume", "other.pth.tar"]
-    status, _, err = run_main(args, tmp_path, capsys)
+    status, _, err = run_main(args, tmp_path)
     assert status == 1
     total = sum(counts)
     message = f"other.pth.tar was trained on another part of the images ({total} there, {total - 1} here)"
     assert message in messages(err)[-1]
-    _, _, err = run_main([*args, "--force"], tmp_path, capsys)
+    _, _, err = run_main([*args, "--force"], tmp_path)
     assert f"{message}; continuing because of --force" in err
     assert summary_of(tmp_path, "other")["forced"] == ["another part of the images"]

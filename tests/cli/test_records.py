@@ -44,11 +44,11 @@ def same(pairs, rows, column):
     assert [value for _, value in pairs] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
 
 
-def test_tensorboard_has_what_the_csv_files_have_and_no_step_twice(tmp_path, capsys):
+def test_tensorboard_has_what_the_csv_files_have_and_no_step_twice(tmp_path):
     """Of a run that is resumed in the IB phase."""
-    run_ok([*FOUR, "--keep_epochs", "3", "--exp_str", "first"], tmp_path, capsys)
+    run_ok([*FOUR, "--keep_epochs", "3", "--exp_str", "first"], tmp_path)
     path = model_folder(tmp_path, "IB", exp="first") / "ckpt.epoch003.pth.tar"
-    run_ok([*FOUR, "--resume", path], tmp_path, capsys)
+    run_ok([*FOUR, "--resume", path], tmp_path)
     folder = log_folder(tmp_path, "IB")
     read = scalars(folder)
     train, test = read_csv(folder / "log_train.csv"), read_csv(folder / "log_test.csv")
@@ -85,19 +85,13 @@ def assert_drawn(path):
 
 @pytest.fixture(scope="module")
 def with_figures(tmp_path_factory):
-    """A finished four-epoch IB run with its figures, and what it printed; made once, by whoever asks first."""
-    folder, printed = tmp_path_factory.mktemp("figures"), []
-
-    def get(capsys):
-        if not printed:
-            printed.append(run_ok(FOUR, folder, capsys, figures=True))
-        return folder, printed[0]
-
-    return get
+    """The folder of a finished four-epoch IB run with its figures, and what it printed."""
+    folder = tmp_path_factory.mktemp("figures")
+    return folder, run_ok(FOUR, folder, figures=True)
 
 
-def test_figures_are_there_and_not_blank(with_figures, capsys):
-    cwd, out = with_figures(capsys)
+def test_figures_are_there_and_not_blank(with_figures):
+    cwd, out = with_figures
     folder = log_folder(cwd, "IB")
     assert sorted(path.name for path in folder.glob("*.png")) == FIGURES
     for name in FIGURES:
@@ -105,11 +99,22 @@ def test_figures_are_there_and_not_blank(with_figures, capsys):
         assert str((folder / name).relative_to(cwd)) in out
 
 
-def test_the_curves_mark_the_switch_to_ib(with_figures, tmp_path, capsys):
+def test_a_run_says_first_what_it_trains_on(with_figures):
+    _, out = with_figures
+    for line in (
+        "class counts: 124 76 46 27 16 9 5 3 2 1, total 309",
+        "classes by group: many 1, medium 3, few 6 (many: over 100 training images, medium: 20 to 100, few: under 20)",
+        "parameters: 766",
+        "sha256 of the chosen indices: 12baba618b5116343f3a8a984ebb26b8e7e769e349b9eb10841993a759b373e8",
+    ):
+        assert line in out
+
+
+def test_the_curves_mark_the_switch_to_ib(with_figures, tmp_path):
     # the same history with the IB epochs relabelled: the only difference is the dashed line and its legend
     from experiment import plots
 
-    cwd, _ = with_figures(capsys)
+    cwd, _ = with_figures
     summary = json.loads((log_folder(cwd, "IB") / "summary.json").read_text())
     for record in summary["history"]:
         record["stage"]["loss"] = "CE"
@@ -123,9 +128,9 @@ def test_the_curves_mark_the_switch_to_ib(with_figures, tmp_path, capsys):
     assert (columns == 0).mean() > 0.5, "the rest of the figure is the same"
 
 
-def test_without_matplotlib_a_run_ends_well_and_says_so(tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_a_run_ends_well_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    status, out, err = run_main([*TWO_EPOCHS, *TINY], tmp_path, capsys, figures=True)
+    status, out, err = run_main([*TWO_EPOCHS, *TINY], tmp_path, figures=True)
     assert status == 0
     assert "warning: matplotlib is not installed: no figures" in err
     assert "figures: none" in out
@@ -135,12 +140,12 @@ def test_without_matplotlib_a_run_ends_well_and_says_so(tmp_path, capsys, monkey
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_figures, capsys):
-    cwd, _ = with_figures(capsys)
+def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_figures):
+    cwd, _ = with_figures
     folder = log_folder(cwd, "IB")
     before = snapshot(cwd)
     path = model_folder(cwd, "IB") / "ckpt.best.pth.tar"
-    out = run_ok([*FOUR, "-e", "--resume", path], cwd, capsys, figures=True)
+    out = run_ok([*FOUR, "-e", "--resume", path], cwd, figures=True)
     after, figures = snapshot(cwd), ("confusion.png", "class_accuracy.png", "calibration.png")
     assert {name: after[name] for name in before} == before
     new = {Path(name).name for name in after.keys() - before.keys()}
@@ -161,33 +166,25 @@ def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_fi
     assert "epoch 1/" not in out
 
 
-def test_evaluating_says_the_same_of_a_run_with_a_validation_part(tmp_path, capsys):
+def test_evaluating_says_the_same_of_a_run_with_a_validation_part(tmp_path):
     # 124 images of class 0 are many; without the held-out 40 % they are medium
     args = [*TWO_EPOCHS, *TINY, "--val_fraction", "0.4"]
-    run_ok(args, tmp_path, capsys)
+    run_ok(args, tmp_path)
     last = read_csv(log_folder(tmp_path) / "log_test.csv")[-1]
     assert last["many"] == "n/a"
-    run_ok([*args, "-e", "--resume", model_folder(tmp_path) / "ckpt.pth.tar"], tmp_path, capsys)
+    run_ok([*args, "-e", "--resume", model_folder(tmp_path) / "ckpt.pth.tar"], tmp_path)
     result = json.loads((log_folder(tmp_path) / "evaluate" / "evaluation.json").read_text())
     assert result["many"] is None
     assert [result[n] for n in ("medium", "few")] == [float(last[n]) for n in ("medium", "few")]
-
-
-def test_evaluating_an_ldam_run_knows_its_head(tmp_path, capsys):
-    run_ok([*TWO_EPOCHS, *TINY, "--loss_type", "LDAM"], tmp_path, capsys)
-    path = model_folder(tmp_path, "LDAM") / "ckpt.pth.tar"
-    out = run_ok([*TWO_EPOCHS, *TINY, "-e", "--resume", path], tmp_path, capsys)
-    acc1 = float(read_csv(log_folder(tmp_path, "LDAM") / "log_test.csv")[-1]["acc1"])
-    assert f"\ntop-1 {acc1:.2f}  " in out
 
 
 # ------------------------------------------------------------------------------------ published checkpoints
 
 
 @pytest.fixture
-def published(tmp_path, capsys):
+def published(tmp_path):
     """A checkpoint as the official code writes it: no settings, no history; tensors with the prefix 'module.'."""
-    run_ok([*TWO_EPOCHS, *TINY, "--root_log", "ours/log", "--root_model", "ours/checkpoint"], tmp_path, capsys)
+    run_ok([*TWO_EPOCHS, *TINY, "--root_log", "ours/log", "--root_model", "ours/checkpoint"], tmp_path)
     state = load_checkpoint(tmp_path / "ours" / "checkpoint" / model_folder(tmp_path).name / "ckpt.epoch001.pth.tar")
     for group in state["optimizer"]["param_groups"]:
         for name in ("fused", "differentiable", "foreach", "maximize"):  # not in the torch of that time
@@ -203,8 +200,8 @@ def published(tmp_path, capsys):
     return tmp_path / "published.pth.tar"
 
 
-def test_a_published_checkpoint_is_resumed(published, tmp_path, capsys):
-    status, out, err = run_main([*TWO_EPOCHS, *TINY, "--resume", published], tmp_path, capsys)
+def test_a_published_checkpoint_is_resumed(published, tmp_path):
+    status, out, err = run_main([*TWO_EPOCHS, *TINY, "--resume", published], tmp_path)
     assert status == 0, err
     assert "records no settings" in err
     assert "epoch 1/2" not in out
@@ -213,26 +210,26 @@ def test_a_published_checkpoint_is_resumed(published, tmp_path, capsys):
     assert [row["epoch_from_0"] for row in read_csv(log_folder(tmp_path) / "log_train.csv")] == ["1"]
 
 
-def test_a_published_checkpoint_is_resumed_where_the_official_code_left_it(published, tmp_path, capsys):
+def test_a_published_checkpoint_is_resumed_where_the_official_code_left_it(published, tmp_path):
     own = model_folder(tmp_path) / "ckpt.pth.tar"
     own.parent.mkdir(parents=True)
     published.rename(own)
-    status, out, err = run_main([*TWO_EPOCHS, *TINY, "--resume", own], tmp_path, capsys)
+    status, out, err = run_main([*TWO_EPOCHS, *TINY, "--resume", own], tmp_path)
     assert status == 0, err
     assert "epoch 2/2 done" in out
 
 
-def test_a_published_checkpoint_of_another_arch_is_refused(published, tmp_path, capsys):
+def test_a_published_checkpoint_of_another_arch_is_refused(published, tmp_path):
     for mode in ([], ["-e"]):
         args = [*TWO_EPOCHS, "--arch", "resnet20", *mode, "--resume", published]
-        status, _, err = run_main(args, tmp_path, capsys)
+        status, _, err = run_main(args, tmp_path)
         assert status == 2
         assert "arch is 'tiny' there and 'resnet20' here" in err
 
 
-def test_pretrained_weights_are_what_training_starts_from(published, tmp_path, capsys):
+def test_pretrained_weights_are_what_training_starts_from(published, tmp_path):
     args = [*DIGITS, *TINY, "--epochs", "1", "--milestones", "--lr", "0", "--pretrained", published]
-    run_ok(args, tmp_path, capsys)
+    run_ok(args, tmp_path)
     one, two = load_checkpoint(model_folder(tmp_path) / "ckpt.pth.tar"), load_checkpoint(published)
     for name in ("conv1.weight", "linear.weight"):
         assert one["state_dict"][name].equal(two["state_dict"][f"module.{name}"])
@@ -241,9 +238,9 @@ def test_pretrained_weights_are_what_training_starts_from(published, tmp_path, c
 # ------------------------------------------------------------------------------------- groups, the best epoch
 
 
-def test_empty_groups_read_na_everywhere(tmp_path, capsys):
+def test_empty_groups_read_na_everywhere(tmp_path):
     args = [*TWO_EPOCHS, *TINY, "--imb_type", "none", "--imb_factor", "1"]
-    out = run_ok(args, tmp_path, capsys)
+    out = run_ok(args, tmp_path)
     folder = log_folder(tmp_path, imb="none")
     assert "classes by group: many 10, medium n/a, few n/a" in out
     for row in read_csv(folder / "log_test.csv"):
@@ -254,10 +251,10 @@ def test_empty_groups_read_na_everywhere(tmp_path, capsys):
     assert "test/few" not in scalars(folder)
 
 
-def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tmp_path, capsys):
+def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tmp_path):
     epochs = 6
     args = [*DIGITS, *TINY, "--epochs", epochs, "--milestones", "--val_fraction", "0.3", "--imb_factor", "0.1"]
-    run_ok(args, tmp_path, capsys)
+    run_ok(args, tmp_path)
     folder = log_folder(tmp_path, imb="exp_0.1")
     rows = read_csv(folder / "log_test.csv")
     scores = [float(row["val_class_mean"]) for row in rows]
@@ -271,7 +268,7 @@ def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tm
         so_far = scores[: epoch + 1]
         assert float(row["best_acc1"]) == float(rows[so_far.index(max(so_far))]["acc1"])
     # the held-out images are not trained on, and every class keeps some
-    whole = run_ok([*args[:-4], "--imb_factor", "0.1", "--exp_str", "whole"], tmp_path, capsys)
+    whole = run_ok([*args[:-4], "--imb_factor", "0.1", "--exp_str", "whole"], tmp_path)
     total = int(whole.split(", total ")[1].split()[0])
     seen = [record["train"]["seen"] for record in summary["history"]]
     held = [record["val"]["seen"] for record in summary["history"]]
@@ -284,14 +281,14 @@ def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tm
 # ---------------------------------------------------------------------------------------- dry run, progress
 
 
-def test_dry_run_prints_the_official_rates_without_any_data(tmp_path, capsys):
+def test_dry_run_prints_the_official_rates_without_any_data(tmp_path):
     rates = {key: value for key, value in golden("lr.json").items() if key.startswith("cifar/")}
     assert {key.split("/")[1] for key in rates} == {"CE", "Focal", "LDAM", "IB", "IBFocal"}
     for key, expected in rates.items():
         _, loss, start, *_ = key.split("/")
         start = int(start)
         args = ["--dataset", "cifar100", "--loss_type", loss, "--train_rule", "IBReweight", "--start_ib_epoch", start]
-        out = run_ok([*args, "--dry_run", "--num_classes", "100", "--gpu", "0"], tmp_path, capsys)
+        out = run_ok([*args, "--dry_run", "--num_classes", "100", "--gpu", "0"], tmp_path)
         assert out.startswith("epoch_from_0,lr,loss,class_weights,sampler\n")
         rows = list(csv.DictReader(io.StringIO(out)))
         assert [int(row["epoch_from_0"]) for row in rows] == list(range(200))
@@ -312,13 +309,13 @@ def test_dry_run_prints_the_official_rates_without_any_data(tmp_path, capsys):
         (["--loss_type", "IB", "--start_ib_epoch", "3", "--train_rule", "CBReweight"], ["none"] * 3 + ["CB"], "none"),
     ],
 )
-def test_dry_run_is_what_the_run_then_does(flags, weights, sampler, tmp_path, capsys):
+def test_dry_run_is_what_the_run_then_does(flags, weights, sampler, tmp_path):
     args = [*DIGITS, *TINY, "--epochs", "4", "--milestones", "2", *flags]
-    planned = list(csv.DictReader(io.StringIO(run_ok([*args, "--dry_run"], tmp_path, capsys))))
+    planned = list(csv.DictReader(io.StringIO(run_ok([*args, "--dry_run"], tmp_path))))
     assert not list(tmp_path.iterdir())
     assert [row["class_weights"] for row in planned] == weights
     assert {row["sampler"] for row in planned} == {sampler}
-    run_ok(args, tmp_path, capsys)
+    run_ok(args, tmp_path)
     (folder,) = (tmp_path / "log").iterdir()
     done = read_csv(folder / "log_train.csv")
     for one, other in zip(planned, done, strict=True):
@@ -365,12 +362,12 @@ def test_progress_is_one_bar_on_a_terminal_and_lines_elsewhere(stream):
         assert "left 0:02:00" in lines[-1]  # this epoch's minute and that of the last epoch
 
 
-def test_an_average_of_the_weights_is_tested_kept_as_the_best_and_evaluated(tmp_path, capsys):
+def test_an_average_of_the_weights_is_tested_kept_as_the_best_and_evaluated(tmp_path):
     args = [*DIGITS, *TINY, "--epochs", "3", "--milestones", "--ema", "0.9"]
-    run_ok(args, tmp_path, capsys)
+    run_ok(args, tmp_path)
     summary = json.loads((log_folder(tmp_path) / "summary.json").read_text())
     for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
-        run_ok(["-e", "--resume", model_folder(tmp_path) / name, "--threads", "1"], tmp_path, capsys)
+        run_ok(["-e", "--resume", model_folder(tmp_path) / name, "--threads", "1"], tmp_path)
     for below, which in ((".", "last"), ("ckpt.best", "best")):  # one does not replace the other
         found = json.loads((log_folder(tmp_path) / "evaluate" / below / "evaluation.json").read_text())
         assert (found["acc1"], found["loss"]) == (summary[which]["acc1"], summary[which]["loss"])
@@ -378,7 +375,7 @@ def test_an_average_of_the_weights_is_tested_kept_as_the_best_and_evaluated(tmp_
     assert not torch.equal(raw["state_dict"]["conv1.weight"], raw["ema"]["module.conv1.weight"])
     del raw["ema"]
     torch.save(raw, tmp_path / "without.pth.tar")
-    status, _, err = run_main(["-e", "--resume", "without.pth.tar", "--threads", "1"], tmp_path, capsys)
+    status, _, err = run_main(["-e", "--resume", "without.pth.tar", "--threads", "1"], tmp_path)
     assert status == 1
     assert "without.pth.tar holds no state of 'ema'" in err
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,10 +18,8 @@ from PIL import Image
 
 import experiment.run
 import folder_train
-import imbalance_cifar
 import models
 import reproduce
-from experiment import parser
 from files import run_lock
 from paper import driver, executors, records, runs
 from paper.runs import Run
@@ -45,8 +41,8 @@ def three_epochs(monkeypatch):
 class InProcess:
     """An executor that trains in this process at once; `broken` are parts of names that fail."""
 
-    def __init__(self, capsys, broken=()):
-        self.capsys, self.broken, self.ended, self.commands = capsys, broken, [], []
+    def __init__(self, broken=()):
+        self.broken, self.ended, self.commands = broken, [], []
 
     def room(self):
         return not self.ended
@@ -59,7 +55,7 @@ class InProcess:
         if command[0].endswith("folder_train.py"):
             status, out, err = script_runner.run_script(folder_train, command[1:], ".")
         else:
-            status, out, err = script_runner.run_main(command[1:], ".", self.capsys)
+            status, out, err = script_runner.run_main(command[1:], ".")
         pathlib.Path(log).write_text(out + err)
         self.ended.append((run, status))
 
@@ -91,36 +87,34 @@ def newest(out, run):
 
 
 @pytest.fixture
-def separate(three_epochs, tmp_path, capsys):
+def separate(three_epochs, tmp_path):
     """Every run of the cell and its controls trained alone, from its own listed command."""
     out = tmp_path / "separate"
     for run in [*cell(FOUR), *cell(["CE"], ["ib-lr"]), *cell(DEFERRED)]:
-        script_runner.run_ok([*run.argv(out)[1:], "--threads", "1"], tmp_path, capsys)
+        script_runner.run_ok([*run.argv(out)[1:], "--threads", "1"], tmp_path)
     return out
 
 
 @pytest.mark.parametrize("with_ce", [True, False], ids=["from CE", "from an IB run"])
-def test_shared_epochs_are_trained_once_with_the_same_bits(with_ce, separate, tmp_path, capsys, three_epochs):
+def test_shared_epochs_are_trained_once_with_the_same_bits(with_ce, separate, tmp_path, three_epochs):
     chosen = cell(FOUR if with_ce else FOUR[1:])
     chosen += [*cell(["CE"], ["ib-lr"]), *cell(DEFERRED)] if with_ce else []
-    executor = InProcess(capsys)
+    executor = InProcess()
     work, failed, text = drive(chosen, tmp_path / "shared", executor)
     assert failed == []
     forks = [name for name, command in executor.commands if command[command.index("--resume") + 1] != "auto"]
     assert len(forks) == (7 if with_ce else 2)
     for run in chosen:
-        script_runner.assert_same_weights(newest(tmp_path / "shared", run), newest(separate, run))
-        logs = [script_runner.read_logs(out / "log" / run.name) for out in (tmp_path / "shared", separate)]
-        assert logs[0] == logs[1]
+        script_runner.assert_same_run(newest(tmp_path / "shared", run).parent, newest(separate, run).parent)
     epochs = sum("done in" in line for run in chosen for line in work.output(run).read_text().splitlines())
     assert epochs == (3 + 3 * 1 + 1 + 2 * 1 + 3 + 1 if with_ce else 3 + 1 + 1)
     assert text.count("done ") == len(chosen)
 
 
-def test_forks_follow_the_flags_for_every_script(tmp_path, capsys, three_epochs):
+def test_forks_follow_the_flags_for_every_script(tmp_path, three_epochs):
     extra = ["--start_ib_epoch", "1"]  # 2 without them
     chosen = [*cell(["CE", "IB"]), *cell(["CE"], ["ib-lr"])]
-    executor = InProcess(capsys)
+    executor = InProcess()
     work, failed, _ = drive(chosen, tmp_path, executor, extra)
     assert failed == []
     forked = [command[command.index("--resume") + 1] for _, command in executor.commands]
@@ -128,10 +122,10 @@ def test_forks_follow_the_flags_for_every_script(tmp_path, capsys, three_epochs)
     assert [sum("done in" in line for line in work.output(run).read_text().splitlines()) for run in chosen] == [3, 2, 2]
 
 
-def test_finished_runs_are_skipped_and_their_records_are_small_and_complete(three_epochs, tmp_path, capsys):
+def test_finished_runs_are_skipped_and_their_records_are_small_and_complete(three_epochs, tmp_path):
     chosen = cell(["CE", "IB"])
-    drive(chosen, tmp_path, InProcess(capsys))
-    executor = InProcess(capsys)
+    drive(chosen, tmp_path, InProcess())
+    executor = InProcess()
     assert drive(chosen, tmp_path, executor)[1] == []
     assert executor.commands == []
     (_, summary), (_, record) = (records.read(tmp_path / folder)[0][0] for folder in ("log", "results"))
@@ -152,15 +146,15 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_record_that_is_not_the_runs_is_noticed_and_made_again(damage, three_epochs, tmp_path, capsys):
+def test_a_record_that_is_not_the_runs_is_noticed_and_made_again(damage, three_epochs, tmp_path):
     (run,) = chosen = cell(["CE"])
-    drive(chosen, tmp_path, InProcess(capsys))
+    drive(chosen, tmp_path, InProcess())
     path = tmp_path / "results" / f"{run.name}.json"
     before = path.read_text()
     change, reason = DAMAGED[damage]
     path.write_text(change(before))
     assert path.read_text() != before
-    executor = InProcess(capsys)
+    executor = InProcess()
     work, failed, text = drive(chosen, tmp_path, executor)
     assert failed == []
     assert reason in text
@@ -209,7 +203,7 @@ def test_the_estimate_is_made_from_the_records_that_are_there(tmp_path):
     assert f"about {expected} at the pace" in said
 
 
-def test_methods_are_compared_on_a_folder(tmp_path, capsys, monkeypatch):
+def test_methods_are_compared_on_a_folder(tmp_path, monkeypatch):
     """The one command of the page, then report, on images that tell their class by their colour."""
     monkeypatch.setattr(runs, "OWN_SETUPS", {})
     rng = np.random.default_rng(0)
@@ -225,7 +219,7 @@ def test_methods_are_compared_on_a_folder(tmp_path, capsys, monkeypatch):
     argv += ["--image_size", "32", "-b", "8", "-j", "0", "--lr", "0.01", "--warmup_epochs", "0"]
     options = reproduce.build_parser().parse_args(["run", *argv])
     chosen = reproduce.select(options)
-    executor = InProcess(capsys)
+    executor = InProcess()
     work, failed, _ = drive(chosen, tmp_path, executor, options.extra)
     assert failed == [], [work.output(run).read_text() for run in failed]
     forks = [pathlib.Path(command[command.index("--resume") + 1]).name for _, command in executor.commands]
@@ -245,41 +239,19 @@ def test_methods_are_compared_on_a_folder(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "results" / "methods_leaves_none_1_own.png").exists()
 
 
-def test_an_own_data_set_is_trained_and_has_a_table(tmp_path, capsys, monkeypatch):
-    """One entry in imbalance_cifar.DATASETS, two epochs."""
-    short = dataclasses.replace(runs.CIFAR, arch="tiny", epochs=2, start_ib_epoch=1, milestones=(1,), lr_factors=(0.1,))
-    monkeypatch.setattr(runs, "CIFAR", short)
-    monkeypatch.setattr(runs, "OWN_SETUPS", {})
-    monkeypatch.setitem(models.CIFAR_MODELS, "tiny", script_runner.tiny)
-    monkeypatch.setitem(imbalance_cifar.DATASETS, "spots", imbalance_cifar.DATASETS["digits"])
-    monkeypatch.setitem(parser.SCRIPTS["cifar_train.py"].datasets, "spots", 10)
-    argv = ["run", "--dataset", "spots", "--ratio", "50", "--method", "CE", "IB", "--out", str(tmp_path)]
-    chosen = reproduce.select(reproduce.build_parser().parse_args(argv))
-    work, failed, _ = drive(chosen, tmp_path, InProcess(capsys))
-    assert failed == [], [work.output(run).read_text() for run in failed]
-    runs.OWN_SETUPS.clear()  # report is another process
-    reproduce.main(["report", str(tmp_path / "results")])
-    text = (tmp_path / "results" / "report.md").read_text()
-    assert "## spots, exponential imbalance, ratio 50\n" in text
-    assert "| IB minus CE | 1 |" in text
-    assert (tmp_path / "results" / "methods_spots_exp_50_own.png").exists()
-
-
-def test_a_failed_run_is_named_the_rest_continues_and_the_next_time_it_runs(three_epochs, tmp_path, capsys):
+def test_a_failed_run_is_named_the_rest_continues_and_the_next_time_it_runs(three_epochs, tmp_path):
     chosen = cell(FOUR)
-    work, failed, text = drive(chosen, tmp_path, InProcess(capsys, broken=["_CE_", "IBFocal"]))
+    work, failed, text = drive(chosen, tmp_path, InProcess(broken=["_CE_", "IBFocal"]))
     assert failed == [chosen[0], chosen[3]]
     assert text.count("failed ") == 2
     assert [work.state[run] for run in chosen] == ["failed", "done", "done", "failed"]
-    executor = InProcess(capsys)
+    executor = InProcess()
     assert drive(chosen, tmp_path, executor)[1] == []
     assert [name for name, _ in executor.commands] == [chosen[0].name, chosen[3].name]
 
 
-def test_runs_that_wait_for_one_that_was_stopped_do_not_train_its_epochs_anew(
-    three_epochs, tmp_path, capsys, monkeypatch
-):
-    save, stopping, executor = experiment.run.Run.save, InProcess(capsys), InProcess(capsys)
+def test_runs_that_wait_for_one_that_was_stopped_do_not_train_its_epochs_anew(three_epochs, tmp_path, monkeypatch):
+    save, stopping, executor = experiment.run.Run.save, InProcess(), InProcess()
 
     def save_and_stop(run, record, *args):
         save(run, record, *args)
@@ -299,13 +271,13 @@ def test_runs_that_wait_for_one_that_was_stopped_do_not_train_its_epochs_anew(
     assert {pathlib.Path(path).parent.name for path in forks[1:]} == {chosen[0].name}
 
 
-def test_a_run_whose_machine_goes_away_continues_and_is_given_up_in_the_end(three_epochs, tmp_path, capsys):
+def test_a_run_whose_machine_goes_away_continues_and_is_given_up_in_the_end(three_epochs, tmp_path):
     class Losing(InProcess):
         def wait(self, seconds):
             return [(run, executors.LOST) for run, _ in super().wait(seconds)]
 
     (run,) = chosen = cell(["CE"])
-    executor = Losing(capsys)
+    executor = Losing()
     _, failed, text = drive(chosen, tmp_path, executor)
     assert failed == [run]
     assert text.count("it continues elsewhere") == driver.MAX_LOSSES
@@ -345,24 +317,17 @@ def children(parent):
     return [pid for pid in pids if (state := state_of(pid)) and state[1] == parent]
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="needs Linux's /proc")
 def test_a_killed_driver_takes_its_children_along_and_continues_afterwards(tmp_path):
     command = [sys.executable, str(REPOSITORY / "reproduce.py"), *arguments(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=script_runner.environment())
     run = Run("digits", "exp", 100, "CE", protocol="short")
     log = tmp_path / "log" / run.name / "log_test.csv"
-    wait_for(newest(tmp_path, run).exists)
+    script_runner.wait_for(newest(tmp_path, run).exists)
     (child,) = children(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    wait_for(lambda: not is_alive(child))
+    script_runner.wait_for(lambda: not is_alive(child))
     assert 2 <= log.read_text().count("\n") < 4, "stopped in the middle"
     reproduce.main(arguments(tmp_path))
     assert "resumes from" in (tmp_path / "output" / f"{run.name}.txt").read_text()

@@ -38,7 +38,7 @@ def test_runs_go_through_ray_and_a_failing_one_is_reported(cluster, tmp_path, ca
     assert "1 of 2 runs failed" in err
     assert f"failed: {BS.name}: cifar_train.py: error: {tmp_path}/log/{BS.name}" in out
     ((path, record),) = records.read(tmp_path / "results")[0]
-    assert (path, record["epochs_done"]) == (f"{CE.name}.json", 1)
+    assert (path, record["epochs_done"]) == (str(tmp_path / "results" / f"{CE.name}.json"), 1)
 
 
 def wait_for(executor, count):

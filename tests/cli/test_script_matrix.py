@@ -1,15 +1,16 @@
 """Every loss and every train rule, two epochs on long-tailed digits, through the script."""
 
+import functools
 import itertools
 import json
 import math
+import re
 from unittest import mock
 
 import pytest
 import torch
 from script_runner import (
     DIGITS,
-    REAL,
     REPOSITORY,
     SCRIPT,
     TINY,
@@ -44,9 +45,9 @@ def expected_stages(loss, rule):
     return [("CE" if is_ib else loss, early, samplers[0]), (loss, late, samplers[1])]
 
 
-def check_run(cwd, loss, rule, arch, out):
+def check_run(cwd, loss, rule, out):
     """Everything that a finished two-epoch run must have left."""
-    folder = log_folder(cwd, loss, rule, arch=arch)
+    folder = log_folder(cwd, loss, rule)
     train, test = read_csv(folder / "log_train.csv"), read_csv(folder / "log_test.csv")
     classes = read_csv(folder / "class_accuracy.csv")
     assert [row["epoch_from_0"] for row in train] == [row["epoch_from_0"] for row in test] == ["0", "1"]
@@ -85,9 +86,9 @@ def check_run(cwd, loss, rule, arch, out):
     assert settings == summary["settings"]
     assert (settings["loss_type"], settings["train_rule"], settings["seed"]) == (loss, rule, 0)
 
-    state = load_checkpoint(model_folder(cwd, loss, rule, arch=arch) / "ckpt.pth.tar")
+    state = load_checkpoint(model_folder(cwd, loss, rule) / "ckpt.pth.tar")
     assert {"epoch", "arch", "state_dict", "best_acc1", "optimizer"} <= state.keys()
-    assert (state["epoch"], state["arch"]) == (2, arch)
+    assert (state["epoch"], state["arch"]) == (2, "tiny")
     assert state["best_acc1"] == float(test[1]["best_acc1"])
     assert ("linear.bias" in state["state_dict"]) == (loss != "LDAM")
     assert f"best (epoch {summary['best']['epoch'] + 1}): top-1 {summary['best']['acc1']:.2f}" in out
@@ -98,49 +99,25 @@ def check_run(cwd, loss, rule, arch, out):
     ("loss", "rule"),
     [*((loss, "CBReweight") for loss in LOSSES), *(("IB", rule) for rule in RULES if rule != "CBReweight")],
 )
-def test_every_loss_and_every_rule(loss, rule, tmp_path, capsys):
-    out = run_ok([*TWO_EPOCHS, *TINY, "--loss_type", loss, "--train_rule", rule], tmp_path, capsys)
-    check_run(tmp_path, loss, rule, "tiny", out)
-
-
-def test_with_a_published_model_and_figures(tmp_path, capsys):
-    loss, rule = "LDAM", "DRW"
-    out = run_ok([*TWO_EPOCHS, *REAL, "--loss_type", loss, "--train_rule", rule], tmp_path, capsys, figures=True)
-    check_run(tmp_path, loss, rule, "resnet20", out)
-    for line in (
-        "class counts: 124 76 46 27 16 9 5 3 2 1, total 309",
-        "classes by group: many 1, medium 3, few 6 (many: over 100 training images, medium: 20 to 100, few: under 20)",
-        "parameters: 269,",
-        "sha256 of the chosen indices: 12baba618b5116343f3a8a984ebb26b8e7e769e349b9eb10841993a759b373e8",
-        "seed 0",
-        "torch ",
-    ):
-        assert line in out
-    figures = [path.name for path in log_folder(tmp_path, loss, rule, arch="resnet20").glob("*.png")]
-    assert sorted(figures) == ["class_accuracy.png", "confusion.png", "curves.png"]
+def test_every_loss_and_every_rule(loss, rule, tmp_path):
+    out = run_ok([*TWO_EPOCHS, *TINY, "--loss_type", loss, "--train_rule", rule], tmp_path)
+    check_run(tmp_path, loss, rule, out)
 
 
 @pytest.fixture(scope="module")
 def plain_weights(tmp_path_factory):
     """A function that gives the first layer of a run with the defaults of a loss and a rule; each is made once."""
-    found = {}
-
-    def get(loss, rule, capsys):
-        if (loss, rule) not in found:
-            found[loss, rule] = weights_after(loss, rule, [], tmp_path_factory.mktemp("plain"), capsys)
-        return found[loss, rule]
-
-    return get
+    return functools.cache(lambda loss, rule: weights_after(loss, rule, [], tmp_path_factory.mktemp("plain")))
 
 
-def weights_after(loss, rule, flags, cwd, capsys):
+def weights_after(loss, rule, flags, cwd):
     given = TWO_EPOCHS[:-2] if "cosine" in flags else TWO_EPOCHS  # a cosine has no milestones
-    run_ok([*given, *TINY, "--loss_type", loss, "--train_rule", rule, *flags], cwd, capsys)
+    run_ok([*given, *TINY, "--loss_type", loss, "--train_rule", rule, *flags], cwd)
     return load_checkpoint(model_folder(cwd, loss, rule) / "ckpt.pth.tar")["state_dict"]["conv1.weight"]
 
 
-def test_the_loss_that_is_asked_for_is_trained_with(plain_weights, capsys):
-    weights = [plain_weights(loss, "None", capsys) for loss in ("IB", "IBFocal", "CE", "Focal")]
+def test_the_loss_that_is_asked_for_is_trained_with(plain_weights):
+    weights = [plain_weights(loss, "None") for loss in ("IB", "IBFocal", "CE", "Focal")]
     assert all(not one.equal(two) for one, two in itertools.combinations(weights, 2))
 
 
@@ -159,7 +136,6 @@ def test_the_loss_that_is_asked_for_is_trained_with(plain_weights, capsys):
         ("IBFocal", "None", ["--keep_warmup"]),
         ("IBFocal", "None", ["--rand_number", "1"]),
         ("IBFocal", "None", ["--flip", "on"]),
-        ("IB", "None", ["--alpha", "auto", "--auto_target", "ib"]),
         ("Focal", "None", ["--focal_scale", "1"]),
         ("Focal", "None", ["--gamma", "3"]),
         ("LDAM", "None", ["--max_m", "0.1"]),
@@ -167,35 +143,38 @@ def test_the_loss_that_is_asked_for_is_trained_with(plain_weights, capsys):
         ("CE", "CBReweight", ["--beta", "0.9"]),
         ("CE", "Resample", ["--beta", "0.5"]),
         ("CE", "DRW", ["--drw_epoch", "0"]),
-        ("CE", "None", ["--optimizer", "adamw"]),
         ("CE", "None", ["--momentum", "0.5"]),
-        ("CE", "None", ["--augment", "randaugment"]),
         ("CE", "None", ["--amp", "bf16"]),
-        ("CE", "None", ["--mixup", "1"]),
         ("LA", "None", ["--la_tau", "2"]),
         ("VS", "None", ["--vs_gamma", "0.3"]),
         ("VS", "None", ["--vs_tau", "0.5"]),
     ],
 )
-def test_every_flag_of_the_method_reaches_the_training(loss, rule, flags, plain_weights, tmp_path, capsys):
-    assert not weights_after(loss, rule, flags, tmp_path, capsys).equal(plain_weights(loss, rule, capsys))
+def test_every_flag_of_the_method_reaches_the_training(loss, rule, flags, plain_weights, tmp_path):
+    assert not weights_after(loss, rule, flags, tmp_path).equal(plain_weights(loss, rule))
 
 
-def test_compile_trains_the_whole_batches_with_what_torch_compiled(tmp_path, capsys):
+def test_the_target_of_alpha_auto_reaches_the_training(tmp_path):
+    auto = ["--alpha", "auto", "--overwrite", "--auto_target"]
+    ce, ib = (weights_after("IB", "None", [*auto, target], tmp_path) for target in ("ce", "ib"))
+    assert not ce.equal(ib)
+
+
+def test_compile_trains_the_whole_batches_with_what_torch_compiled(tmp_path):
     seen = []
 
     def compiled(model, **_):
         return lambda images: seen.append(len(images)) or model(images)
 
     with mock.patch("torch.compile", compiled):
-        run_ok([*TWO_EPOCHS, *TINY, "--compile"], tmp_path, capsys)
+        run_ok([*TWO_EPOCHS, *TINY, "--compile"], tmp_path)
     assert seen == [64] * 4 * 2
 
 
-def test_alpha_auto_is_matched_before_its_first_epoch_and_the_gradients_are_in_the_history(tmp_path, capsys):
+def test_alpha_auto_is_matched_before_its_first_epoch_and_the_gradients_are_in_the_history(tmp_path):
     """Measured again from the checkpoint of that moment, to the bit."""
     args = [*TWO_EPOCHS, "--loss_type", "IB", "--alpha", "auto"]
-    run_ok([*args, *TINY], tmp_path, capsys)
+    run_ok([*args, *TINY], tmp_path)
     before, after = (load_checkpoint(model_folder(tmp_path, "IB") / f"ckpt{e}.pth.tar") for e in (".epoch001", ""))
     model = on_device(tiny(), torch.device("cpu"))
     model.load_state_dict(before["state_dict"])
@@ -208,40 +187,27 @@ def test_alpha_auto_is_matched_before_its_first_epoch_and_the_gradients_are_in_t
     assert after["history"][1]["alpha"] == float(criterion.current_alpha)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != SCRIPT.name])
 def test_every_script_trains_as_cifar_train_does(script):
-    """Exactly: what is shown here of cifar_train.py holds for the others."""
-    loops = [(REPOSITORY / name).read_text().split("optimizer = make_optimizer(")[1] for name in (script, SCRIPT.name)]
-    assert "for epoch in run.epochs():" in loops[0]
-    assert loops[0] == loops[1]
+    """Exactly, but for the images that it reads: what is shown here of cifar_train.py holds for the others."""
+    texts = [(REPOSITORY / name).read_text() for name in (script, SCRIPT.name)]
+    one, two = (re.sub("train_batches = .*", "", text[text.index("model = on_device(") :]) for text in texts)
+    assert "for epoch in run.epochs():" in one
+    assert one == two
 
 
-def test_the_same_seed_gives_the_same_run_and_incidental_flags_change_nothing(tmp_path, capsys):
+def test_the_same_seed_gives_the_same_run_and_incidental_flags_change_nothing(tmp_path):
     args = [*TWO_EPOCHS, *TINY, "--loss_type", "IB"]
-    run_ok([*args, "--exp_str", "a"], tmp_path, capsys)
-    run_ok([*args, "--exp_str", "b", "-p", "1", "-j", "0", "--keep_epochs", "1"], tmp_path, capsys)
+    run_ok([*args, "--exp_str", "a"], tmp_path)
+    run_ok([*args, "--exp_str", "b", "-p", "1", "-j", "0", "--keep_epochs", "1"], tmp_path)
     one, two = (load_checkpoint(model_folder(tmp_path, "IB", exp=e) / "ckpt.pth.tar")["state_dict"] for e in ("a", "b"))
     assert all(one[name].equal(two[name]) for name in one)
-
-
-@pytest.mark.parametrize("imb", ["step", "none"])
-def test_other_shapes_of_the_tail(imb, tmp_path, capsys):
-    args = [*TWO_EPOCHS, *TINY, "--imb_type", imb, "--imb_factor", "0.1"]
-    out = run_ok(args, tmp_path, capsys)
-    folder = log_folder(tmp_path, imb={"step": "step_0.1", "none": "none"}[imb])
-    counts = json.loads((folder / "summary.json").read_text())["class_counts"]
-    assert f"class counts: {' '.join(map(str, counts))}, total {sum(counts)}" in out
-    if imb == "step":
-        assert min(counts[:5]) > 100
-        assert set(counts[5:]) == {12}
-    else:
-        assert sum(counts) == 1257
 
 
 # ------------------------------------------------------------------------------- what Resample and DRS train on
 
 
-def trained_targets(epochs, args, cwd, capsys):
+def trained_targets(epochs, args, cwd):
     """(epochs, 10): images of each class whose loss was taken in each epoch of a CE run on the digits."""
     seen, per_sample = [], losses.CrossEntropyLoss.per_sample_and_factor
 
@@ -250,7 +216,7 @@ def trained_targets(epochs, args, cwd, capsys):
         return per_sample(self, logits, target, features)
 
     with mock.patch.object(losses.CrossEntropyLoss, "per_sample_and_factor", watched):
-        run_ok([*DIGITS, *TINY, "--epochs", epochs, "--milestones", *args], cwd, capsys)
+        run_ok([*DIGITS, *TINY, "--epochs", epochs, "--milestones", *args], cwd)
     drawn = torch.cat(seen).view(epochs, sum(COUNTS))
     return torch.stack([epoch.bincount(minlength=10) for epoch in drawn])
 
@@ -267,15 +233,15 @@ def assert_effective_number_shares(drawn, beta):
         assert abs(count - n * share) < 4 * math.sqrt(n * share * (1 - share))
 
 
-def test_resample_trains_on_effective_number_shares_from_the_first_epoch_on(tmp_path, capsys):
-    drawn = trained_targets(10, ["--train_rule", "Resample", "--beta", "0.99"], tmp_path, capsys)
+def test_resample_trains_on_effective_number_shares_from_the_first_epoch_on(tmp_path):
+    drawn = trained_targets(10, ["--train_rule", "Resample", "--beta", "0.99"], tmp_path)
     assert_effective_number_shares(drawn.sum(0).tolist(), 0.99)
     assert_effective_number_shares(drawn[0].tolist(), 0.99)
     assert len({tuple(epoch) for epoch in drawn.tolist()}) == 10  # each epoch has its own draws
 
 
-def test_drs_trains_on_every_image_once_until_drw_epoch_and_on_those_shares_from_then_on(tmp_path, capsys):
-    drawn = trained_targets(12, ["--train_rule", "DRS", "--drw_epoch", "4", "--beta", "0.99"], tmp_path, capsys)
+def test_drs_trains_on_every_image_once_until_drw_epoch_and_on_those_shares_from_then_on(tmp_path):
+    drawn = trained_targets(12, ["--train_rule", "DRS", "--drw_epoch", "4", "--beta", "0.99"], tmp_path)
     assert drawn[:4].tolist() == [COUNTS] * 4
     assert_effective_number_shares(drawn[4].tolist(), 0.99)
     assert_effective_number_shares(drawn[4:].sum(0).tolist(), 0.99)

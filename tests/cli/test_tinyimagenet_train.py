@@ -1,6 +1,7 @@
-"""tinyimage_train.py through main(argv): recipes, runs, resume, fork, weights to start from, errors."""
+"""tinyimage_train.py through main(argv): recipes, runs, weights to start from."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -9,10 +10,11 @@ from pathlib import Path
 from unittest import mock
 from urllib.error import URLError
 
+import image_runs
 import pytest
 import torch
 from conftest import golden
-from script_runner import assert_same_weights, load_checkpoint, messages, read_csv, read_logs, run_script
+from script_runner import assert_same_weights, load_checkpoint, messages, read_csv
 from tinyimagenet_maker import FOLDER, make_layout, pack
 from torch import nn
 from torchvision.models import WeightsEnum
@@ -51,21 +53,17 @@ def small(num_classes=1000, use_norm=False, feature_norm="l1"):
     return models.with_feature_norm(SmallModel(num_classes, use_norm), "fc", feature_norm)
 
 
-def run(cwd, *args, model=small):
-    """tinyimage_train.main in the folder `cwd`: (status, out, err). model=None: the real resnet18."""
-    with mock.patch.dict(models.IMAGENET_MODELS, {} if model is None else {"resnet18": model}):
-        return run_script(tinyimage_train, args, cwd)
+@pytest.fixture(autouse=True)
+def small_resnet18(monkeypatch):
+    monkeypatch.setitem(models.IMAGENET_MODELS, "resnet18", small)
 
 
-def run_ok(cwd, *args, **how):
-    status, out, err = run(cwd, *args, **how)
-    assert status == 0, err
-    return out
+run_ok = functools.partial(image_runs.run_ok, script=tinyimage_train)
 
 
-def run_bad(cwd, *args, status, **how):
+def run_bad(cwd, *args, status):
     """The one line of a command that must fail with `status`."""
-    found, _, err = run(cwd, *args, **how)
+    found, _, err = image_runs.run(cwd, *args, script=tinyimage_train)
     (line,) = messages(err)
     assert found == status, err
     return line
@@ -81,7 +79,7 @@ def raw(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(raw, tmp_path_factory):
-    """A data folder that is arranged, and its images decoded, by the first run."""
+    """A data folder with the archive in order."""
     folder = tmp_path_factory.mktemp("work") / "data"
     tiny.arrange(folder, raw)
     return folder
@@ -187,20 +185,6 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS)
 
 
-def test_resume_and_fork_are_the_run_itself(work):
-    run_ok(work, *RUN, *IB, *NO_WEIGHTS)
-    log, saved = folders(work, "IB", "IBReweight")
-    middle = saved / "ckpt.epoch002.pth.tar"
-    out = run_ok(work, *RUN, *NO_WEIGHTS, "--keep_epochs", "2", "--exp_str", "ce")
-    assert "decoding" not in out
-    ce_middle = folders(work, "CE", exp="ce")[1] / "ckpt.epoch002.pth.tar"
-    for name, start in (("resumed", middle), ("forked", ce_middle)):
-        run_ok(work, *RUN, *IB, *NO_WEIGHTS, "--exp_str", name, "--resume", start)
-        other_log, other = folders(work, "IB", "IBReweight", name)
-        assert_same_weights(saved / "ckpt.pth.tar", other / "ckpt.pth.tar")
-        assert read_logs(log) == read_logs(other_log)
-
-
 def test_checkpoint_of_other_crops_is_refused(work):
     run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "1")
     newest = folders(work, "CE")[1] / "ckpt.pth.tar"
@@ -226,16 +210,6 @@ def test_resample_on_a_step_beside_a_held_out_part(work):
     assert state["class_counts"] == [2] * 100 + [1] * 100
     assert [record["stage"]["sampler"] for record in state["history"]] == ["Resample"] * 2
     assert [(record["train"]["seen"], record["val"]["seen"]) for record in state["history"]] == [(300, 100)] * 2
-
-
-def test_alpha_auto_gives_the_loss_the_gradient_of_ce(work):
-    state = ended_with(
-        work, "--loss_type", "IBFocal", "--train_rule", "IBReweight", "--start_ib_epoch", "1", "--alpha", "auto"
-    )
-    before, after = (record["gradient"] for record in state["history"])
-    assert before is None
-    assert after["ratio"] == pytest.approx(1, rel=1e-6)
-    assert after["ce"] > 0
 
 
 def test_padded_crops_and_the_normalised_head_of_the_ldam_recipe(work):
@@ -301,42 +275,3 @@ def test_weights_are_not_asked_for_twice(work):
         run_ok(work, *RUN, "-e", "--resume", "auto")
         run_ok(work, *RUN, "--exp_str", "b", "--resume", saved / "ckpt.epoch002.pth.tar")
     assert_same_weights(saved / "ckpt.pth.tar", folders(work, "CE", exp="b")[1] / "ckpt.pth.tar")
-
-
-# --------------------------------------------------------------------------------------------------- errors
-
-
-def test_usage_errors(work):
-    for args, named in ((["--num_classes", "100"], "200 classes"), (["-a", "resnet32"], "resnet32")):
-        assert named in run_bad(work, *RUN, *NO_WEIGHTS, *args, status=2)
-    # 290 = 17 * 17 + 1; batch norm takes a single image where its last layers see more than a pixel of it
-    line = run_bad(work, *RUN, *NO_WEIGHTS, "--batch-size", "17", status=2, model=None)
-    assert "--batch-size 17 leaves a last batch of one image" in line
-    assert not (work / "log").exists()
-    run_ok(work, *RUN, *NO_WEIGHTS, "--batch-size", "17", "--epochs", "1")
-
-
-def test_no_data_and_no_network(tmp_path):
-    with mock.patch.object(tiny, "URL", "file:///nowhere/tiny-imagenet-200.zip"):
-        line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
-    for text in ("cannot be downloaded", "tiny-imagenet-200.zip", "--zip PATH"):
-        assert text in line
-
-
-def test_damaged_data(data, tmp_path):
-    shutil.copytree(data / FOLDER, tmp_path / "data" / FOLDER, ignore=shutil.ignore_patterns("decoded"))
-    folder = tmp_path / "data" / FOLDER
-    image = next((folder / "train" / "n00001007").rglob("*_1.JPEG"))
-    image.write_bytes(image.read_bytes()[:200])
-    line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
-    assert image.name in line
-    shutil.rmtree(folder / "train" / "n00001007")
-    line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
-    assert "n00001007" in line
-    shutil.rmtree(folder / "val" / "n00001007")
-    for name in ("wnids.txt", "val/val_annotations.txt"):
-        rows = (folder / name).read_text().splitlines(keepends=True)
-        (folder / name).write_text("".join(row for row in rows if "n00001007" not in row))
-    line = run_bad(tmp_path, *RUN, *NO_WEIGHTS, status=1)
-    assert "199 classes" in line
-    assert not (tmp_path / "log").exists()

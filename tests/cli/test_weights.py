@@ -7,9 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from script_runner import DIGITS, REPOSITORY, TINY, load_checkpoint, log_folder, model_folder, run_script, tiny
+from script_runner import DIGITS, REPOSITORY, TINY, load_checkpoint, log_folder, model_folder, run_ok, run_script, tiny
 
-import cifar_train
 import models
 from experiment import checkpoint
 from paper import records
@@ -25,8 +24,7 @@ def run(tmp_path_factory):
     """The folder of a finished run of the model 'tiny'."""
     folder = tmp_path_factory.mktemp("run")
     with mock.patch.dict(models.CIFAR_MODELS, tiny=tiny):
-        status, _, err = run_script(cifar_train, RUN, folder)
-        assert status == 0, err
+        run_ok(RUN, folder)
         yield folder
 
 

@@ -4,8 +4,8 @@
     python tests/faults/planted.py --only 7 12
 
 Prints a table of what was caught and what was missed; the status is 1 if a fault was missed. Each fault has the test
-that should fail, run in a fork of this process, so that torch is imported once. A fault whose text is no longer in its
-file is an error: change it with the code.
+that should fail, run in a fork of this process, so that torch is imported once. First every test must pass without a
+fault. A fault whose text is no longer in its file is an error: change it with the code.
 """
 
 # ruff: noqa: E501  (the text of a fault is the code's)
@@ -21,8 +21,10 @@ import tempfile
 import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-#: Then the test is stopped, and the fault counts as caught.
+#: Then the test is stopped, and the fault counts as missed.
 SECONDS = 300
+#: pytest's exit status where a test fails, and ours where it is stopped.
+FAILED, TOO_LONG = 1, 124
 
 LOSSES, FORMS, RECIPE = "tests/unit/test_losses.py", "tests/unit/test_loss_forms.py", "tests/unit/test_recipe.py"
 IMBALANCE, MEMORY, FILES = (
@@ -126,9 +128,11 @@ FAULTS = [
      "torch.lerp(soft, soft[other], share)", EMA),
     ("class mean over images", "training/metrics.py", "sum(values) / len(values) if values",
      "sum(values) / len(per_class) if values", METRICS),
+    ("IB factor of a class: sum", "training/metrics.py", "[s / n if n else None", "[s if n else None", METRICS),
     ("groups of test images", "training/metrics.py", "groups(counts)[name]",
      "groups([max(counts)] * len(counts))[name]", METRICS),
     ("one lr for all groups", "training/stages.py", 'stage.lr * group.get("lr_scale", 1.0)', "stage.lr", OPTIMIZER),
+    ("EMA: a new head keeps its average", "training/stages.py", "        ema.restart()", "        pass", OPTIMIZER),
     ("what groups count is lost", "training/optimizer.py", "if name not in {*optimizer.defaults, *SETTINGS}", "if False",
      OPTIMIZER),
     ("a new flag goes unnoticed", "experiment/settings.py", "{*READS, *all_constants(),", "{*fields_affecting('schedule'),",
@@ -159,18 +163,31 @@ def is_caught(fault, folder, log):
     if kept.count(old) != 1:
         sys.exit(f"{what}: the text to change is {kept.count(old)} times in {name}")
     path.write_text(kept.replace(old, new))
-    child = os.fork()
-    if child == 0:
-        _test(test, folder, log)
     try:
-        return _status(child) != 0
+        return status_of(test, folder, log) == FAILED
     finally:
         path.write_text(kept)
 
 
+def status_of(test, folder, log):
+    """pytest's exit status for the test in `folder`, run in a fork of this process; TOO_LONG if it was stopped."""
+    child = os.fork()
+    if child == 0:
+        _test(test, folder, log)
+    give_up = time.monotonic() + SECONDS
+    while time.monotonic() < give_up:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)  # with what it started
+    os.waitpid(child, 0)
+    return TOO_LONG
+
+
 def _test(test, folder, log):
     """Run the test in this process; never returns."""
-    status = 3
+    status = 3  # a test that cannot run catches nothing
     try:
         os.setpgid(0, 0)
         os.dup2(log.fileno(), 1)
@@ -181,24 +198,11 @@ def _test(test, folder, log):
 
         status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", test]))
     finally:
-        os._exit(0 if status > 1 else status)  # a test that cannot run catches nothing
-
-
-def _status(child):
-    """The exit status of a child; one that takes too long is stopped, with what it started."""
-    give_up = time.monotonic() + SECONDS
-    while time.monotonic() < give_up:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return 1
+        os._exit(status)
 
 
 def copy_of_repository(folder):
-    """The files that git knows or would add, in `folder`; data/ is linked."""
+    """Copy the files that git knows or would add to `folder`."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
@@ -224,6 +228,10 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as temporary, open(os.path.join(temporary, "log"), "wb") as log:
         folder = pathlib.Path(temporary) / "copy"
         copy_of_repository(folder)
+        for test in dict.fromkeys(FAULTS[number - 1][-1] for number in chosen):
+            status = status_of(test, folder, log)
+            if status != 0:
+                sys.exit(f"{test} does not pass without a fault: status {status}")
         for number in chosen:
             what, name, _, _, test = FAULTS[number - 1]
             caught = is_caught(FAULTS[number - 1], folder, log)

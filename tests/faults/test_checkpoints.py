@@ -22,11 +22,9 @@ import torch
 from script_runner import (
     DIGITS,
     TINY,
-    assert_same_weights,
-    log_folder,
+    assert_same_run,
     messages,
     model_folder,
-    read_logs,
     run_main,
     run_ok,
 )
@@ -137,14 +135,6 @@ def test_a_head_of_another_form_stays_as_the_model_has_it(classes, taken):
         assert torch.equal(own.state_dict()[f"{name}.weight"], expected)
 
 
-def test_weights_without_batch_norms_counter_are_taken():
-    """torchvision's older files lack it."""
-    own, source = model_of(2), model_of(2).state_dict()
-    del source["bn.num_batches_tracked"]
-    checkpoint.load_weights(own, source, "PATH", new_head="fc")
-    assert torch.equal(own.body.weight, source["body.weight"])
-
-
 #: What others save, of the weights of a model.
 FOREIGN = {
     "bare": lambda weights: weights,
@@ -204,11 +194,11 @@ def test_ldams_head_is_known_by_its_missing_bias():
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_weights_that_do_not_fit_are_named(prefix):
     source = {prefix + name: tensor for name, tensor in model_of(5).state_dict().items()}
-    with pytest.raises(DataError, match=re.escape("size mismatch for fc.weight: copying a param with shape")):
+    with pytest.raises(DataError, match=r"fc\.weight"):
         checkpoint.load_weights(model_of(2), source, "PATH")
-    with pytest.raises(DataError, match=re.escape('Missing key(s) in state_dict: "fc.bias". (one of the two has LDAM')):
+    with pytest.raises(DataError, match=r"fc\.bias.*LDAM"):
         checkpoint.load_weights(model_of(5), {k: v for k, v in source.items() if k != prefix + "fc.bias"}, "PATH")
-    with pytest.raises(DataError, match=r'Unexpected key\(s\) in state_dict: "more"'):
+    with pytest.raises(DataError, match="more"):
         checkpoint.load_weights(model_of(5), {**source, prefix + "more": torch.zeros(1)}, "PATH")
     checkpoint.load_weights(model_of(5), source, "PATH")
 
@@ -218,22 +208,17 @@ def test_weights_that_do_not_fit_are_named(prefix):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run of three epochs that nothing happened to; made once, by whoever asks first."""
+    """The folder of a run of three epochs that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-
-    def get(capsys):
-        if not (folder / "log").exists():
-            run_ok(THREE, folder, capsys)
-        return folder
-
-    return get
+    run_ok(THREE, folder)
+    return folder
 
 
 # --------------------------------------------------------------------------------- disks that are full or broken
 
 
 @pytest.mark.parametrize(("function", "number"), [("os.fsync", errno.ENOSPC), ("os.replace", errno.EIO)])
-def test_a_write_that_fails_spares_the_last_good_checkpoint(function, number, whole, tmp_path, capsys):
+def test_a_write_that_fails_spares_the_last_good_checkpoint(function, number, whole, tmp_path):
     """The call fails while the checkpoint of the second epoch is written."""
     save = checkpoint.save
 
@@ -243,16 +228,15 @@ def test_a_write_that_fails_spares_the_last_good_checkpoint(function, number, wh
             save(path, state)
 
     with mock.patch.object(checkpoint, "save", save_on_a_bad_disk):
-        status, _, err = run_main(THREE, tmp_path, capsys)
+        status, _, err = run_main(THREE, tmp_path)
     assert status == 1
     (line,) = messages(err)
     assert os.strerror(number) in line
     model = model_folder(tmp_path, "IB")
     assert checkpoint.load(str(model / "ckpt.pth.tar"))["epoch"] == 1
     assert not [name for name in os.listdir(model) if name.endswith(".tmp") or name == ".lock"]
-    run_ok([*THREE, "--resume", "auto"], tmp_path, capsys)
-    assert_same_weights(model / "ckpt.pth.tar", model_folder(whole(capsys), "IB") / "ckpt.pth.tar")
-    assert read_logs(log_folder(tmp_path, "IB")) == read_logs(log_folder(whole(capsys), "IB"))
+    run_ok([*THREE, "--resume", "auto"], tmp_path)
+    assert_same_run(model, model_folder(whole, "IB"))
 
 
 def test_a_file_that_may_not_grow_is_named_and_spares_the_last_one(tmp_path):
@@ -282,7 +266,7 @@ def test_a_file_that_may_not_grow_is_named_and_spares_the_last_one(tmp_path):
         ("evaluate", signal.SIGHUP, 129),
     ],
 )
-def test_a_signal_at_a_bad_moment_leaves_a_good_checkpoint(at, number, expected, whole, tmp_path, capsys):
+def test_a_signal_at_a_bad_moment_leaves_a_good_checkpoint(at, number, expected, whole, tmp_path):
     """The signal comes in the second epoch, or in a write, while that function runs."""
     place = {
         "write": (torch, "save"),
@@ -298,13 +282,12 @@ def test_a_signal_at_a_bad_moment_leaves_a_good_checkpoint(at, number, expected,
         return real(*args, **kwargs)
 
     with mock.patch.object(*place, interrupted):
-        status, _, err = run_main(THREE, tmp_path, capsys)
+        status, _, err = run_main(THREE, tmp_path)
     assert status == expected
     (line,) = messages(err)
     assert "the same command continues" in line
     model = model_folder(tmp_path, "IB")
     assert checkpoint.load(str(model / "ckpt.pth.tar"))["epoch"] == 1
     assert not (model / ".lock").exists()
-    run_ok([*THREE, "--resume", "auto"], tmp_path, capsys)
-    assert_same_weights(model / "ckpt.pth.tar", model_folder(whole(capsys), "IB") / "ckpt.pth.tar")
-    assert read_logs(log_folder(tmp_path, "IB")) == read_logs(log_folder(whole(capsys), "IB"))
+    run_ok([*THREE, "--resume", "auto"], tmp_path)
+    assert_same_run(model, model_folder(whole, "IB"))

@@ -17,14 +17,13 @@ from script_runner import (
     REPOSITORY,
     TINY,
     TWO_EPOCHS,
-    assert_same_weights,
+    assert_same_run,
     environment,
     load_checkpoint,
     log_folder,
     messages,
     model_folder,
     read_csv,
-    read_logs,
     run_main,
     run_ok,
     run_process,
@@ -57,13 +56,13 @@ def test_jupyters_backend_an_output_in_ascii_and_a_name_that_is_not(tmp_path):
     check_finished(tmp_path, exp="é")
 
 
-def test_compile_without_a_compiler_is_one_line(tmp_path, capsys):
+def test_compile_without_a_compiler_is_one_line(tmp_path):
     class InvalidCxxCompiler(RuntimeError):
         """As torch._inductor.exc's."""
 
     error = InvalidCxxCompiler("No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')")
     with mock.patch.object(cifar_train, "train_one_epoch", side_effect=error):
-        status, _, err = run_main([*RUN_OF_TWO, "--compile"], tmp_path, capsys)
+        status, _, err = run_main([*RUN_OF_TWO, "--compile"], tmp_path)
     assert status == 2
     (line,) = messages(err)
     assert "--compile needs a working compiler" in line
@@ -88,7 +87,7 @@ def test_classes_that_neither_ascii_nor_utf8_can_say(tmp_path):
 # --------------------------------------------------------------------------------------- outputs gone, full
 
 
-def test_a_reader_that_has_gone_ends_the_run_as_it_ends_git_log(tmp_path, capsys):
+def test_a_reader_that_has_gone_ends_the_run_as_it_ends_git_log(tmp_path):
     args = [*RUN_OF_TWO, "--epochs", "30"]
     command = [*map(str, [sys.executable, DRIVER, *args])]
     with subprocess.Popen(
@@ -103,10 +102,9 @@ def test_a_reader_that_has_gone_ends_the_run_as_it_ends_git_log(tmp_path, capsys
     model = model_folder(tmp_path)
     assert load_checkpoint(model / "ckpt.pth.tar")["epoch"] >= 1
     assert not [path for path in model.iterdir() if path.name.startswith(".")]
-    run_ok([*args, "--resume", "auto"], tmp_path, capsys)
-    run_ok([*args, "--exp_str", "whole"], tmp_path, capsys)
-    assert_same_weights(model / "ckpt.pth.tar", model_folder(tmp_path, exp="whole") / "ckpt.pth.tar")
-    assert read_logs(log_folder(tmp_path)) == read_logs(log_folder(tmp_path, exp="whole"))
+    run_ok([*args, "--resume", "auto"], tmp_path)
+    run_ok([*args, "--exp_str", "whole"], tmp_path)
+    assert_same_run(model, model_folder(tmp_path, exp="whole"))
 
 
 # ------------------------------------------------------------------------------------ a full disk for the logs
@@ -114,31 +112,25 @@ def test_a_reader_that_has_gone_ends_the_run_as_it_ends_git_log(tmp_path, capsys
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run of four epochs that nothing happened to; made once, by whoever asks first."""
+    """The folder of a run of four epochs that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-
-    def get(capsys):
-        if not (folder / "log").exists():
-            run_ok(FOUR, folder, capsys)
-        return folder
-
-    return get
+    run_ok(FOUR, folder)
+    return folder
 
 
-def check_stopped_by_a_full_disk(status, err, cwd, reference, capsys):
+def check_stopped_by_a_full_disk(status, err, cwd, reference):
     """Status 1, one line with the folder, a whole checkpoint; resumed, it is the run that nothing happened to."""
     assert status == 1
     (line,) = messages(err)
-    log, newest = log_folder(cwd, "IB"), model_folder(cwd, "IB") / "ckpt.pth.tar"
+    log, model = log_folder(cwd, "IB"), model_folder(cwd, "IB")
     assert f"log/{log.name}: No space left on device" in line
-    assert load_checkpoint(newest)["epoch"] == 1
-    run_ok([*FOUR, "--resume", "auto"], cwd, capsys)
-    assert_same_weights(newest, model_folder(reference, "IB") / "ckpt.pth.tar")
-    assert read_logs(log) == read_logs(log_folder(reference, "IB"))
+    assert load_checkpoint(model / "ckpt.pth.tar")["epoch"] == 1
+    run_ok([*FOUR, "--resume", "auto"], cwd)
+    assert_same_run(model, model_folder(reference, "IB"))
     assert scalars(log) == scalars(log_folder(reference, "IB"))
 
 
-def test_event_files_on_a_full_disk(whole, tmp_path, capsys):
+def test_event_files_on_a_full_disk(whole, tmp_path):
     """The disk is full from the second epoch on: tensorboardX's own thread would die, and the process never end."""
     real = EventsWriter.write_event
 
@@ -148,11 +140,11 @@ def test_event_files_on_a_full_disk(whole, tmp_path, capsys):
         return real(writer, *args)
 
     with mock.patch.object(EventsWriter, "write_event", on_a_full_disk):
-        status, _, err = run_main(FOUR, tmp_path, capsys)
-    check_stopped_by_a_full_disk(status, err, tmp_path, whole(capsys), capsys)
+        status, _, err = run_main(FOUR, tmp_path)
+    check_stopped_by_a_full_disk(status, err, tmp_path, whole)
 
 
-def test_csv_files_on_a_full_disk(whole, tmp_path, capsys):
+def test_csv_files_on_a_full_disk(whole, tmp_path):
     """The kernel refuses to write on: the second epoch's row goes to /dev/full."""
     path, writer = log_folder(tmp_path, "IB") / "log_test.csv", csv.writer
 
@@ -164,9 +156,9 @@ def test_csv_files_on_a_full_disk(whole, tmp_path, capsys):
         return writer(file, **how)
 
     with mock.patch("experiment.records.csv.writer", on_a_full_disk):
-        status, _, err = run_main(FOUR, tmp_path, capsys)
+        status, _, err = run_main(FOUR, tmp_path)
     assert Path(path).is_symlink()
-    check_stopped_by_a_full_disk(status, err, tmp_path, whole(capsys), capsys)
+    check_stopped_by_a_full_disk(status, err, tmp_path, whole)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

@@ -58,30 +58,30 @@ def end(process, pipe):
     process.join()
 
 
-def test_a_second_process_is_refused_with_the_first_ones_id_and_host(holder, tmp_path, capsys, monkeypatch):
+def test_a_second_process_is_refused_with_the_first_ones_id_and_host(holder, tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock.__wrapped__, "__kwdefaults__", {"patience": 0.0})
     model = model_folder(tmp_path)
     first, pipe = start_holding(holder, model)
-    status, out, err = run_main(ONE, tmp_path, capsys)
+    status, out, err = run_main(ONE, tmp_path)
     assert status == 1
     (line,) = messages(err)
     assert f"checkpoint/{model.name} is in use by process {first.pid} on {os.uname().nodename}, since 20" in line
     assert out == ""
     assert not log_folder(tmp_path).exists(), "the refused run left something"
-    assert "\ntop-1" not in run_ok([*ONE, "--dry_run"], tmp_path, capsys), "a dry run does not ask"
+    assert "\ntop-1" not in run_ok([*ONE, "--dry_run"], tmp_path), "a dry run does not ask"
     end(first, pipe)
     assert not {LOCK, OWNER} & {path.name for path in tmp_path.rglob("*")}
-    run_ok(ONE, tmp_path, capsys)
+    run_ok(ONE, tmp_path)
     start_holding(holder, model, log_folder(tmp_path))
-    assert "\ntop-1 " in run_ok([*ONE, "-e", "--resume", "auto"], tmp_path, capsys), "nor does an evaluation"
+    assert "\ntop-1 " in run_ok([*ONE, "-e", "--resume", "auto"], tmp_path), "nor does an evaluation"
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path, capsys):
+def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path):
     killed, _ = start_holding(holder, model_folder(tmp_path))
     killed.kill()
     killed.join()
     assert (model_folder(tmp_path) / OWNER).read_text().startswith(f"process {killed.pid} on ")
-    run_ok(ONE, tmp_path, capsys)
+    run_ok(ONE, tmp_path)
     assert not {LOCK, OWNER} & {path.name for path in tmp_path.rglob("*")}
 
 
@@ -102,8 +102,8 @@ def test_of_many_started_at_once_one_gets_it(holder, tmp_path):
     assert not (tmp_path / "not").exists(), "what was made for nothing is removed"
 
 
-def test_one_folder_for_logs_and_checkpoints(tmp_path, capsys):
-    run_ok([*ONE, "--root_log", "same", "--root_model", "./same"], tmp_path, capsys)
+def test_one_folder_for_logs_and_checkpoints(tmp_path):
+    run_ok([*ONE, "--root_log", "same", "--root_model", "./same"], tmp_path)
     assert not list(tmp_path.rglob(LOCK))
 
 

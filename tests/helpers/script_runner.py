@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -94,48 +95,41 @@ def status_of(script, args):
     return 0
 
 
-def run_main(args, cwd, capsys, figures=False, cuda=False):
-    """cifar_train.main(args) in the folder `cwd`, with the model 'tiny' beside the published ones.
-
-    Returns:
-        (status, out, err): exit status, and what was printed.
-    """
-    extra = mock.patch.dict(models.CIFAR_MODELS, tiny=tiny)
-    digits = mock.patch.object(imbalance_cifar, "_digits", read_digits_once)
-    capsys.readouterr()
-    with extra, digits, quiet_folder(cwd, figures, cuda):
-        status = status_of(cifar_train, args)
-    return status, *capsys.readouterr()
-
-
-def run_script(script, args, cwd):
-    """script.main(args) in the folder `cwd`: (status, out, err)."""
+def run_script(script, args, cwd, figures=False, cuda=False):
+    """script.main(args) in the folder `cwd`: (exit status, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet_folder(cwd):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet_folder(cwd, figures, cuda):
         status = status_of(script, args)
     return status, out.getvalue(), err.getvalue()
 
 
-def run_ok(args, cwd, capsys, **how):
+def run_main(args, cwd, **how):
+    """`run_script` of cifar_train.py, with the model 'tiny' beside the published ones."""
+    extra = mock.patch.dict(models.CIFAR_MODELS, tiny=tiny)
+    with extra, mock.patch.object(imbalance_cifar, "_digits", read_digits_once):
+        return run_script(cifar_train, args, cwd, **how)
+
+
+def run_ok(args, cwd, **how):
     """`run_main` of a command that must succeed; what it printed on standard output."""
-    status, out, err = run_main(args, cwd, capsys, **how)
+    status, out, err = run_main(args, cwd, **how)
     assert status == 0, err
     return out
 
 
-def break_off(args, cwd, capsys, after, how=KeyboardInterrupt):
+def break_off(args, cwd, after):
     """Run until the first batch of the epoch after `after` completed ones, and break off there."""
     train_one_epoch = cifar_train.train_one_epoch
 
     def broken(model, batches, *rest, **more):
         if broken.calls == after:
-            raise how
+            raise KeyboardInterrupt
         broken.calls += 1
         return train_one_epoch(model, batches, *rest, **more)
 
     broken.calls = 0
     with mock.patch.object(cifar_train, "train_one_epoch", broken):
-        return run_main(args, cwd, capsys)
+        return run_main(args, cwd)
 
 
 # -------------------------------------------------------------------------------------------- as a process
@@ -178,6 +172,14 @@ def run_process_until(args, cwd, line_start, stop_signal):
         rest, err = process.communicate()
     assert any(line.startswith(line_start) for line in lines), f"{line_start!r} never came: {''.join(lines)}{err}"
     return process.returncode, [*lines, *rest.splitlines(keepends=True)], err
+
+
+def wait_for(condition):
+    """Until condition() is true; fails after ten minutes."""
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # ----------------------------------------------------------------------------------------- what a run left
@@ -233,6 +235,14 @@ def assert_same_weights(path, other):
     for key, values in buffers.items():
         for name, value in values.items():
             assert torch.equal(value, others[key][name]), f"{name} {key} differs"
+
+
+def assert_same_run(one, two, names=("ckpt.pth.tar",)):
+    """Two runs, given by their checkpoint folders: these checkpoints are equal, see above, and all logs are."""
+    for name in names:
+        assert_same_weights(one / name, two / name)
+    logs = [Path(*("log" if part == "checkpoint" else part for part in path.parts)) for path in (one, two)]
+    assert read_logs(logs[0]) == read_logs(logs[1])
 
 
 def snapshot(folder):

@@ -284,12 +284,12 @@ def test_gpu_step_that_reads_from_the_device_is_a_warning_and_trains_all_the_sam
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss", [[], ["--loss_type", "IB", "--train_rule", "IBReweight"]])
-def test_gpu_run_with_and_without_graphs_ends_in_the_same_bits(loss, tmp_path, capsys):
+def test_gpu_run_with_and_without_graphs_ends_in_the_same_bits(loss, tmp_path):
     captured = mock.patch.object(StepGraph, "_capture", autospec=True, side_effect=StepGraph._capture)
     for name, extra in (("graph", []), ("plain", ["--no_cuda_graph"])):
         args = [*TWO_EPOCHS, *TINY, *loss, *extra, "--gpu", "0", "--deterministic", "-b", "16", "--exp_str", name]
         with captured as captures:
-            run_ok(args, tmp_path, capsys, cuda=True)
+            run_ok(args, tmp_path, cuda=True)
         assert captures.call_count == (2 if name == "graph" else 0)  # the lr differs between the epochs
     method = ("IB", "IBReweight") if loss else ("CE", "None")
     assert_same_weights(*(model_folder(tmp_path, *method, exp) / "ckpt.pth.tar" for exp in ("graph", "plain")))

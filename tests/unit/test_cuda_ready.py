@@ -161,6 +161,12 @@ def test_versions_say_whether_convolutions_use_tf32(numerics):
         assert facts["tf32"] == tf32
 
 
+def test_the_state_of_the_loss_scaler_comes_back():
+    precision = Precision("fp16", "cpu")
+    precision.load_state_dict({**precision.state_dict(), "scale": 8.0})
+    assert precision.state_dict()["scale"] == 8.0
+
+
 class NotDeterministic(torch.autograd.Function):
     """Its backward pass raises torch's own error, as that of adaptive pooling does on a GPU."""
 
@@ -179,19 +185,19 @@ def pooled(*args, **how):
     return model
 
 
-def test_deterministic_with_a_model_that_cannot_is_one_line(numerics, tmp_path, capsys):
+def test_deterministic_with_a_model_that_cannot_is_one_line(numerics, tmp_path):
     with mock.patch.dict(models.CIFAR_MODELS, {"vgg16": pooled}):
-        status, _, err = run_main([*TWO_EPOCHS, "--arch", "vgg16", "--deterministic"], tmp_path, capsys)
+        status, _, err = run_main([*TWO_EPOCHS, "--arch", "vgg16", "--deterministic"], tmp_path)
     assert status == 2
     (line,) = messages(err)
     assert "this model cannot be trained with --deterministic on a GPU: put_" in line
 
 
-def test_evaluation_of_a_checkpoint_computes_as_amp_says(tmp_path, capsys):
-    run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
+def test_evaluation_of_a_checkpoint_computes_as_amp_says(tmp_path):
+    run_ok([*TWO_EPOCHS, *TINY], tmp_path)
     path, logits = model_folder(tmp_path) / "ckpt.pth.tar", {}
     for amp in ("none", "bf16"):
-        run_ok(["-e", "--resume", path, "--threads", "1", "--amp", amp, "--save_logits"], tmp_path, capsys)
+        run_ok(["-e", "--resume", path, "--threads", "1", "--amp", amp, "--save_logits"], tmp_path)
         with np.load(log_folder(tmp_path) / "evaluate" / "logits.npz") as saved:
             logits[amp] = torch.from_numpy(saved["logits"])
     assert torch.equal(logits["bf16"], logits["bf16"].bfloat16().float())
@@ -220,11 +226,11 @@ def test_native_batch_norm_gives_the_bits_of_torchs_own_on_a_cpu(amp):
         assert torch.equal(tensor, found[1][name]), name
 
 
-def test_the_flag_of_batch_norm_reaches_the_model(tmp_path, capsys):
+def test_the_flag_of_batch_norm_reaches_the_model(tmp_path):
     with mock.patch.object(NativeBatchNorm2d, "forward", side_effect=RuntimeError("it is used")):
-        run_ok([*TWO_EPOCHS, *TINY], tmp_path, capsys)
+        run_ok([*TWO_EPOCHS, *TINY], tmp_path)
         with pytest.raises(RuntimeError, match="it is used"):
-            run_main([*TWO_EPOCHS, *TINY, "--batch_norm", "native", "--overwrite"], tmp_path, capsys)
+            run_main([*TWO_EPOCHS, *TINY, "--batch_norm", "native", "--overwrite"], tmp_path)
 
 
 def test_compile_makes_one_graph_for_all_epochs_and_changes_no_figure():
@@ -334,11 +340,11 @@ def test_gpu_step_never_waits_for_the_device(loss, amp):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("flags", [["--compile"], ["--batch_norm", "native"]])
-def test_gpu_run_is_close_to_the_plain_one(flags, tmp_path, capsys):
+def test_gpu_run_is_close_to_the_plain_one(flags, tmp_path):
     """309 images in batches of 64, as a CUDA graph: the last one has 53."""
     losses = []
     for name, extra in (("plain", []), ("changed", flags)):
-        run_ok([*TWO_EPOCHS, *TINY, *extra, "--gpu", "0", "--exp_str", name], tmp_path, capsys, cuda=True)
+        run_ok([*TWO_EPOCHS, *TINY, *extra, "--gpu", "0", "--exp_str", name], tmp_path, cuda=True)
         rows = read_logs(log_folder(tmp_path, exp=name))["log_train.csv"]
         losses.append([float(row["loss"]) for row in rows])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)

@@ -9,6 +9,7 @@ import time
 from unittest import mock
 
 import pytest
+from reproduce_command import refused
 from script_runner import REPOSITORY
 
 import reproduce
@@ -148,6 +149,7 @@ def test_a_run_a_card_unless_a_flag_says_otherwise(flags, jobs, cards, monkeypat
     monkeypatch.setattr(executors, "visible_cards", lambda: ["0", "1"])
     executor = executor_of(*flags)
     assert (executor.jobs, executor.cards) == (jobs, cards)
+    assert executor.variables == ({"CUDA_VISIBLE_DEVICES": ""} if "--gpus" in flags else {})
 
 
 @pytest.mark.parametrize(
@@ -160,10 +162,7 @@ def test_a_run_a_card_unless_a_flag_says_otherwise(flags, jobs, cards, monkeypat
 )
 def test_cards_and_parts_that_are_not_there_are_refused(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(executors, "visible_cards", lambda: ["0", "1"])
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(["run", "--table", "4", "--out", str(tmp_path / "out"), *flags])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused("run", "--table", 4, "--out", tmp_path / "out", *flags, capsys=capsys)
 
 
 def test_parts_are_all_runs_once_and_no_family_is_in_two():

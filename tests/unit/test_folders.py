@@ -80,7 +80,7 @@ def test_links_to_images_and_to_classes_are_followed_but_none_to_a_folder_in_a_c
     (train / "class0" / "out").symlink_to(tmp_path / "elsewhere")
     (train / "class0" / "a.jpg").symlink_to(tmp_path / "elsewhere" / "0.jpg")
     assert counts(train) == [COUNTS[0] + 1, *COUNTS[1:]]
-    assert capsys.readouterr().err == f"warning: skipped in {train}: links to folders: 2\n"
+    assert "links to folders: 2" in capsys.readouterr().err
 
 
 def test_what_is_skipped_is_counted(train, capsys):
@@ -94,8 +94,9 @@ def test_what_is_skipped_is_counted(train, capsys):
     (folder / "gone.jpg").symlink_to("nowhere")
     (train / "class3").symlink_to("nowhere")
     assert counts(train) == list(COUNTS)
-    parts = "links that lead nowhere: 1, hidden: 4, files that end in .gif: 2, not regular files: 2"
-    assert capsys.readouterr().err == f"warning: skipped in {train}: {parts}\n"
+    err = capsys.readouterr().err
+    for skipped in ("lead nowhere: 1", "hidden: 4", ".gif: 2", "not regular files: 2"):
+        assert skipped in err
 
 
 def test_other_endings_are_read(train, capsys):
@@ -196,19 +197,20 @@ def test_a_class_without_test_images_is_named_and_trained(data, capsys):
     train, test = load(str(data))
     assert (train.get_cls_num_list(), test.get_cls_num_list()) == (list(COUNTS), [2, 0, 0])
     assert test.classes == train.classes
-    assert capsys.readouterr().err == "warning: no test image of 2 classes, whose accuracy is n/a: class1, class2\n"
+    err = capsys.readouterr().err
+    assert "no test image of 2 classes" in err
+    assert "class1, class2" in err
 
 
 def test_test_images_that_are_training_images_are_counted(data, capsys):
     shutil.rmtree(data / "val" / "class2")
     (data / "val" / "class2").symlink_to(data / "train" / "class2")
     load(str(data))
-    line = f"warning: 4 of the 8 images of {data / 'val'} are training images too\n"
-    assert capsys.readouterr().err == line
+    assert "4 of the 8 images" in capsys.readouterr().err
     shutil.rmtree(data / "val")
     (data / "val").symlink_to("train")
     load(str(data))
-    assert capsys.readouterr().err == line.replace("4 of the 8", "23 of the 23")
+    assert "23 of the 23 images" in capsys.readouterr().err
 
 
 def test_three_parts_of_one_folder(data):
@@ -221,6 +223,14 @@ def test_three_parts_of_one_folder(data):
     assert [part.get_cls_num_list() for part in (train, val, test)] == [[7, 4, 2], [2, 1, 1], [3, 2, 1]]
     assert sorted([*train.chosen, *val.chosen, *test.chosen]) == list(range(23))
     assert len({*train.paths, *val.paths, *test.paths}) == 23
+
+
+def test_a_list_is_tested_on_in_the_place_of_a_held_out_part(data):
+    shutil.rmtree(data / "val")
+    (data / "new.csv").write_text("image,label\ntrain/class1/0.jpg,class1\n")
+    train, test = load(str(data), test_fraction=0.25, val_list=str(data / "new.csv"))
+    assert [os.path.relpath(path, data) for path in test.paths] == ["train/class1/0.jpg"]
+    assert train.get_cls_num_list() == [9, 5, 3]
 
 
 def test_where_the_test_images_come_from(data):
@@ -245,7 +255,7 @@ def test_class_folders_without_train(data, capsys):
     folder = str(data / "train")
     train, test = load(folder, test_fraction=share_to_test(folder, 0.5))
     assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 3, 2], [6, 4, 2])
-    assert capsys.readouterr().err == f"warning: no train/ in {folder}: its folders are the classes\n"
+    assert f"no train/ in {folder}" in capsys.readouterr().err
 
 
 def test_classes_of_one_image_have_no_test_image_and_are_named(data, capsys):
@@ -360,8 +370,6 @@ def test_other_forms_of_lists(listed):
 def test_a_part_of_the_training_list_for_testing(listed):
     train, test = load(str(listed / "data"), test_fraction=0.5, train_list=str(listed / "train.txt"))
     assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 3, 2], [6, 4, 2])
-    with pytest.raises(UsageError, match="no --val_list: --val_fraction F"):
-        load(str(listed / "data"), train_list=str(listed / "train.txt"))
 
 
 def test_images_of_both_lists_and_classes_without_a_test_image_are_named(listed, capsys):

@@ -53,12 +53,6 @@ def test_norms_are_those_of_backward(options):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_the_first_batches_count(monkeypatch):
-    monkeypatch.setattr(gradients, "BATCHES", 2)
-    found = gradients.gradient_norms(model(), batches(5), automatic())
-    assert found == gradients.gradient_norms(model(), batches(2), automatic())
-
-
 @pytest.mark.parametrize("ratio", [1 / 3, 1.0, 3.0])
 def test_the_gradient_has_the_wanted_size(ratio):
     criterion = automatic(auto_ratio=ratio)
@@ -77,13 +71,6 @@ def test_the_next_batches_measure_again(monkeypatch):
     alpha = float(criterion.current_alpha)
     ce, loss = (slow_norm(model(), of, batches(4)[2:]) for of in (CrossEntropyLoss(), IBLoss(WEIGHT, alpha=alpha)))
     assert again == pytest.approx(loss / ce, rel=1e-5)
-
-
-def test_a_doubled_loss_gets_half_the_alpha():
-    once, twice = automatic(), IBLoss(2 * WEIGHT, alpha="auto", auto_target="gradient")
-    for criterion in (once, twice):
-        gradients.match_gradient(model(), batches(), criterion)
-    assert float(twice.current_alpha) == pytest.approx(float(once.current_alpha) / 2, rel=1e-6)
 
 
 def test_what_is_measured_is_the_part_that_is_trained():
@@ -115,13 +102,6 @@ def test_the_model_stays_as_it_was():
     assert network.training
     assert not network.conv1.training
     assert all(parameter.grad is None for parameter in network.parameters())
-
-
-def test_alpha_is_in_the_state_to_the_bit():
-    first, second = automatic(), automatic()
-    gradients.match_gradient(model(), batches(), first)
-    second.load_state_dict(first.state_dict())
-    assert float(second.current_alpha) == float(first.current_alpha) != 1.0
 
 
 def test_no_gradient_is_one_line():

@@ -12,9 +12,9 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from imbalance_folder import ImageSet, open_image, read_folder
-from loaders.augment import AUGMENTS, CROPS, Augment, Crop, eval_transform, train_transform
+from loaders.augment import AUGMENTS, CROPS, Augment, Crop, eval_transform
 from loaders.image_folder import ImageFileBatches, decode
-from utils import DataError
+from utils import DataError, epoch_generator
 
 N = 23
 
@@ -68,14 +68,18 @@ def test_evaluation_equals_torchvisions_transform_on_pil_images(images, crop, sh
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_training_crops_are_torchvisions_with_the_seed_of_the_image(images):
-    image = torch.as_tensor(np.array(open_image(images.paths[0]))).permute(2, 0, 1)
-    transform = train_transform(24, augment="randaugment")
-    theirs = [v2.RandomResizedCrop(24), v2.RandomHorizontalFlip(), v2.RandAugment()]
-    torch.manual_seed(3)
-    ours = transform(image)
-    torch.manual_seed(3)
-    assert torch.equal(ours, v2.Compose(theirs)(image))
+def test_training_images_are_torchvisions_in_the_order_and_with_the_seeds_of_the_epoch(images):
+    theirs = v2.Compose([v2.RandomResizedCrop(24), v2.RandomHorizontalFlip(), v2.RandAugment()])
+    dataset = in_levels(images.subset(range(N)))
+    batches = ImageFileBatches(dataset, 8, image_size=24, seed=3, augment="randaugment")
+    generator = epoch_generator(3, 5)
+    order, seeds = torch.randperm(N, generator=generator), torch.randint(2**62, (N,), generator=generator)
+    found, targets = whole(batches.train_epoch(5))
+    assert torch.equal(targets, order)
+    for image, index, seed in zip(found, order.tolist(), seeds.tolist(), strict=True):
+        original = torch.as_tensor(np.array(open_image(images.paths[index]))).permute(2, 0, 1)
+        torch.manual_seed(seed)
+        assert torch.equal(image.round().byte(), theirs(original))
 
 
 def test_padded_crops_lie_in_the_padded_image(tmp_path):
@@ -122,6 +126,11 @@ def test_augmentations_keep_shape_and_type_and_change_what_they_should(augment):
         assert (changed == 0) if augment == "none" else (changed >= 4)
 
 
+def test_autoaugment_has_the_policy_of_images_of_that_size():
+    policies = [AUGMENTS["autoaugment"].make(size).policy for size in (32, 95, 96, 224)]
+    assert policies == [v2.AutoAugmentPolicy.CIFAR10] * 2 + [v2.AutoAugmentPolicy.IMAGENET] * 2
+
+
 # --------------------------------------------------------------------------------------------------- draws
 
 
@@ -134,17 +143,15 @@ def test_epoch_is_the_same_with_workers_and_in_other_batches(images):
     assert not torch.equal(first[1], other[1])
 
 
-def test_workers_stay_and_a_left_epoch_leaves_nothing_behind(images):
+def test_a_left_epoch_leaves_nothing_behind(images):
     batches = ImageFileBatches(images, 4, image_size=16, seed=3, workers=2)
     expected = whole(ImageFileBatches(images, 4, image_size=16, seed=3).train_epoch(2))
     next(batches.eval_epoch())
-    processes = [worker.pid for worker in batches._loader._iterator._workers]
     for _ in range(2):
         next(batches.train_epoch(1))
         found = whole(batches.train_epoch(2))
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
-    assert [worker.pid for worker in batches._loader._iterator._workers] == processes
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from reproduce_command import refused
 
 import imbalance_cifar
 import models
@@ -85,9 +86,7 @@ def test_a_foreign_checkpoint_is_one_line(settings, reason, trained, tmp_path, c
     state = checkpoint.load(trained)
     state["settings"] = settings
     torch.save(state, tmp_path / "foreign.pth.tar")
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(["report", str(tmp_path), "--influence", str(tmp_path / "foreign.pth.tar"), trained])
-    assert stop.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    argv = ["report", tmp_path, "--influence", tmp_path / "foreign.pth.tar", trained]
+    line = refused(*argv, capsys=capsys, status=1)
     assert "foreign.pth.tar" in line
     assert reason in line

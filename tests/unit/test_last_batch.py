@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiment.checks import check_last_batch
+from training.precision import on_device
 from utils import UsageError
 
 
@@ -23,3 +24,9 @@ def test_batch_of_one_image_on_any_rank(size, ranks, sync_bn, refused, monkeypat
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
     with pytest.raises(UsageError, match="of one image of 34") if refused else contextlib.nullcontext():
         check_last_batch(model, 34, size, 32, sync_bn)
+
+
+def test_batch_norm_of_pytorchs_own_kernels_refuses_it_too():
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
+    with pytest.raises(UsageError, match="of one image of 34"):
+        check_last_batch(on_device(model, torch.device("cpu"), "native"), 34, 11, 32)

@@ -5,7 +5,9 @@ import copy
 import dataclasses
 import functools
 import pickle
+import re
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ import torch
 import torch._dynamo.testing
 import torchvision
 from conftest import golden
+from test_losses import INFLUENCE_BALANCED, build, class_weights
 from torch import nn
+from torchvision.models import WeightsEnum
 
 import losses
 import models
@@ -99,17 +103,8 @@ LR, IB_LR, IB_START = 0.05, 0.0005, 12
 
 
 def criterion_for(loss, rule, counts):
-    weight = {
-        "None": lambda: None,
-        "IBReweight": lambda: losses.inverse_frequency_weights(counts),
-        "CBReweight": lambda: losses.effective_number_weights(counts),
-    }[rule]()
-    return {
-        "CE": lambda: losses.CrossEntropyLoss(weight),
-        "Focal": lambda: losses.FocalLoss(weight, gamma=1.0),
-        "IB": lambda: losses.IBLoss(weight, alpha=1000.0),
-        "IBFocal": lambda: losses.IB_FocalLoss(weight, alpha=1000.0, gamma=1.0),
-    }[loss]()
+    options = {"raw_features": False} if loss in INFLUENCE_BALANCED else {}
+    return build(loss, class_weights(rule, counts), counts, gamma=1.0, alpha=1000.0, **options)
 
 
 def as_trained(model):
@@ -176,15 +171,6 @@ def test_golden_trajectory(num_classes, loss, rule):
 # ---------------------------------------------------------------------------------------------- the models
 
 
-def test_sizes_of_the_resnet_paper():
-    for depth, millions in {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7}.items():
-        with torch.device("meta"):
-            model = models.CIFAR_MODELS[f"resnet{depth}"]()
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        assert parameters == pytest.approx(millions, abs=0.05 if depth == 110 else 0.006)
-        assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) + 1 == depth
-
-
 @pytest.mark.parametrize(
     ("name", "use_norm", "norm"), [("resnet20", False, "l1"), ("resnet20", True, "l2"), ("resnet18", True, "linf")]
 )
@@ -205,11 +191,6 @@ def test_head_and_features(name, use_norm, norm):
     torch.testing.assert_close(features[:, 0], rows[norm])
 
 
-def test_unknown_feature_norm():
-    with pytest.raises(ValueError, match="unknown norm 'l3'"):
-        models.resnet20(3, feature_norm="l3").eval()(torch.zeros(2, 3, 32, 32))
-
-
 def test_new_normed_linear_has_columns_of_length_one():
     torch.manual_seed(0)
     columns = NormedLinear(64, 10).weight.detach()
@@ -223,16 +204,16 @@ def test_normed_linear_is_finite_at_a_dead_feature_vector():
     assert x.grad.isfinite().all()
 
 
-def test_shortcut_subsamples_and_pads_with_zero_channels():
-    block = models.resnet_cifar.BasicBlock(2, 6, stride=2)
-    x = torch.rand(1, 2, 4, 4)
-    shortcut = block._shortcut(x)
-    assert shortcut.shape == (1, 6, 2, 2)
-    torch.testing.assert_close(shortcut[:, 2:4], x[:, :, ::2, ::2], rtol=0, atol=0)
-    assert shortcut[:, [0, 1, 4, 5]].eq(0).all()
-
-
 # --------------------------------------------------------------------------------------- with_feature_norm
+
+
+def test_the_older_names_in_densenets_files_are_todays():
+    whole = torchvision.models.densenet121().state_dict()
+    older = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): tensor for name, tensor in whole.items()}
+    assert older.keys() != whole.keys()
+    with mock.patch.object(WeightsEnum, "get_state_dict", return_value=older):
+        assert models.imagenet_weights("densenet121").keys() == whole.keys()
+
 
 #: family -> (model, its last layer)
 AUXILIARY = {"aux_logits": False, "transform_input": True}
@@ -432,16 +413,6 @@ def test_image_sizes_are_allowed_where_the_model_runs():
     for arch, sizes in EDGES.items():
         with torch.device("meta"):
             assert [is_allowed(arch, size) for size in sizes] == [takes(arch, size) for size in sizes], arch
-
-
-def test_an_image_size_that_a_model_cannot_take_is_one_clear_line():
-    for arch, size, message in (
-        ("vit_b_16", 32, "--image_size 32: --arch vit_b_16 takes images of 224 pixels only"),
-        ("alexnet", 32, "--image_size 32: --arch alexnet needs images of at least 63 pixels"),
-    ):
-        with pytest.raises(UsageError) as error:
-            models.check_image_size(arch, size)
-        assert str(error.value) == message
 
 
 def test_images_are_scaled_as_googlenets_weights_of_imagenet_want_them():

@@ -9,9 +9,12 @@ import torch
 
 import models
 from experiment.settings import Settings
+from training import distributed
+from training.ema import Ema
 from training.optimizer import OPTIMIZERS, make_optimizer
 from training.recipe import Recipe
 from training.stages import Stages, redraw_head
+from utils import epoch_seed
 
 
 def make(name, model, lr=0.1, momentum=0.9, weight_decay=2e-4):
@@ -172,3 +175,21 @@ def test_a_new_head_forgets_numbers_and_tensors_of_its_optimizer_state():
     for state in optimizer.state.values():
         assert state["step"] == 0
         assert not state["average"].any()
+
+
+def test_a_new_head_starts_the_average_again():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    ema = Ema(model, 0.9)
+    ema.update()
+    redraw_head(model, torch.optim.SGD(model.parameters(), 0.1), ema)
+    ema.update()
+    assert_equal(ema.module, model)
+
+
+def test_each_rank_has_a_random_state_of_its_own():
+    model = torch.nn.Linear(2, 2)
+    stages = Stages(Recipe(Settings()), model, make("sgd", model), [1, 1], seed=5)
+    for rank in (0, 1):
+        with mock.patch.object(distributed, "rank", return_value=rank):
+            stages.begin(0)
+        assert torch.initial_seed() == epoch_seed(5, 0) + rank

@@ -8,11 +8,12 @@ import pathlib
 import statistics
 
 import pytest
+from reproduce_command import refused
 from scipy import stats
 
 import reproduce
 from experiment.compare import plan
-from experiment.records import plateau
+from experiment.records import best_epoch, plateau
 from experiment.settings import FIELDS, fields_affecting, from_record, recorded
 from imbalance import class_counts
 from paper import figures, records, report, runs, style
@@ -133,6 +134,15 @@ def test_the_gain_over_ce_is_judged_seed_by_seed(write_record, tmp_path, capsys)
     text = section(written(tmp_path, capsys), "### Table 4")
     row = cells(text, "cifar10", "exp", "100", "IB minus CE")
     assert row[4:] == ["+7.39", "3", "+7.40 ± 0.10", "agrees", "+4.10 ± 0.10", "lower", "+4.10 ± 0.10"]
+
+
+def test_the_gain_is_over_the_ce_with_the_same_lr(write_record, tmp_path, capsys):
+    for variant, ce, ib in (("", 40.0, 43.0), ("paper-lr", 41.0, 42.0)):
+        write_record(Run("tinyimagenet", "exp", 100, "CE", variant), ce, ce)
+        write_record(Run("tinyimagenet", "exp", 100, "IB", variant), ib, ib)
+    table = section(written(tmp_path, capsys), "### Table 5")
+    for row, gain in (("IB minus CE", "+3.00"), ("IB (paper-lr) minus CE", "+1.00")):
+        assert cells(table, "tinyimagenet", "exp", "100", row)[6] == gain
 
 
 def test_a_row_of_another_first_phase_is_marked_and_not_compared(write_record, tmp_path, capsys):
@@ -453,10 +463,8 @@ def test_two_runs_of_one_seed_are_left_out_and_one_found_twice_counts_once(write
 def test_a_folder_without_records_and_no_folder(tmp_path, capsys):
     (tmp_path / "args.json").write_text("{}")
     for folder, line in ((tmp_path, "no record of a run in"), (tmp_path / "none", "no folder")):
-        with pytest.raises(SystemExit) as stop:
-            reproduce.main(["report", str(folder), "--to", str(tmp_path / "to")])
-        assert stop.value.code == 1
-        assert capsys.readouterr().err == f"reproduce.py: error: {line} {folder}\n"
+        err = refused("report", folder, "--to", tmp_path / "to", capsys=capsys, status=1)
+        assert err == f"reproduce.py: error: {line} {folder}"
 
 
 # ------------------------------------------------------------------------------------- runs, pairs and figures
@@ -516,6 +524,11 @@ def test_csv_and_latex_have_the_figures_of_the_report(write_record, tmp_path, ca
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1
 
 
+def test_of_equally_good_epochs_the_first_is_the_best():
+    scores = [50.0, 70.0, 60.0, 70.0]
+    assert best_epoch([{"epoch": epoch, "score": score} for epoch, score in enumerate(scores)])["epoch"] == 1
+
+
 def test_the_plateau_is_the_mean_of_the_last_tenth():
     record = record_of(IB, 78.0, 77.0)
     for i, epoch in enumerate(record["history"]):
@@ -562,6 +575,13 @@ def test_a_figure_has_four_methods_at_most_with_names_a_reader_knows(tmp_path, m
         assert switch == (name != "methods_cifar10_exp_100_full_2"), "BS and LA have one phase"
         assert below.get_xticklabels()[0].get_text() == "airplane (5000)"
         assert figure.get_figwidth() == 3.3
+    above, below = kept["methods_cifar10_exp_100_full"].axes
+    epochs, accuracy = above.get_lines()[0].get_data()
+    assert (epochs[0], epochs[-1]) == (99, 200)
+    assert (accuracy[0], accuracy[-1]) == (10, 77.5), "the mean over the seeds"
+    sizes, per_class = below.get_lines()[0].get_data()
+    assert list(sizes) == counts_of(IB)
+    assert list(per_class) == pytest.approx(SOURCE["last"]["per_class"])
     first = captions[pathlib.Path("methods_cifar10_exp_100_full")]
     assert "band: ± one sample standard deviation" in first
     assert "published (CE 70.87, IB 78.26" in first

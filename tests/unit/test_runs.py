@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from reproduce_command import refused
 
 import imbalance_cifar
 import reproduce
@@ -24,15 +25,6 @@ REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 def listed(*args, capsys):
     reproduce.main(["list", *map(str, args)])
     return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def refused(*args, capsys):
-    """The one line on standard error of a command that is refused."""
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main([*map(str, args)])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def flag(line, name):

@@ -24,10 +24,19 @@ def test_settings_are_read_only():
         parse("cifar_train.py", []).lr = 1.0
 
 
+#: Settings with which a run is still the same run.
+NOT_IDENTITY = {
+    "batch_norm", "check_images", "checkpoint_seconds", "compile", "cuda_graph", "data_dir", "deterministic",
+    "dry_run", "evaluate", "exp_str", "export_split", "force", "gpu", "keep_epochs", "overwrite", "posthoc_la",
+    "predict", "print_freq", "processes", "recipe", "resume", "root_log", "root_model", "save_logits", "tau_norm",
+    "tau_norm_bias", "threads", "top", "workers",
+}  # fmt: skip
+
+
 def test_what_settings_affect_decides_what_is_part_of_the_identity_and_shared():
     assert set(SHARED) < set(IDENTITY)
     assert {"lr", "alpha", "epochs", "train_rule"} <= set(IDENTITY) - set(SHARED)
-    assert not {"data_dir", "threads", "resume", "keep_epochs", "compile"} & set(IDENTITY)
+    assert set(FIELDS) - set(IDENTITY) == NOT_IDENTITY
 
 
 class Watched:
@@ -115,6 +124,10 @@ def test_constants_that_no_epoch_uses_are_named(argv, unused, capsys):
 def test_a_prior_that_is_corrected_twice_is_named(argv, warns, capsys):
     parse("cifar_train.py", argv)
     assert ("the prior counts twice" in capsys.readouterr().err) == warns
+
+
+def test_flips_are_those_of_the_flag_or_of_the_data_set():
+    assert [parse("cifar_train.py", ["--flip", flip]).flips for flip in ("on", "off", "auto")] == [True, False, None]
 
 
 def test_names_of_folders():

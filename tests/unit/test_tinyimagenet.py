@@ -102,16 +102,6 @@ def test_the_file_is_the_command(archive, data_dir, capsys, monkeypatch):
     assert capsys.readouterr().out.endswith("val: 6 images, 3 classes\narranged\n")
 
 
-def test_archive_in_the_data_folder(archive, source, data_dir):
-    data_dir.mkdir()
-    shutil.copy(archive, data_dir / tiny.ARCHIVE)
-    (data_dir / FOLDER).mkdir()  # empty: nothing that could be lost
-    folder, changed = tiny.arrange(data_dir)
-    assert (folder, changed) == (str(data_dir / FOLDER), True)
-    assert_arranged(data_dir / FOLDER, source / FOLDER)
-    assert sorted(os.listdir(data_dir)) == [FOLDER, tiny.ARCHIVE]
-
-
 def test_unpacked_folder(raw, source):
     assert tiny.arrange(raw.parent) == (str(raw), True)
     assert_arranged(raw, source / FOLDER)
@@ -339,15 +329,6 @@ def test_left_out_images_are_not_trained_on(source):
         tiny.IMBALANETINYIMGNET(root, "none").left_out(2)
 
 
-def test_a_subset_is_a_data_set(source):
-    train = tiny.IMBALANETINYIMGNET(source / FOLDER, "exp", 0.25)
-    part = train.subset([6, 0])
-    assert part.samples == part.imgs == [train.samples[6], train.samples[0]]
-    assert part.targets == [2, 0]
-    assert (len(part), len(train), part.num_classes) == (2, 7, 3)
-    assert (part.flip, part.image_size) == (True, 64)
-
-
 def test_classes_have_names_for_people(raw):
     assert tiny.TINYIMAGENET(raw / "train").class_names == [f"digit (n0000100{k})" for k in range(3)]
     (raw / "words.txt").write_text("n00001001\tgoldfish, Carassius auratus\nn00001000\tcrane\n")
@@ -361,6 +342,7 @@ def test_classes_have_names_for_people(raw):
 def test_load_arranges_and_refuses_what_cannot_be(archive, source, data_dir):
     data_dir.mkdir()
     shutil.copy(archive, data_dir / tiny.ARCHIVE)
+    (data_dir / FOLDER).mkdir()  # empty: nothing that could be lost
     with mock.patch.object(tiny, "CLASSES", 3):
         train, test = tiny.load(str(data_dir), "exp", 0.25, 1)
         with pytest.raises(UsageError, match="leaves"):
