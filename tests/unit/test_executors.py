@@ -5,12 +5,11 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 from unittest import mock
 
 import pytest
 from reproduce_command import refused
-from script_runner import REPOSITORY
+from script_runner import REPOSITORY, wait_for
 
 import reproduce
 from paper import executors, runs
@@ -34,13 +33,6 @@ def install(folder, monkeypatch, text=FAKE):
     path.write_text(text)
     path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def seen(executor, keys, folder):

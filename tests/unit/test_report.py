@@ -23,7 +23,7 @@ from training.recipe import Recipe
 
 RESULTS = pathlib.Path(__file__).parent.parent.parent / "results"
 SOURCE = json.loads(
-    next((RESULTS / "cifar10_lt100_short").glob("*_IB_IBReweight_exp_0.01_short/summary.json")).read_text()
+    next((RESULTS / "cifar10_lt100_short").glob("*_IB_CBReweight_exp_0.01_short/summary.json")).read_text()
 )
 IB, CE = Run("cifar10", "exp", 100, "IB"), Run("cifar10", "exp", 100, "CE")
 
