@@ -1,6 +1,7 @@
 """Train on your own images, a folder for each class, with the influence-balanced loss or without.
 
-    python folder_train.py --data_dir DIR --val_fraction 0.1 -a resnet18 --pretrained imagenet --lr 0.01 --epochs 20
+    python folder_train.py --data_dir DIR --val_fraction 0.1 -a resnet18 --pretrained imagenet --lr 0.01 \\
+        --epochs 20 --milestones 12 17 --lr_factors 0.1 0.1
     python folder_train.py --data_dir DIR --val_fraction 0.1 --loss_type IB --train_rule IBReweight --start_ib_epoch 100
     python folder_train.py --data_dir ROOT --train_list train.txt --val_list val.txt
     python folder_train.py --data_dir DIR --resume checkpoint/NAME/ckpt.best.pth.tar -e

@@ -106,16 +106,16 @@ def load(
         check_images, skip_damaged: decode every image now, with `workers` threads, see `check_all`.
         exif: see `open_image`.
         mean, std: of the three channels, in [0, 1] units; None: ImageNet's.
-        classes: of the checkpoint that is evaluated. Without training images the training set is empty then, and all
-            images are tested: those of test/, val/ or `val_list`, or those of data_dir itself.
+        classes: of the checkpoint that is evaluated. Without training images, and with a `val_list` alone, the training
+            set is empty then, and all images are tested: those of test/, val/ or the list, or those of data_dir itself.
 
     Raises:
         UsageError: an imbalance or a test part that cannot be. DataError: missing or damaged data.
     """
-    has_train = train_list or os.path.isdir(os.path.join(data_dir, "train"))
+    has_train = train_list or (not val_list and os.path.isdir(os.path.join(data_dir, "train")))
     test_only = classes is not None and not has_train
     own = _test_source(data_dir, train_list, val_list, test_fraction or test_only)
-    if not train_list:
+    if not (train_list or val_list):
         _warn_of_unused(data_dir, None if test_fraction else own)
     if test_only and (own or not test_fraction):
         test = read_list(val_list, data_dir, classes) if val_list else read_folder(own or data_dir, classes)

@@ -59,7 +59,7 @@ def evaluate_checkpoint(
         **correction,
         "data_dir": settings.data_dir,
     }
-    where |= {"val_list": settings.val_list, "forced": run.forced}
+    where["val_list"] = settings.val_list
     path = os.path.join(folder, "evaluation.json")
     write_text(path, to_json({**where, "classes": run.data.classes, **result}))
     written = [path, *plots.of_evaluation(result, run.data.class_names, run.class_counts, folder, settings.name)]

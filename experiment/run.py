@@ -76,8 +76,9 @@ def open_run(settings: Settings) -> Iterator["Run"]:
         if settings.evaluate:
             raise
         newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
-        how = "the same command" + " with --resume auto alone" * (settings.overwrite or settings.force)
-        hint = f"{how} continues from {newest}" if os.path.exists(newest) else "no epoch was finished"
+        how = " with --resume auto in place of --overwrite" if settings.overwrite else ""
+        how = " with --resume auto --force" if settings.force else how
+        hint = f"the same command{how} continues from {newest}" if os.path.exists(newest) else "no epoch was finished"
         stop.args = (f": {hint}",)
         raise
     finally:
@@ -421,7 +422,7 @@ def _load_pretrained(settings, model):
     elif settings.pretrained == "published":
         warn("there are no published weights for these models: --pretrained without a PATH changes nothing")
     elif settings.pretrained:
-        weights = checkpoint.load_foreign(settings.pretrained)
+        weights = models.present_names(checkpoint.load_foreign(settings.pretrained))
         is_new = checkpoint.load_weights(model, weights, settings.pretrained, new_head)
         head = "" if new_head is None else f"; its last layer, {new_head}, is {'new' if is_new else 'from there, too'}"
         if distributed.is_main():

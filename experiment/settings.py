@@ -233,7 +233,8 @@ class Settings:
     resume: str = _run("", "--resume PATH|auto", None,
         "continue from a checkpoint, of another run too; auto: from this run's newest, with more --epochs too")
     evaluate: bool = _run(False, "-e --evaluate", None,
-        "evaluate the checkpoint of --resume, train nothing; data and model are the checkpoint's")
+        "evaluate the checkpoint of --resume, train nothing; model and data are the checkpoint's, but for --data_dir, "
+        "--val_list and --skip_damaged")
     posthoc_la: tuple[float, ...] = _run((), "--posthoc_la TAU", NOT_NEGATIVE,
         "with -e: subtract TAU * log prior from the logits (post-hoc logit adjustment); of several values the best on "
         "the held-out part of --val_fraction is taken, never on the test set", nargs="+")

@@ -4,7 +4,13 @@ import functools
 
 from models.feature_norm import HeadOnly, head_name, replace_layer, with_feature_norm
 from models.resnet_cifar import NormedLinear, resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202
-from models.torchvision_models import check_image_size, imagenet_weights, torchvision_archs, torchvision_model
+from models.torchvision_models import (
+    check_image_size,
+    imagenet_weights,
+    present_names,
+    torchvision_archs,
+    torchvision_model,
+)
 
 CIFAR_MODELS = {model.__name__: model for model in (resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202)}
 IMAGENET_MODELS = {name: functools.partial(torchvision_model, name) for name in ("resnet18", "resnet50")}
@@ -12,5 +18,6 @@ resnet18, resnet50 = IMAGENET_MODELS.values()
 
 __all__ = [
     "CIFAR_MODELS", "IMAGENET_MODELS", "HeadOnly", "NormedLinear", "check_image_size", "head_name", "imagenet_weights",
-    "replace_layer", "torchvision_archs", "torchvision_model", "with_feature_norm", *CIFAR_MODELS, *IMAGENET_MODELS,
+    "present_names", "replace_layer", "torchvision_archs", "torchvision_model", "with_feature_norm", *CIFAR_MODELS,
+    *IMAGENET_MODELS,
 ]  # fmt: skip

@@ -76,8 +76,11 @@ def imagenet_weights(arch: str) -> dict[str, Tensor]:
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
-    weights = {name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")}
-    # DenseNet's files have older names
+    return present_names({name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")})
+
+
+def present_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with today's names: DenseNet's files have older ones."""
     return {re.sub(r"(denselayer\d+\.\w+)\.(\d\.)", r"\1\2", name): tensor for name, tensor in weights.items()}
 
 

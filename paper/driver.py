@@ -38,6 +38,8 @@ def check_extra(runs: Iterable[Run], extra: Sequence[str]) -> None:
     """
     for run in runs if extra else ():
         own, asked = records.command_settings(run), records.command_settings(run, tuple(extra))
+        if run.variant == "ib-lr" and asked.schedule != "step":
+            raise UsageError(f"--control ib-lr lowers the lr at a milestone, which --schedule {asked.schedule} has not")
         for name in (*OWN, *sorted(run.changes.keys() - {"epochs"})):
             if getattr(own, name) != getattr(asked, name):
                 who = "reproduce.py" if name in OWN else run.title

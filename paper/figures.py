@@ -93,6 +93,8 @@ def _methods(panel, where, to, name):
     caption += ". Below: accuracy of each class over its training images, last epoch" if classes <= MOST_NAMED else (
         ". Below: accuracy of the groups over the last tenth of the epochs"
     )  # fmt: skip
+    if row.difference and row.run.protocol != "own":
+        caption += f". All with {', '.join(' '.join(one) for one in row.difference)}"
     seeds = [f"{style.name_of(row.run.method, row.run.variant)}: {len(found)}" for row, found in panel.items()]
     return {style.save(figure, to, name): f"{caption}; points are seeds. Seeds of {'; '.join(seeds)}."}
 

@@ -191,7 +191,7 @@ def pairs(found: Rows, one: Row, other: Row) -> list[tuple[dict[str, Any], dict[
 def first_phases(here: Rows) -> dict[Row, str]:
     """A letter for each first phase among the rows of a place: 'A', or where the seeds have several 'A, B, A'.
 
-    Empty where no seed has two. Two rows with the same letters started from the same epochs.
+    Empty where no seed has two. Two rows of the same seeds with the same letters started from the same epochs.
     """
     letters, several = collections.defaultdict(list), False
     for seed in sorted({seed for found in here.values() for seed in by_seed(found)}):

@@ -181,7 +181,9 @@ class Run:
         by = SHORTENING[self.protocol]
         for name in ("epochs", "start_ib_epoch", "drw_epoch"):
             found[name] //= by
-        falls = {epoch // by: factor for epoch, factor in zip(found["milestones"], found["lr_factors"], strict=True)}
+        falls: dict[int, float] = {}
+        for epoch, factor in zip(found["milestones"], found["lr_factors"], strict=True):
+            falls[epoch // by] = falls.get(epoch // by, 1.0) * factor
         found |= {"milestones": tuple(falls), "lr_factors": tuple(falls.values())}
         found["keep_warmup"] = found["start_ib_epoch"] < WARMUP_EPOCHS
         if self.setup.schedule != "step":

@@ -239,7 +239,7 @@ def test_evaluation_on_a_list_of_its_own(folder, tmp_path):
     lists = ["--train_list", "train.csv", "--val_list", "val.csv"]
     run_ok(tmp_path, "--data_dir", folder, *lists, *RUN, "--epochs", "1", "--milestones", "--lr", "1e-3")
     (path,) = tmp_path.glob("checkpoint/*/ckpt.pth.tar")
-    shutil.copytree(folder / "val", tmp_path / "new" / "val")
+    shutil.copytree(folder, tmp_path / "new")  # its train/ is not looked at
     (tmp_path / "new.csv").write_text("image,label\nval/class0/0.jpg,class0\nval/class2/1.jpg,class2\n")
     evaluation = ["-e", "--resume", path, "--threads", "1", "-j", "0", "--skip_damaged"]
     run_ok(tmp_path, "--data_dir", "new", *evaluation, "--val_list", "new.csv")

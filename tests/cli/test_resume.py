@@ -88,7 +88,7 @@ def test_a_run_broken_off_in_any_epoch_is_resumed_to_the_same_end(after, whole, 
 def test_a_stopped_run_says_how_to_continue_without_starting_again(tmp_path):
     args = [*FIVE, *TINY, "--overwrite"]
     _, _, err = break_off(args, tmp_path, 2)
-    assert "the same command with --resume auto alone continues from" in messages(err)[0]
+    assert "the same command with --resume auto in place of --overwrite continues from" in messages(err)[0]
     assert "resumes from" in run_ok([*args[:-1], "--resume", "auto"], tmp_path)
 
 

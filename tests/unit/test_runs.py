@@ -363,7 +363,8 @@ def test_another_schedule_has_no_milestones(capsys):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        ("--dataset digits --control ib-lr -- --schedule cosine", "CE (ib-lr) sets --lr_factors itself"),
+        ("--dataset digits --control ib-lr -- --schedule cosine", "--control ib-lr lowers the lr at a milestone"),
+        ("--dataset folder --control ib-lr -- --data_dir x --schedule cosine", "--control ib-lr lowers the lr at a"),
         ("--dataset digits --control ib-lr -- --milestones 120 150 160", "CE (ib-lr) sets --milestones itself"),
         ("--figure 3 -- --start_ib_epoch 30", "IB (start000) sets --start_ib_epoch itself"),
         ("--dataset folder --ratio 50 -- --data_dir x", "--ratio needs --imb_type"),
@@ -397,7 +398,8 @@ def test_a_short_run_on_a_folder_has_one_fall_where_two_meet(capsys, monkeypatch
     monkeypatch.setattr(runs, "OWN_SETUPS", {})
     argv = ["--dataset", "folder", "--method", "CE", "--protocol", "short", "--", "--data_dir", "x", "--epochs", "20"]
     (line,) = listed(*argv, capsys=capsys)
-    assert parse("folder_train.py", line[2:]).milestones == (3,)
+    settings = parse("folder_train.py", line[2:])
+    assert (settings.milestones, settings.lr_factors) == ((3,), (pytest.approx(1e-4),))
 
 
 def test_a_loss_of_the_registry_with_a_first_phase_shares_that_of_ce(monkeypatch, capsys):
