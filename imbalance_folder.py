@@ -126,14 +126,10 @@ def load(
             raise DataError(f"{train_list or data_dir} has one class, {named(train.classes)}: training needs two")
         if not train.targets:
             raise DataError(f"no training images in {data_dir} (images end in {' '.join(EXTENSIONS)})")
-        if test_fraction:
-            train, test = train.hold_out(test_fraction)
-        if val_list:
-            test = read_list(val_list, data_dir, train.classes)
-        elif test_fraction:
-            own = None
+        if test_fraction and not val_list:
+            own, (train, test) = None, train.hold_out(test_fraction)
         else:
-            test = read_folder(own, train.classes)
+            test = read_list(val_list, data_dir, train.classes) if val_list else read_folder(own, train.classes)
     for part in (train, test):
         part.exif, part.mean, part.std = exif, tuple(mean or part.mean), tuple(std or part.std)
     return ready(train, test, own, imb_type, imb_factor, rand_number, check_images, workers, skip_damaged)

@@ -53,13 +53,8 @@ def evaluate_checkpoint(
     ece = f"  calibration error {result['calibration_error']:.2f}"
     print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
     folder = output_folder(run, EVALUATION, correction)
-    where: dict[str, Any] = {
-        "checkpoint": run.start.path,
-        "epoch": run.start.epoch,
-        **correction,
-        "data_dir": settings.data_dir,
-    }
-    where["val_list"] = settings.val_list
+    tested = {name: getattr(settings, name) for name in ("data_dir", "val_list")}
+    where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, **tested}
     path = os.path.join(folder, "evaluation.json")
     write_text(path, to_json({**where, "classes": run.data.classes, **result}))
     written = [path, *plots.of_evaluation(result, run.data.class_names, run.class_counts, folder, settings.name)]

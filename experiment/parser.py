@@ -99,12 +99,8 @@ def build_parser(script: str, description: str | None = None) -> Parser:
         elif name == "arch":
             archs = of.archs()
             how |= {"choices": archs}
-            named = (
-                "any of torchvision's classifiers with a linear head, but MNASNet"
-                if len(archs) > 10
-                else ", ".join(archs)
-            )
-            how |= {"help": f"{named} (default: %(default)s)"}
+            many = "any of torchvision's classifiers with a linear head, but MNASNet"
+            how |= {"help": f"{many if len(archs) > 10 else ', '.join(archs)} (default: %(default)s)"}
         elif name == "pretrained" and of.has_imagenet_weights:
             how |= {
                 "const": "imagenet",

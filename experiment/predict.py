@@ -94,8 +94,9 @@ def csv_name(path: str) -> str:
 def _restored(run, num_classes):
     """The model with the checkpoint's weights, the averaged ones where there are any."""
     settings = run.settings
-    of_cifar = models.CIFAR_MODELS if settings.script == "cifar_train.py" else {}
-    build: Any = of_cifar.get(settings.arch) or functools.partial(models.torchvision_model, settings.arch)
+    build: Any = functools.partial(models.torchvision_model, settings.arch)
+    if settings.script == "cifar_train.py":
+        build = models.CIFAR_MODELS[settings.arch]
     model = build(num_classes, use_norm=settings.use_norm, feature_norm=settings.feature_norm)
     model = on_device(model, run.device, settings.batch_norm)
     ema = Ema(model, settings.ema) if settings.ema else None

@@ -18,7 +18,6 @@ import models
 from experiment import checkpoint, plots, provenance
 from experiment.compare import refuse_or_force
 from experiment.data import Data, check_data, export_split, preprocessing
-from experiment.parser import SCRIPTS
 from experiment.records import Records, best_epoch
 from experiment.resume import FACTS, Start, find_evaluated, find_start
 from experiment.screen import Progress, print_classes, summary_line
@@ -414,7 +413,7 @@ def _load_pretrained(settings, model):
     ImageNet models keep their own last layer: always with ImageNet's weights, whose classes are not the data's, else
     where the weights have one of another form.
     """
-    new_head = models.head_name(model) if SCRIPTS[settings.script].has_imagenet_weights else None
+    new_head = None if settings.script == "cifar_train.py" else models.head_name(model)
     if settings.pretrained == "imagenet":
         weights = models.imagenet_weights(settings.arch)
         body = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{new_head}.")}
