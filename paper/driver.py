@@ -131,7 +131,8 @@ class Driver:
     def _is_recorded(self, run):
         """Whether there is a record of this run; a line where what is there is none."""
         path = self.results / f"{run.name}.json"
-        if not path.exists():
+        # whether a folder still has the same images only the script knows, which says so of a finished run
+        if not path.exists() or (run.setup.script == "folder_train.py" and self._is_begun(run)):
             return False
         try:
             record = records.load(path) or {"settings": {}}
@@ -171,7 +172,7 @@ class Driver:
         epoch = self.fork_epoch(run)
         for other in [*self.families[run.family], run.trunk] if self.forks(run) else ():
             path = self._model_folder(other) / checkpoint.epoch_name(epoch)
-            if other != run and path.exists():
+            if other != run and self.fork_epoch(other) >= epoch and path.exists():
                 return path
         return None
 

@@ -9,6 +9,7 @@ With --arms CHECKPOINT ... it prints how large the gradient of each arm is besid
 import argparse
 import collections
 import itertools
+import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -153,7 +154,7 @@ def differences(found: Found, one: tuple[str, float], other: tuple[str, float], 
 def contrasts(found: Found) -> dict[str, statistics.Contrast]:
     """The contrasts of docs/factor.md that have runs, by name; what two of them share counts once.
 
-    Holm's p are over all contrasts of the plan, those without runs too. There is a verdict at `LOOKS` seeds only.
+    Holm's p are over all contrasts of the plan, those without runs too. There are p and verdict at `LOOKS` seeds only.
     """
     chosen, named, planned = choose(found), {}, 1
     for a, b in CONTRASTS:
@@ -168,13 +169,15 @@ def contrasts(found: Found) -> dict[str, statistics.Contrast]:
     gain = f"IB - CE, {fmean(gains or [0.0]):+.2f}, minus the published {published}"
     named[gain] = [value - published for value in gains]
     named = {name: values for name, values in named.items() if values}
-    results = statistics.family(named, resolution=0.01, level=LEVEL, size=planned)
+    judged = {name: values for name, values in named.items() if len(values) in LOOKS}
+    results = statistics.family(named, resolution=0.01)
+    results |= statistics.family(judged, resolution=0.01, level=LEVEL, size=planned)
     for name, result in results.items():
         verdict = result.verdict
         if name == gain:
             verdict = verdict.replace("adds", "higher").replace("takes away", "lower")
-        if result.n > 1 and result.n not in LOOKS:
-            verdict = "judged at {} or {} seeds".format(*LOOKS)
+        if result.n > 1 and name not in judged:
+            result, verdict = result._replace(p=math.nan), "judged at {} or {} seeds".format(*LOOKS)
         results[name] = result._replace(verdict=verdict)
     return results
 
@@ -186,7 +189,7 @@ def _text(ratio):
 
 def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
     """Heads and lines by name: 'runs', what each reached; 'gradients', how they are matched; 'ratios', mean differences
-    of the plateau to epoch `PILOT`; 'contrasts'.
+    of the plateau to epoch `PILOT`, and of how many seeds; 'contrasts'.
 
     'left-out': `left_out_mean`; 'their epoch', counted from 0, is the one that the left-out images choose, 'best' the
     test set's own; 'to 160': the plateau of the first `PILOT` epochs; 'next': the ratio on the batches after those that
@@ -209,7 +212,8 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
     by_ratio = []
     for ratio in runs.GRADIENTS.values():
         pairs = [differences(found, (a, ratio), (b, ratio), PILOT) for a, b in CONTRASTS]
-        by_ratio.append([_text(ratio), *(f"{fmean(values):+.2f}" if values else "" for values in pairs)])
+        texts = [f"{fmean(values):+.2f} ({len(values)})" if values else "" for values in pairs]
+        by_ratio.append([_text(ratio), *texts])
     heads, reached = ["arm", "ratio", "seed"], ["left-out", "their epoch", "test there", "best"]
     reached += [f"to {PILOT}", "plateau", "last"]
     return {

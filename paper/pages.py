@@ -1,5 +1,5 @@
-"""The tables of the pages, made from the records. `python -m paper.pages README.md docs/factor.md docs/results/*.md`
-makes them again.
+"""The tables of the pages, made from the records. `python -m paper.pages README.md docs/factor.md docs/results.md
+docs/results/*.md` makes them again.
 
 A table stands below a comment that names its kind and, for each folder of results/, its rows:
 

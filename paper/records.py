@@ -12,11 +12,12 @@ from typing import Any
 
 import imbalance_cifar
 from experiment import parser
-from experiment.settings import UNPLANNED, Settings, fields_affecting, from_record
+from experiment.settings import FIELDS, UNPLANNED, Settings, fields_affecting, from_record
 from files import write_text
 from imbalance import class_counts
 from paper import runs
 from training.recipe import Recipe
+from training.registry import all_constants
 
 KEYS = {"settings", "classes", "class_counts", "group_rule", "epochs_done", "best", "last", "history"}
 #: Settings that are compared one by one; `num_classes` follows from the data set, seeds are told apart elsewhere.
@@ -122,14 +123,19 @@ def identify(record: dict[str, Any]) -> tuple[runs.Run, Differences]:
 def describe(settings: dict[str, Any]) -> tuple[runs.Run, Differences]:
     """The Run that recorded settings are, and the settings that set them apart from it.
 
-    A data set that the paper does not have gives a Run of the protocol 'own', and all its settings.
+    A data set that the paper does not have gives a Run of the protocol 'own', and all its settings; of the constants
+    of methods those that are in force in an epoch, with another value than the default.
     """
     found = settings_of(settings)
     method = runs.name_of_method(found.loss_type, found.train_rule)
     ratio = 1 if found.imb_type == "none" else round(1 / found.imb_factor)
     base = runs.Run(found.dataset, found.imb_type, ratio, method, seed=found.seed or 0, subset=found.rand_number)
     if found.dataset not in runs.SETUPS:
-        names = [name for name in (*COMPARED, *SCHEDULE) if name not in OF_RUN]
+        in_force = {name for constants in _plan(found)[2].values() for name in constants}
+        usual = {
+            name for name in all_constants() if name not in in_force or getattr(found, name) == FIELDS[name].default
+        }
+        names = [name for name in (*COMPARED, *SCHEDULE) if name not in OF_RUN and name not in usual]
         return dataclasses.replace(base, protocol="own"), _named(found, names)
     candidates = {}
     for protocol in runs.SHORTENING:

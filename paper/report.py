@@ -7,6 +7,7 @@ its label; all others have tables of their own.
 """
 
 import collections
+import dataclasses
 import itertools
 import pathlib
 import shlex
@@ -163,22 +164,18 @@ def _verdict(differences, margin, found):
 
 def _gains(cells, rows, margin):
     """Our gain over CE, seed by seed, beside the published one, where both figures are of one author."""
-    base = {_place(cell, run): (cell, Row(run)) for cell, run in cells if _is_ce(run)}
+    figures = {(run, cell["metric"], cell["whose"]): cell for cell, run in cells if cell["same_experiment"]}
     lines = []
-    for cell, run in cells:
-        row = Row(run)
-        of_ce, ce = base.get(_place(cell, run), (cell, row))
-        if _is_ce(run) or ce == row or not {row, ce} <= rows.keys():
-            continue
-        if not (cell["same_experiment"] and of_ce["same_experiment"]):
-            continue
-        both = pairs(rows, row, ce)
-        if not both:
+    for (run, metric, whose), cell in figures.items():
+        row, ce = Row(run), Row(dataclasses.replace(run, method="CE"))
+        of_ce = figures.get((ce.run, metric, whose))
+        both = pairs(rows, row, ce) if row != ce and of_ce and {row, ce} <= rows.keys() else []
+        if not (both and of_ce):
             continue
         published = cell["value"] - of_ce["value"]
         line = [run.dataset, run.imb_type, run.ratio, f"{row.label} minus CE", f"{published:+.2f}", len(both)]
         for when in WHEN:
-            gained = gaps(both, when, METRICS[cell["metric"]])
+            gained = gaps(both, when, METRICS[metric])
             line.append(mean_and_spread(gained, sign="+"))
             if when in JUDGED:
                 line.append(_verdict([gain - published for gain in gained], margin, rows[row]))
@@ -187,14 +184,6 @@ def _gains(cells, rows, margin):
         return []
     heads = ["data", "type", "ratio", "gain", "published", "n", "best", "verdict", "plateau", "verdict", "last"]
     return ["The gain over CE, seed by seed within one first phase, one statistic for both:", "", *table(heads, lines)]
-
-
-def _place(cell, run):
-    return *(cell[name] for name in ("dataset", "imb_type", "ratio", "metric", "whose")), run.variant
-
-
-def _is_ce(run):
-    return run.method == "CE" and run.variant in ("", "paper-lr")
 
 
 def _notes(cells):
@@ -214,16 +203,17 @@ def per_class(rows: Rows) -> list[str]:
     for cell in runs.published():
         if cell["table"] == "3":
             cells[runs.runs_of(cell)[0]].append(cell)
-    if not any(Row(run) in rows for run in cells):
+    if not any(_stands_beside(row, run) for row in rows for run in cells):
         return ["Table 3 (per class, CIFAR-10, ratio 50): nothing has run at full length.", ""]
     lines, names = [], []
     for run, of_run in cells.items():
-        found, printed = rows.get(Row(run), []), [cell["value"] for cell in of_run]
+        printed = [cell["value"] for cell in of_run]
         lines.append([run.imb_type, run.method, "published", *printed, f"{fmean(printed):.2f}"])
-        for when in ("best", "last") if found else ():
+        for row, when in itertools.product((row for row in rows if _stands_beside(row, run)), ("best", "last")):
+            found = rows[row]
             names = found[0]["classes"]
             ours = [mean_and_spread(of_class, 1) for of_class in zip(*values(found, when, "per_class"), strict=True)]
-            lines.append(["", "", f"ours, {when} (n = {len(found)})", *ours])
+            lines.append(["", row.label if row.difference else "", f"ours, {when} (n = {len(found)})", *ours])
             lines[-1].append(mean_and_spread(values(found, when, "class_mean")))
     heading = "### Table 3: accuracy of each class, CIFAR-10, ratio 50"
     notes = [(cell, run) for run, of_run in cells.items() for cell in of_run[:1]]

@@ -323,12 +323,16 @@ def folder_setup(dataset: str, settings: Any, given: Iterable[str]) -> None:
 
     Lengths that are not `given` are those of CIFAR, scaled to `settings.epochs`.
     """
-    scale = settings.epochs / CIFAR.epochs
-    falls = {round(epoch * scale): factor for epoch, factor in zip(CIFAR.milestones, CIFAR.lr_factors, strict=True)}
-    falls = {epoch: factor for epoch, factor in falls.items() if epoch < settings.epochs}
+    scale, given = settings.epochs / CIFAR.epochs, set(given)
+    factors = settings.lr_factors if "lr_factors" in given else CIFAR.lr_factors
+    falls: dict[int, float] = {}
+    for epoch, factor in zip(CIFAR.milestones, factors, strict=False):
+        at = round(epoch * scale)
+        falls |= {at: falls.get(at, 1.0) * factor} if at < settings.epochs else {}
     scaled: dict[str, Any] = {name: round(getattr(CIFAR, name) * scale) for name in ("start_ib_epoch", "drw_epoch")}
     scaled |= {"milestones": tuple(falls), "lr_factors": tuple(falls.values())}
-    kept = {"lr_factors", *given} if "milestones" in given else set(given)  # factors belong to their milestones
+    # factors belong to their milestones
+    kept = given | {"lr_factors"} if "milestones" in given else given - {"lr_factors"}
     copied = ("epochs", "arch", "batch_size", "lr", "ib_lr_factor", "schedule")
     found = {name: getattr(settings, name) for name in (*copied, *scaled)}
     found |= {name: value for name, value in scaled.items() if name not in kept}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
+from unittest import mock
 
 import pytest
 from reproduce_command import refused
@@ -17,7 +18,7 @@ from experiment.records import best_epoch, plateau
 from experiment.settings import FIELDS, fields_affecting, from_record, recorded
 from imbalance import class_counts
 from paper import figures, records, report, runs, style
-from paper.rows import Row, group
+from paper.rows import Row, group, share_first_phase
 from paper.runs import Run
 from training.recipe import Recipe
 
@@ -177,6 +178,8 @@ def test_table_3_has_our_classes_under_the_papers(write_record, tmp_path, capsys
     for row, when, mean in ((rows[at + 1], "best", "81.00"), (rows[at + 2], "last", "80.50")):
         per_class = " | ".join(f"{value:.1f}" for value in SOURCE[when]["per_class"])
         assert row == f"|  |  | ours, {when} (n = 1) | {per_class} | {mean} |"
+    write_record(Run("cifar10", "step", 50, "CE"), 81.0, 80.5, amp="bf16")
+    assert "|  | CE, but amp bf16 | ours, best (n = 1) |" in section(written(tmp_path, capsys), "### Table 3")
 
 
 # ------------------------------------------------------------------- which record may stand beside which figure
@@ -419,6 +422,30 @@ def test_an_own_data_set_has_a_table_with_its_methods_and_their_settings(write_r
     assert "difference of class mean" in text
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_plain_ib_of_own_data_is_called_so_whatever_the_order_and_number(names, write_record, tmp_path, capsys):
+    """A constant makes another method, even if most rows have it; one that is not in force is not named."""
+    setup = dataclasses.replace(runs.CIFAR, script="folder_train.py", arch="resnet18")
+    with mock.patch.dict(runs.OWN_SETUPS, leaves=setup):
+        run = Run("leaves", "none", 1, "IB")
+        write_record(run, 60.0, 60.0, name=names[0])
+        for seed in range(3):
+            detached = dataclasses.replace(run, seed=seed, variant="detached")
+            write_record(detached, 61.0, 61.0 + seed, name=f"{names[1]}{seed}")
+        write_record(Run("leaves", "none", 1, "CE"), 59.0, 59.0, alpha=5.0)
+    text = section(written(tmp_path, capsys), "## leaves, as the data are")
+    assert [cells(text, name)[1] for name in ("CE", "IB", "IB, but detach_ib True")] == ["1", "1", "3"]
+
+
+def test_crt_is_compared_with_the_ce_whose_last_epoch_it_has_trained_again():
+    ce, crt = (record_of(run, 60.0, 60.0, 60.0) for run in (CE, Run("cifar10", "exp", 100, "CE+cRT")))
+    for record, top1 in ((ce, 60.0), (crt, 60.5)):
+        record["history"][199]["test"]["acc1"] = top1
+    assert share_first_phase(ce, crt)
+    crt["history"][198]["test"]["acc1"] = 61.0
+    assert not share_first_phase(ce, crt)
+
+
 # ---------------------------------------------------------------------------------------- damaged and doubled
 
 
@@ -529,11 +556,19 @@ def test_of_equally_good_epochs_the_first_is_the_best():
     assert best_epoch([{"epoch": epoch, "score": score} for epoch, score in enumerate(scores)])["epoch"] == 1
 
 
+def test_only_epochs_with_the_validation_set_of_the_last_one_may_be_the_best():
+    """A fork may bring other left-out images, or none."""
+    sets = [None, {"seen": 20}, {"seen": 20}, {"seen": 50}, None]
+    history = [{"epoch": epoch, "score": 90.0 - epoch, "val": val} for epoch, val in enumerate(sets)]
+    assert [best_epoch(history[:n])["epoch"] for n in (1, 2, 3, 4, 5)] == [0, 1, 1, 3, 0]
+
+
 def test_the_plateau_is_the_mean_of_the_last_tenth():
     record = record_of(IB, 78.0, 77.0)
     for i, epoch in enumerate(record["history"]):
         epoch["test"]["acc1"] = float(i % 100)
     assert plateau(record["history"])["acc1"] == statistics.fmean(range(80, 100))
+    assert plateau(record["history"][100:])["epochs"] == 20, "of a run whose checkpoint had no history"
     crt = record_of(Run("cifar10", "exp", 100, "CE+cRT"), 60.0, 66.0)
     assert len(crt["history"]) == 210
     for epoch in crt["history"][200:]:

@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from reproduce_command import refused
@@ -15,6 +16,7 @@ import reproduce
 from experiment.parser import parse
 from experiment.settings import recorded
 from paper import records, runs
+from paper.driver import Driver
 from paper.runs import Run
 from training import registry
 from training.recipe import Recipe
@@ -315,6 +317,8 @@ def test_an_own_data_set_of_small_images_is_trained_as_cifar_is(capsys, monkeypa
         ("--epochs 60 --start_ib_epoch 20", {"start_ib_epoch": 20, "milestones": (48, 54)}),
         ("--epochs 60 --milestones 40 50", {"milestones": (40, 50), "lr_factors": (0.01, 0.01), "drw_epoch": 48}),
         ("--epochs 4", {"start_ib_epoch": 2, "milestones": (3,), "lr_factors": (0.01,)}),
+        ("--epochs 4 --lr_factors 0.1 0.2", {"milestones": (3,), "lr_factors": (0.1,)}),
+        ("--epochs 6", {"milestones": (5,), "lr_factors": (pytest.approx(1e-4),)}),
         ("--epochs 60 --schedule cosine", {"schedule": "cosine", "start_ib_epoch": 30}),
     ],
 )
@@ -400,6 +404,17 @@ def test_a_short_run_on_a_folder_has_one_fall_where_two_meet(capsys, monkeypatch
     (line,) = listed(*argv, capsys=capsys)
     settings = parse("folder_train.py", line[2:])
     assert (settings.milestones, settings.lr_factors) == ((3,), (pytest.approx(1e-4),))
+
+
+def test_a_fork_starts_from_a_run_that_has_not_left_the_common_epochs(tmp_path):
+    drw, ce, ib = (Run("cifar10", "exp", 100, method) for method in ("CE+DRW", "CE", "IB"))
+    driver = Driver([drw, ce, ib], tmp_path, tmp_path / "results", SimpleNamespace(), ["--drw_epoch", "80"])
+    for run in (drw, ce):
+        assert driver.fork_point(ib) is None
+        path = tmp_path / "checkpoint" / run.name / "ckpt.epoch100.pth.tar"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert driver.fork_point(ib) == path
 
 
 def test_a_loss_of_the_registry_with_a_first_phase_shares_that_of_ce(monkeypatch, capsys):
