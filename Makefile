@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # the tested versions are of Python 3.11 on x86_64; elsewhere the ranges of requirements.txt decide
 PINNED := $(shell $(PYTHON) -c "import sys, platform; print('-c constraints.txt' if sys.version_info[:2] == (3, 11) and platform.machine() == 'x86_64' else '')")
 
-DEMO = $(BIN)/python cifar_train.py --dataset digits --arch resnet20 --imb_factor 0.02 --batch-size 32 --epochs 40 \
+DEMO = $(BIN)/python cifar_train.py --dataset digits --arch resnet20 --imb_factor 0.01 --batch-size 32 --epochs 40 \
 	--start_ib_epoch 20 --milestones 32 36 --seed 0 --threads 1 --root_log demo/log --root_model demo/checkpoint --overwrite
 
 .PHONY: help setup demo test lint soak verify-weights
@@ -23,10 +23,10 @@ $(VENV)/installed: requirements.txt requirements-ray.txt requirements-dev.txt co
 	touch $@
 
 # IB continues from the checkpoint that the CE run keeps at the epoch where IB starts: phase one is trained once
-demo: $(VENV)/installed  ## train CE and IB on long-tailed digits, print the tables (two to three minutes after the install)
+demo: $(VENV)/installed  ## train CE and IB on long-tailed digits, print the tables (some minutes after the install)
 	$(DEMO) --loss_type CE -p 1000
 	$(DEMO) --loss_type IB --train_rule IBReweight -p 1000 \
-		--resume demo/checkpoint/digits_resnet20_CE_None_exp_0.02_0/ckpt.epoch020.pth.tar
+		--resume demo/checkpoint/digits_resnet20_CE_None_exp_0.01_0/ckpt.epoch020.pth.tar
 
 test: $(VENV)/installed  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
