@@ -5,7 +5,7 @@
     python cifar_train.py --dataset cifar100 --loss_type IB --train_rule IBReweight --start_ib_epoch 100
     python cifar_train.py --resume checkpoint/NAME/ckpt.best.pth.tar -e
 
-The first needs no download and takes a minute or two on a CPU; the second is the paper's main setting; the third
+The first needs no download and takes some minutes on a CPU; the second is the paper's main setting; the third
 evaluates a checkpoint. Logs and figures go to log/<name>, checkpoints to checkpoint/<name>. `--dry_run` prints the
 recipe.
 """
@@ -24,7 +24,7 @@ from loaders.in_memory import InMemoryBatches
 from training.cuda_graph import step_graph
 from training.ema import Ema
 from training.gradients import match_gradient
-from training.loop import evaluate, for_evaluation, train_one_epoch
+from training.loop import evaluate, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
 from training.precision import Precision, on_device
@@ -51,9 +51,8 @@ def main(argv=None):
         )
         train_set, val_set = data.split_validation(long_tailed, settings)
         run.use_data(data.describe(long_tailed, train_set, test_set))  # refused if it is not the checkpoint's
-        size = train_set.image_size
-        test_batches = for_evaluation(InMemoryBatches(test_set, **run.loading), size)
-        val_batches = for_evaluation(InMemoryBatches(val_set, **run.loading), size) if val_set else None
+        test_batches = InMemoryBatches(test_set, **run.loading)
+        val_batches = InMemoryBatches(val_set, **run.loading) if val_set else None
 
         # model
         torch.manual_seed(run.seed)
@@ -73,7 +72,7 @@ def main(argv=None):
         stages = Stages(recipe, model, optimizer, run.class_counts, run.seed, ema, settings.sync_bn, settings.compile)
         mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
         graph = step_graph(run.device, settings.amp, settings.cuda_graph)
-        check_last_batch(model, len(train_set.targets), settings.batch_size, size, settings.sync_bn)
+        check_last_batch(model, train_batches, settings.sync_bn)
         run.restore(model=model, optimizer=optimizer, criterion=stages, scaler=precision, ema=ema)
 
         for epoch in run.epochs():

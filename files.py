@@ -108,7 +108,7 @@ def run_lock(*folders: str | os.PathLike, patience: float = PATIENCE) -> Iterato
             try:
                 stack.enter_context(FileLock(lock).acquire(timeout=patience))
             except Timeout:
-                raise DataError(f"{folder} is in use by {_read(owner)}: a run has one writer") from None
+                raise DataError(f"{folder} is in use by {_read(owner)}: only one process may write to a run") from None
             stack.callback(_remove, lock)  # while it is held: whoever waits for this file sees that it is gone
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             owner.write_text(f"process {os.getpid()} on {platform.node()}, since {since}")

@@ -29,7 +29,7 @@ from loaders.image_folder import ImageFileBatches
 from training.cuda_graph import step_graph
 from training.ema import Ema
 from training.gradients import match_gradient
-from training.loop import evaluate, for_evaluation, train_one_epoch
+from training.loop import evaluate, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
 from training.precision import Precision, on_device
@@ -65,10 +65,9 @@ def main(argv=None):
         )  # fmt: skip
         train_set, val_set = data.split_validation(long_tailed, settings)
         run.use_data(data.describe(long_tailed, train_set, test_set))  # refused if it is not the checkpoint's
-        size = settings.image_size
-        loading = {**run.loading, "image_size": size, "workers": settings.workers}
-        test_batches = for_evaluation(ImageFileBatches(test_set, **loading), size)
-        val_batches = for_evaluation(ImageFileBatches(val_set, **loading), size) if val_set else None
+        loading = {**run.loading, "image_size": settings.image_size, "workers": settings.workers}
+        test_batches = ImageFileBatches(test_set, **loading)
+        val_batches = ImageFileBatches(val_set, **loading) if val_set else None
 
         # model
         torch.manual_seed(run.seed)
@@ -87,7 +86,7 @@ def main(argv=None):
         stages = Stages(recipe, model, optimizer, run.class_counts, run.seed, ema, settings.sync_bn, settings.compile)
         mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
         graph = step_graph(run.device, settings.amp, settings.cuda_graph)
-        check_last_batch(model, len(train_set.targets), settings.batch_size, size, settings.sync_bn)
+        check_last_batch(model, train_batches, settings.sync_bn)
         run.restore(model=model, optimizer=optimizer, criterion=stages, scaler=precision, ema=ema)
 
         for epoch in run.epochs():

@@ -94,11 +94,11 @@ def choose(targets: npt.ArrayLike, counts: Sequence[int], rand_number: int = 0) 
 def hold_out(targets: npt.ArrayLike, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Split positions into a training and a stratified validation part.
 
-    Both parts have an image of every class that has two or more; the only image of a class is a training image.
+    Each class with two or more images has at least one in each part; the only image of a class is a training image.
 
     Args:
         targets: (N,) ints.
-        fraction: share of each class that is held out, in [0, 1); 0 holds out nothing.
+        fraction: share of each class that is held out, in [0, 1), rounded, at least one image; 0 holds out nothing.
         seed: seed of the choice.
 
     Returns:
@@ -186,7 +186,7 @@ class LabelledImages:
         return part
 
     def hold_out(self, fraction: float) -> "tuple[Self, Self]":
-        """(training part, held-out part), see the function `hold_out`. Raises UsageError."""
+        """(training part, held-out part) of the function `hold_out` with seed 0, not the run's. Raises UsageError."""
         kept, held = hold_out(self.targets, fraction)
         return self.subset(kept), self.subset(held)
 
@@ -212,9 +212,8 @@ class LabelledImages:
         available = whole.get_cls_num_list()
         by_class = np.split(np.arange(len(whole.targets)), np.cumsum(available)[:-1])
         counts = class_counts(available, imb_type, imb_factor)
-        part = whole.subset(
-            np.concatenate([indices[n : n + limit] for indices, n in zip(by_class, counts, strict=True)])
-        )
+        spare = [indices[n : n + limit] for indices, n in zip(by_class, counts, strict=True)]
+        part = whole.subset(np.concatenate(spare))
         if not part.targets:
             raise UsageError(f"no image was left out: --imb_factor {imb_factor} keeps all")
         return part

@@ -53,12 +53,13 @@ class IMBALANCECIFAR100(IMBALANCECIFAR10, torchvision.datasets.CIFAR100):
 class IMBALANCEDIGITS(InMemoryImages, Dataset):
     """1,797 handwritten digits of 8 x 8 pixels as 32 x 32 x 3 uint8, 30 % of them (stratified, fixed) for testing.
 
-    Arguments as IMBALANCECIFAR10; `root` and `download` are not used.
+    Arguments as IMBALANCECIFAR10, without `target_transform`; `root` and `download` are not used. Mean and std are
+    CIFAR's.
     """
 
     mean, std, image_size = CIFAR_MEAN, CIFAR_STD, 32
     cls_num = 10
-    flip = False  # a mirrored 2 is no digit
+    flip = False  # a mirrored 2 is not a digit
 
     def __init__(
         self, root: str | os.PathLike | None = None, imb_type: str = "exp", imb_factor: float = 0.01,
@@ -98,11 +99,16 @@ DATASETS: dict[str, Any] = {"cifar10": IMBALANCECIFAR10, "cifar100": IMBALANCECI
 
 def load(
     name: str, data_dir: str | os.PathLike, imb_type: str = "exp", imb_factor: float = 0.01, rand_number: int = 0
-) -> tuple[Any, Any]:
-    """(training set, test set) of a name in DATASETS; downloads what is missing, one process at a time.
+) -> tuple[InMemoryImages, InMemoryImages]:
+    """(long-tailed training set, whole test set); downloads missing data, one process at a time.
+
+    Args:
+        name: a key of `DATASETS`.
+        data_dir: folder that holds, or receives, the archive; not used for the digits.
+        imb_type, imb_factor, rand_number: see `imbalance.class_counts` and `imbalance.choose`.
 
     Raises:
-        UsageError: an imbalance that cannot be, see `imbalance.class_counts`.
+        UsageError: see `imbalance.class_counts`.
         DataError: data that are missing or damaged and cannot be downloaded.
     """
     dataset = DATASETS[name]

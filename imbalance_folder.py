@@ -7,7 +7,6 @@ DIR/val/<class>/*      test images, or DIR/test/<class>/*; without them a part o
 import csv
 import functools
 import os
-import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -25,13 +24,13 @@ from utils import DataError, UsageError, named, warn
 IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 
-#: How the names of images end, in small letters: torchvision's, two more of JPEG, and AVIF.
+#: File name extensions of images, in lower case: torchvision's, two more of JPEG, and AVIF.
 EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".avif")
-#: Folders of thumbnails and of deleted files, which are as hidden as those whose names begin with a dot.
+#: Folders of thumbnails and of deleted files. They are skipped, as are names that begin with a dot.
 HIDDEN = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX")
 #: Folders that are parts of a data set, so that none of them is a class.
 PARTS = ("train", "training", "val", "valid", "validation", "test", "testing", "images")
-#: Largest share of damaged images that is left out.
+#: Largest share of damaged images that `skip_damaged` leaves out; more are an error.
 MAX_DAMAGED = 0.05
 
 # Pillow warns of large images, palettes and odd EXIF data without the file's name, and decodes them anyway
@@ -80,7 +79,8 @@ def share_to_test(
     is left, so that --val_fraction alone makes three parts of one folder.
 
     Raises:
-        UsageError: no folder, or no test images at all.
+        UsageError: no folder, no test images at all, a `val_list` without a `train_list`, or a `test_fraction`
+            although the data have test images of their own.
     """
     if val_list and not train_list:
         raise UsageError("--val_list needs --train_list")
@@ -106,18 +106,20 @@ def load(
         check_images, skip_damaged: decode every image now, with `workers` threads, see `check_all`.
         exif: see `open_image`.
         mean, std: of the three channels, in [0, 1] units; None: ImageNet's.
-        classes: of the checkpoint that is evaluated. Without training images, and with a `val_list` alone, the training
-            set is empty then, and all images are tested: those of test/, val/ or the list, or those of data_dir itself.
+        classes: for an evaluation, the checkpoint's classes. Without train/ and `train_list`, or with a `val_list`
+            alone, the training set is empty, and the images of the list, val/, test/ or data_dir itself are tested.
 
     Raises:
-        UsageError: an imbalance or a test part that cannot be. DataError: missing or damaged data.
+        UsageError: see `imbalance.class_counts` and `imbalance.hold_out`; no folder or no test images.
+        DataError: missing or damaged data.
     """
     has_train = train_list or (not val_list and os.path.isdir(os.path.join(data_dir, "train")))
     test_only = classes is not None and not has_train
     own = _test_source(data_dir, train_list, val_list, test_fraction or test_only)
+    holds_out = test_fraction and not (test_only and own)
     if not (train_list or val_list):
-        _warn_of_unused(data_dir, None if test_fraction else own)
-    if test_only and (own or not test_fraction):
+        _warn_of_unused(data_dir, None if holds_out else own)
+    if test_only and not holds_out:
         test = read_list(val_list, data_dir, classes) if val_list else read_folder(own or data_dir, classes)
         train = test.subset([])
     else:
@@ -139,13 +141,13 @@ def ready(
     train: ImageSet, test: ImageSet, source: str | None, imb_type: str, imb_factor: float, rand_number: int,
     check_images: bool, workers: int, skip_damaged: bool,
 ) -> tuple[ImageSet, ImageSet]:  # fmt: skip
-    """Both parts as a run takes them: the imbalance made, the images decoded if that is asked for, the classes checked.
+    """Make the imbalance and check both parts; decode every image if `check_images` or `skip_damaged` is set.
 
     Warns of test images that are training images too, and of classes without test images.
 
     Args:
-        source: where test images come from that are not held out; None: they are.
-        The others, and what is raised: see `load`.
+        source: the folder or list of the test images, for the warning; None: they are held out of the training images.
+        The others, and the errors: see `load`.
     """
     real = functools.cache(os.path.realpath)  # of folders: a look at each training image would take minutes
     known = {os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in train.paths}
@@ -195,8 +197,9 @@ def _warn_of_unused(data_dir, tested):
     for name in PARTS:
         folder = os.path.join(data_dir, name)
         if name not in ("train", "images") and folder != tested and os.path.isdir(folder):
+            how = "evaluate on it" if tested else "to evaluate on it, move it to NEW/val/ and run"
             test_set = tested or "a part of the training images"
-            warn(f"{folder} is not used, {test_set} is the test set: evaluate on it with -e --data_dir {folder}")
+            warn(f"{folder} is not used, {test_set} is the test set: {how} -e --data_dir {folder if tested else 'NEW'}")
 
 
 def _training_folder(data_dir):
@@ -208,14 +211,12 @@ def _training_folder(data_dir):
     parts = [name for name in names if name.lower() in PARTS]
     if parts or not names:
         beside = f" beside {named(parts)}/" if parts else ""
-        raise DataError(f"no folder {folder}{beside}: it holds a folder for each class")
+        raise DataError(f"no folder {folder}{beside}: it must hold a folder for each class")
     warn(f"no train/ in {data_dir}: its folders are the classes")
     return data_dir
 
 
-def check_all(
-    train: ImageSet, test: ImageSet, workers: int = 0, skip_damaged: bool = False
-) -> tuple[ImageSet, ImageSet]:
+def check_all(train: ImageSet, test: ImageSet, workers: int, skip_damaged: bool) -> tuple[ImageSet, ImageSet]:
     """Decode every image of both parts, with several threads. `skip_damaged`: the parts without those that are damaged.
 
     Raises:
@@ -267,14 +268,14 @@ def read_folder(folder: str, classes: Sequence[str] | None = None) -> ImageSet:
     folders = sorted(name for name in folders if not _is_hidden(name))
     if not folders:
         raise DataError(f"no class folders in {folder}")
-    skipped = Counter({"links that lead nowhere": sum(not os.path.exists(os.path.join(folder, k)) for k in others)})
+    skipped = Counter({"broken links": sum(not os.path.exists(os.path.join(folder, k)) for k in others)})
     samples = [(name, path) for name in folders for path in _walk(os.path.join(folder, name), skipped)]
     _warn_of_skipped(folder, skipped)
     _check_names(folder, [*folders, *(classes or ())])
     label = {name: k for k, name in enumerate(folders if classes is None else classes)}
     foreign = sorted({name for name, _ in samples} - set(label))
     if foreign:
-        raise DataError(f"{folder} has classes that no training images have: {named(foreign)}")
+        raise DataError(f"{folder} has classes without training images: {named(foreign)}")
     return ImageSet([path for _, path in samples], [label[name] for name, _ in samples], label)
 
 
@@ -378,13 +379,13 @@ def listed_files(source: str | os.PathLike, root: str | os.PathLike, names: Iter
 
 def _lines(path):
     try:
-        with open(path, "rb") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             content = file.read()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if content[:2] in ("\udcff\udcfe", "\udcfe\udcff"):
         raise DataError(f"{path} is UTF-16: save it as UTF-8")
-    return re.split(r"\r\n|\r|\n", content.decode("utf-8-sig", errors="surrogateescape"))  # as files have lines
+    return content.split("\n")  # not splitlines, which splits at \f, \v and U+2028 too
 
 
 def _text_rows(path):
@@ -398,18 +399,22 @@ def _text_rows(path):
 
 
 def _csv_rows(path):
-    reader = csv.DictReader(_lines(path), skipinitialspace=True)
-    if not {"image", "label"} <= set(reader.fieldnames or ()):
-        header = ",".join(reader.fieldnames or ())
-        raise DataError(f"{path}: the first line must be image,label, separated by a comma: it is {header[:80]!r}")
+    def fields(number, line):  # of this line alone: a quote that is left open would swallow the next ones
+        try:
+            return next(csv.reader([line], skipinitialspace=True, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path}, line {number}: {error}: a quote must end in its line") from None
+
+    header, *lines = (fields(number, line) for number, line in enumerate(_lines(path), 1))
+    if not {"image", "label"} <= set(header):
+        text = ",".join(header)[:80]
+        raise DataError(f"{path}: the first line must be image,label, separated by a comma: it is {text!r}")
     rows = []
-    try:
-        for row in reader:
-            rows.append((row["image"], (row["label"] or "").strip()))
-            if not all(rows[-1]):
-                raise DataError(f"{path}, line {reader.line_num}: an image and its label are wanted")
-    except csv.Error as error:  # a quote that is never closed
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+    for number, line in enumerate(lines, 2):
+        row = dict(zip(header, line, strict=False))
+        rows += [(row.get("image"), row.get("label", "").strip())] if row else []
+        if row and not all(rows[-1]):
+            raise DataError(f"{path}, line {number}: a row needs an image and its label")
     return rows
 
 

@@ -21,9 +21,9 @@ def load(
     """(training set, validation set); classes in the order of their ids. Arguments: see `imbalance_folder.load`.
 
     Raises:
-        UsageError: an imbalance that cannot be.
-        DataError: annotations that are missing or malformed, images that are missing, listed twice or not in one class,
-            a class without training images, damaged images that were looked for.
+        UsageError: see `imbalance.class_counts`.
+        DataError: annotations that are missing or malformed, images that are missing, duplicated or not in one class,
+            a class without training images, damaged images if they are checked.
     """
     paths = [os.path.join(data_dir, name) for name in (TRAIN, VAL)]
     annotated = [read_annotations(path) for path in paths]

@@ -1,4 +1,4 @@
-"""Tiny ImageNet with a long-tailed training part. As a command it puts the archive in order, every image checked:
+"""Tiny ImageNet with a long-tailed training part. As a command it arranges the archive by class and checks all images:
 
     python imbalance_tinyimagenet.py --data_dir data
     python imbalance_tinyimagenet.py --data_dir data --zip tiny-imagenet-200.zip
@@ -52,7 +52,7 @@ class TINYIMAGENET(LabelledImages, ImageFolder):
     ) -> None:
         if os.path.isdir(os.path.join(root, "images")):
             raise DataError(
-                f"{root} is as the archive has it, not by class: run python imbalance_tinyimagenet.py "
+                f"{root} is not arranged by class: run python imbalance_tinyimagenet.py "
                 f"--data_dir {os.path.dirname(os.path.dirname(os.path.abspath(root)))} once"
             )
         super().__init__(root, transform, target_transform)
@@ -100,7 +100,7 @@ def load(
     """(training set, test set), as file names; the archive is downloaded and put in order where it is not yet.
 
     Raises:
-        UsageError: an imbalance that cannot be, see `imbalance.class_counts`. DataError: missing or damaged data.
+        UsageError: see `imbalance.class_counts`. DataError, FileNotFoundError: see `arrange`.
     """
     folder, _ = arrange(data_dir)
     train = IMBALANETINYIMGNET(os.path.join(folder, "train"), imb_type, imb_factor, rand_number)
@@ -115,10 +115,10 @@ def load(
 def arrange(
     data_dir: str | os.PathLike, archive: str | os.PathLike | None = None, check_images: bool = False
 ) -> tuple[str, bool]:
-    """Leave data_dir/tiny-imagenet-200 with train/<wnid>/ and val/<wnid>/, whatever it was before.
+    """Arrange data_dir/tiny-imagenet-200 by class: train/<wnid>/ and val/<wnid>/.
 
-    A folder that is there is taken as it is, raw or arranged or half-arranged, and the archive is not read.
-    An archive is unpacked and arranged beside its place, and moved there when it is whole.
+    An existing folder is used, arranged or not, and the archive is not read. An archive is unpacked and arranged in a
+    temporary folder, which is renamed when it is complete.
 
     Args:
         data_dir: holds the folder, or receives it.
@@ -130,6 +130,7 @@ def arrange(
 
     Raises:
         DataError: the archive or the folder is damaged or incomplete; the message names the first file.
+        FileNotFoundError: a folder without train/ or val/, or with a class without images.
     """
     folder = os.path.join(data_dir, FOLDER)
     if archive is not None and not os.path.isfile(archive):
@@ -217,7 +218,7 @@ def _unpack(archive, to):
                 raise DataError(f"{archive} holds no {FOLDER}/: it is not Tiny ImageNet")
             opened.extractall(to)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{archive} is damaged, or no zip archive ({error})") from None
+        raise DataError(f"{archive} is damaged, or not a zip archive ({error})") from None
     whole = os.path.join(to, FOLDER)
     try:
         _order_by_class(os.path.join(whole, "val"))

@@ -53,6 +53,10 @@ def inverse_frequency_weights(class_counts: ClassCounts, empty: str = "error") -
     Returns:
         (K,) float32 tensor.
 
+    Raises:
+        TypeError: class counts that are not numbers.
+        ValueError: a shape other than (K,), keys other than 0 to K-1, a count below 1 that `empty` does not allow.
+
     >>> inverse_frequency_weights([3, 1])
     tensor([0.5000, 1.5000])
     >>> inverse_frequency_weights({0: 3, 1: 0, 2: 1}, empty="zero")
@@ -63,16 +67,26 @@ def inverse_frequency_weights(class_counts: ClassCounts, empty: str = "error") -
 
 
 def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999, empty: str = "error") -> Tensor:
-    """CB reweighting: (1 - beta) / (1 - beta ** n_k), scaled to sum to K (Cui et al., CVPR 2019); (K,) float32.
+    """CB reweighting: (1 - beta) / (1 - beta ** n_k), scaled to sum to K (Cui et al., CVPR 2019).
 
-    Args: beta in [0, 1), 0 gives equal weights; empty: see `inverse_frequency_weights`. Classes of many more images
-    than 1 / (1 - beta) are weighted alike.
+    Args:
+        class_counts, empty: see `inverse_frequency_weights`.
+        beta: in [0, 1); 0 gives equal weights. Classes of many more images than 1 / (1 - beta) are weighted alike.
+
+    Returns:
+        (K,) float32 tensor.
+
+    Raises:
+        ValueError: beta outside [0, 1). The others: see `inverse_frequency_weights`.
     """
     return _sum_to_k(effective_number_rates(class_counts, beta, empty))
 
 
 def effective_number_rates(class_counts: ClassCounts, beta: float = 0.9999, empty: str = "error") -> Tensor:
-    """(1 - beta) / (1 - beta ** n_k), unscaled, (K,) float64: also the sampling rates of Resample."""
+    """(1 - beta) / (1 - beta ** n_k), unscaled, (K,) float64, 0 for a class without images.
+
+    Also the sampling rates of Resample. Arguments and errors: see `effective_number_weights`.
+    """
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), got {beta}")
     counts = _counts(class_counts, empty)
@@ -81,7 +95,10 @@ def effective_number_rates(class_counts: ClassCounts, beta: float = 0.9999, empt
 
 
 def log_prior(class_counts: ClassCounts, empty: str = "error") -> Tensor:
-    """Logarithm of each class's share of the training images, (K,) float64; -1e6 for a class without images."""
+    """Logarithm of each class's share of the training images, (K,) float64; -1e6 for a class without images.
+
+    Arguments and errors: see `inverse_frequency_weights`.
+    """
     counts = _counts(class_counts, empty)
     return (counts / counts.sum()).log().where(counts > 0, -1e6)
 
@@ -146,7 +163,7 @@ def _widen(x):
 def _by_class(values, logits, name):
     """(K,) as (K, 1, ...), for products and sums with logits (N, K, ...). Raises ValueError for another length."""
     if values.numel() != logits.shape[1]:
-        raise ValueError(f"{values.numel()} {name} beside logits of {logits.shape[1]} classes")
+        raise ValueError(f"{values.numel()} {name} for logits of {logits.shape[1]} classes")
     return values.to(logits).reshape(-1, *[1] * (logits.ndim - 2))
 
 
@@ -198,21 +215,24 @@ class Loss(nn.Module):
         weight: (K,) class weights, or None. A soft target y weights its sample by sum_k y_k w_k, so the loss is still
             smallest at p = y. (torch weights each class's term instead: beside 1 / n weights a smoothed head class
             is then taught as the tail.) A buffer, so that `.to(device)` moves it.
-        reduction: 'mean', 'sum', or 'none': the loss of each sample, (N, d1, ...).
+        reduction: 'mean', 'sum', or 'none': the loss of each sample, (N, d1, ...). As in torch the mean is NaN where
+            no sample counts.
         ignore_index: a class index that does not count.
-        label_smoothing: as torch's, the target becomes (1 - s) * y + s / K; the sample keeps the weight of its label.
+        label_smoothing: s in [0, 1]. As in torch the target becomes (1 - s) * y + s / K; the sample keeps the weight
+            of its label.
 
     Raises:
-        ValueError: a target of another shape, several labels a sample, one logit; on a GPU whether soft targets are
-            probabilities is looked at in the first batch only, since it waits for the device.
+        ValueError: at construction: an argument outside its range. In a call: a target of another shape, logits of one
+            class, class weights of another number, soft targets that are not probabilities. On a GPU soft targets are
+            checked in the first batch only, since the check waits for the device.
     """
 
     weight: Tensor | None
     needs_features = False
-    #: whether `set_alpha` is to be called before the loss is trained on, and the alpha in force: of the IB losses
+    #: of the IB losses only: whether `set_alpha` must be called before training, and the current alpha
     needs_alpha = False
     current_alpha: Any = None
-    #: a loss that cannot take probabilities says so, and mixup is refused
+    #: False: probabilities as target are an error, and so is mixup
     accepts_soft_targets = True
     #: whether a mean divides by the sum of the samples' weights, or by their number
     divides_by_weights = True
@@ -253,8 +273,7 @@ class Loss(nn.Module):
 
         The mean over a batch, or over several that share one, is loss.sum() / count.sum().
         """
-        loss, count, _ = self.per_sample_and_factor(logits, target, features)
-        return loss, count
+        return self.per_sample_and_factor(logits, target, features)[:2]
 
     def per_sample_and_factor(
         self, logits: Tensor, target: Tensor, features: Tensor | None = None
@@ -268,7 +287,7 @@ class Loss(nn.Module):
             return loss.where(kept, 0.0), count.where(kept, 0.0), None if factor is None else factor.detach()
 
     def calibrate(self, *batch: Any, **options: Any) -> None:
-        """Nothing; see `IBLoss`."""
+        """Do nothing. `IBLoss` overrides it."""
 
     def _loss(self, logits, target, weight):
         """The loss of each sample, (N, ...); weight: (N, ...) or None."""
@@ -287,14 +306,12 @@ class Loss(nn.Module):
         shape = logits.shape if soft else logits.shape[:1] + logits.shape[2:]
         if logits.ndim < 2 or target.shape != shape:
             raise ValueError(
-                "target must be class indices (N, ...) or probabilities (N, K, ...) beside logits (N, K, ...), got "
-                f"{str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)} beside "
-                f"{tuple(logits.shape)}; several labels a sample (multi-label) need torch.nn.BCEWithLogitsLoss"
+                "target must be class indices (N, ...) or probabilities (N, K, ...) for logits (N, K, ...), got "
+                f"{str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)} for logits of shape "
+                f"{tuple(logits.shape)}; several labels per sample (multi-label) need torch.nn.BCEWithLogitsLoss"
             )
         if logits.shape[1] < 2:
-            raise ValueError(
-                "logits of one class: give each of the two classes its logit, or use torch.nn.BCEWithLogitsLoss"
-            )
+            raise ValueError("logits of one class: give each of the two its logit, or use torch.nn.BCEWithLogitsLoss")
         if soft:
             self._check_probabilities(target)
             target, kept = target.to(logits.dtype), torch.ones((), dtype=torch.bool, device=logits.device)
@@ -318,7 +335,7 @@ class Loss(nn.Module):
         # half-precision rows do not sum to 1 exactly
         if not (((target.float().sum(1) - 1).abs() < 0.01).all() and (target >= 0).all()):
             raise ValueError(
-                "soft targets must be probabilities that sum to 1 over the classes; several labels a sample, or none "
+                "soft targets must be probabilities that sum to 1 over the classes; several labels per sample, or none "
                 "(multi-label), need torch.nn.BCEWithLogitsLoss"
             )
 
@@ -339,7 +356,14 @@ class FocalLoss(Loss):
     The official IB code multiplies by 10 and takes p after the class weight; both are kept. Gamma 0 is `scale` times
     the plain mean of w_y * CE. For soft targets CE is theirs, so the loss is smallest where CE is.
 
-    Raises ValueError for a negative gamma and for a scale that is not over 0.
+    Args:
+        weight: (K,) class weights, or None.
+        gamma: exponent, 0 or more. The default 0 is the official class's; the scripts pass --gamma, 1.
+        scale: factor of the loss, over 0.
+        options: see `Loss`.
+
+    Raises:
+        ValueError: a gamma or a scale outside its range; see `Loss`.
     """
 
     divides_by_weights = False
@@ -363,10 +387,14 @@ class LDAMLoss(Loss):
 
     Args:
         cls_num_list: K training-set counts.
-        s: scale of the logits, which are cosines: the model's last layer is `models.NormedLinear`.
+        max_m: margin of the smallest class, 0 or more.
+        weight: (K,) class weights, or None.
+        s: scale of the logits, over 0. The logits must be cosines: the model's last layer is `models.NormedLinear`.
         empty: 'error', or 'zero': classes without images have no margin.
+        options: see `Loss`.
 
-    Raises ValueError for a negative max_m and for an s that is not over 0.
+    Raises:
+        ValueError: max_m or s outside its range; see `inverse_frequency_weights` and `Loss`.
     """
 
     def __init__(
@@ -395,7 +423,12 @@ class VSLoss(Loss):
     Args:
         cls_num_list: K training-set counts; the prior is their share.
         gamma, tau: 0 or more. The defaults are those of the official command for CIFAR-10-LT.
+        weight: (K,) class weights, or None.
         empty: 'error', or 'zero': with tau over 0 classes without images take no part in training.
+        options: see `Loss`.
+
+    Raises:
+        ValueError: a negative gamma or tau; see `inverse_frequency_weights` and `Loss`.
     """
 
     def __init__(
@@ -515,7 +548,7 @@ class AutoAlpha(nn.Module):
 
     @torch.no_grad()
     def set(self, value: float) -> None:
-        """Take this value, and count it as found."""
+        """Set the alpha, a positive number, and mark it as measured."""
         self.value.fill_(value)
         self.sums[2] = 1
 
@@ -535,16 +568,19 @@ class IBLoss(Loss):
             .002 to .003, hence 1000. 'auto': see auto_target.
         epsilon: added to the influence, so that a fitted sample does not get an infinite weight.
         norm, raw_features: see `influence`.
-        detach: no gradient through the factor. The official code lets it through.
-        auto_target: what alpha 'auto' matches. 'ce': the size of plain CE without class weights, and 'ib': that of
-            this loss as published (the same class weights, L1 norm, alpha 1000, epsilon 1e-3), over the first 20
-            batches with gradients in training mode; norm 'none' (with L1 norms as features) is then class weights
-            alone at the size of IB. 'gradient': alpha is 1 until `set_alpha` sets it.
-        auto_ratio: with 'gradient', how large the gradient is to be beside that of plain CE; for whoever measures it.
+        detach: no gradient through the factor. The official code does not detach.
+        auto_target: what alpha 'auto' matches.
+            'ce': the loss value of plain CE without class weights.
+            'ib': the loss value of this loss as published: the same class weights, L1 norm, default alpha and epsilon.
+            'gradient': nothing by itself. Alpha is 1 until `set_alpha` sets it.
+            'ce' and 'ib' are measured over the first 20 batches in training mode with gradients. With norm 'none' and
+            L1 norms as features, 'ib' gives class weights alone at the size of IB.
+        auto_ratio: with 'gradient', the wanted norm of the gradient over that of plain CE. The loss only keeps it, for
+            the code that measures the gradients (`training.gradients.match_gradient`).
 
     Raises:
-        ValueError: unknown norm, alpha or auto_ratio not over 0, negative epsilon; auto_target 'ib' beside features in
-            another norm.
+        ValueError: unknown norm or auto_target, alpha or auto_ratio not over 0, negative epsilon; auto_target 'ib' with
+            features in another norm than L1; in a call, features of another shape. See `Loss` for the others.
 
     >>> criterion = IBLoss(alpha=1.0, epsilon=0.0)
     >>> round(criterion(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([2.0])).item(), 4)   # log 2 / (1 * 2)
@@ -595,13 +631,14 @@ class IBLoss(Loss):
 
     @property
     def needs_alpha(self) -> bool:  # type: ignore[override]
-        """Whether alpha is to be found by a measurement, and has not been. Waits for the device."""
+        """Whether auto_target is 'gradient' and `set_alpha` has not been called yet. Waits for the device."""
         return self.auto is not None and self.auto_target == "gradient" and not self.auto.sums[2] > 0
 
     def set_alpha(self, value: float) -> None:
         """Set the alpha that a measurement found (auto_target 'gradient'); it is in the state dict from then on.
 
-        Raises ValueError: alpha is no 'auto' with auto_target 'gradient', or a value that is not over 0 and finite.
+        Raises:
+            ValueError: alpha is not 'auto', auto_target is not 'gradient', or a value that is not over 0 and finite.
         """
         if self.auto is None or self.auto_target != "gradient":
             raise ValueError("set_alpha needs alpha='auto' and auto_target='gradient'")
@@ -643,8 +680,15 @@ class IBLoss(Loss):
 class IB_FocalLoss(IBLoss):  # noqa: N801 (the published name)
     """IB with the focal loss inside: (1 - p) ** gamma * w_y * CE * factor, p = exp(-w_y * CE).
 
-    Arguments as IBLoss, and gamma; `detach` is of the IB factor only. Gamma 0 is `IBLoss`. With soft targets KL takes
-    the place of CE in both, so that p = y is again the only stationary point.
+    With soft targets KL takes the place of CE in both, so that p = y is again the only stationary point.
+
+    Args:
+        gamma: exponent, 0 or more; 0 gives `IBLoss`. By position it comes third, before `epsilon`.
+        detach: no gradient through the IB factor; the focal factor keeps its gradient.
+        The others: see `IBLoss`.
+
+    Raises:
+        ValueError: a negative gamma; see `IBLoss`.
     """
 
     def __init__(

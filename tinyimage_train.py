@@ -25,7 +25,7 @@ from loaders.in_memory import InMemoryBatches
 from training.cuda_graph import step_graph
 from training.ema import Ema
 from training.gradients import match_gradient
-from training.loop import evaluate, for_evaluation, train_one_epoch
+from training.loop import evaluate, train_one_epoch
 from training.mixup import Mixup
 from training.optimizer import make_optimizer
 from training.precision import Precision, on_device
@@ -62,8 +62,7 @@ def main(argv=None):
             how = {"crop": settings.crop, "augment": augment, "workers": settings.workers}
             return ImageFileBatches(images, image_size=size, **how, **run.loading)
 
-        test_batches = for_evaluation(batches(test_set), size)
-        val_batches = for_evaluation(batches(val_set), size) if val_set else None
+        test_batches, val_batches = batches(test_set), batches(val_set) if val_set else None
 
         # model
         torch.manual_seed(run.seed)
@@ -83,7 +82,7 @@ def main(argv=None):
         stages = Stages(recipe, model, optimizer, run.class_counts, run.seed, ema, settings.sync_bn, settings.compile)
         mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
         graph = step_graph(run.device, settings.amp, settings.cuda_graph)
-        check_last_batch(model, len(train_set.targets), settings.batch_size, size, settings.sync_bn)
+        check_last_batch(model, train_batches, settings.sync_bn)
         run.restore(model=model, optimizer=optimizer, criterion=stages, scaler=precision, ema=ema)
 
         for epoch in run.epochs():

@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -21,30 +21,29 @@ if TYPE_CHECKING:
 
 
 class UsageError(ValueError):
-    """A wrong value or a combination that cannot work: of a command one line, exit status 2."""
+    """A wrong value, or values that cannot be used together. A command prints one line and exits with status 2."""
 
 
 class DataError(Exception):
-    """Missing, damaged or foreign data, a checkpoint or a folder that cannot be used: one line, exit status 1."""
+    """Data, a checkpoint or a folder that cannot be used. A command prints one line and exits with status 1."""
 
 
 class NothingToDo(Exception):
-    """What was asked for is done already: a line on standard output, exit status 0."""
+    """Nothing is left to do. A command prints one line on standard output and exits with status 0."""
 
 
 def warn(message: str) -> None:
-    """A line on standard error that starts with 'warning:'; of torchrun's ranks the first one says it."""
+    """Print 'warning: message' as one line on standard error. Under torchrun only rank 0 prints."""
     if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         return
     print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
-def command(main):
+def command(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a script's main(argv): errors become one line on standard error and an exit status.
 
-    UsageError ends with status 2; DataError, a refused write and too little memory with 1; SIGTERM with 143, a terminal
-    that was closed (SIGHUP) with 129, Ctrl-C with 130, a reader of the output that has gone with 141, as `git log |
-    head` does. NothingToDo is printed; the status is 0.
+    NothingToDo exits with status 0, UsageError with 2, DataError, an OSError or too little memory with 1. Ctrl-C exits
+    with 130, SIGTERM with 143, SIGHUP (a closed terminal) with 129, a closed pipe with 141. Other errors are raised.
     """
 
     @functools.wraps(main)
@@ -113,7 +112,11 @@ def one_line(text: object) -> str:
 
 
 def named(names: Sequence[str], separator: str = ", ") -> str:
-    """The first few names, safe to print, and how many more there are."""
+    """The first five names, joined and safe to print, and the number of the others.
+
+    >>> named("abcdefg")
+    'a, b, c, d, e and 2 more'
+    """
     limit = 5
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return separator.join(one_line(name) for name in names[:limit]) + more
@@ -126,7 +129,7 @@ HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {one_line(message)} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -134,15 +137,20 @@ class Parser(argparse.ArgumentParser):
 def number(
     kind: type, low: float | None = None, high: float | None = None, above: float | None = None
 ) -> Callable[[str], Any]:
-    """An argparse type: a finite number within bounds."""
+    """An argparse type: a finite number within bounds.
+
+    Args:
+        kind: int or float.
+        low, high: smallest and largest number allowed; None: no bound.
+        above: a bound that is not allowed itself.
+    """
 
     def convert(text):
         value = kind(text)
         inside = abs(value) < math.inf and (low is None or value >= low) and (above is None or value > above)
         if not inside or (high is not None and value > high):
-            bounds = [f"over {above}" if above is not None else "", f"at least {low}" if low is not None else ""]
-            bounds.append(f"at most {high}" if high is not None else "")
-            wanted = " and ".join(b for b in bounds if b) or "finite"
+            bounds = {"over": above, "at least": low, "at most": high}
+            wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None) or "finite"
             raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be {wanted}")
         return value
 
@@ -151,7 +159,7 @@ def number(
 
 
 def path(text: str) -> str:
-    """An argparse type: a path, which an unset shell variable is not."""
+    """An argparse type: a path. An empty value is an error, such as that of an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("an empty value")
     return text
@@ -182,7 +190,7 @@ def choose_device(gpu: int | None = None) -> "torch.device":
     Returns the CPU for an index on a machine without CUDA (the script warns).
 
     Raises:
-        UsageError: an index beyond the cards that are there, or a negative one.
+        UsageError: a negative index, or one that is not below the number of CUDA devices.
     """
     import torch
 

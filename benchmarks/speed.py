@@ -65,7 +65,7 @@ class Loops:
         self.plain, self.loop, self.graphs = plain, loop, {}
         self.train_set, self.test_set = synthetic(train_size), synthetic(test_size)
         self.train_batches = InMemoryBatches(self.train_set, BATCH, device)
-        self.test_batches = loop.for_evaluation(InMemoryBatches(self.test_set, BATCH, device), 32)
+        self.test_batches = InMemoryBatches(self.test_set, BATCH, device)
         sgd = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=2e-4, fused=True)
         self.plain_model = plain.out_of_place(models.resnet32(CLASSES)).to(device)
         self.plain_optimizer = sgd(self.plain_model.parameters(), fused=False)

@@ -77,7 +77,7 @@ def load(path: str) -> dict:
 def load_foreign(path: str) -> dict[str, torch.Tensor]:
     """The weights in a file that any program has saved: at the top, or below one of WEIGHTS. Loaded as by `load`.
 
-    What is no tensor, and the counter of torch's AveragedModel, is left out.
+    Entries that are not tensors, and the counter of torch's AveragedModel, are left out.
 
     Raises:
         DataError: missing, damaged, or without weights.
@@ -136,9 +136,7 @@ def load_weights(model: torch.nn.Module, state_dict: dict, path: str, new_head: 
     own = model.state_dict()
     weights, is_left = plain_names(state_dict, own), False
     if new_head is not None:
-        head, theirs = (
-            {name: tensor for name, tensor in of.items() if name.startswith(f"{new_head}.")} for of in (own, weights)
-        )
+        head, theirs = ({k: t for k, t in of.items() if k.startswith(f"{new_head}.")} for of in (own, weights))
         is_left = {name: t.shape for name, t in head.items()} != {name: t.shape for name, t in theirs.items()}
         if is_left:
             weights = {name: tensor for name, tensor in weights.items() if name not in theirs} | head

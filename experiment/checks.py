@@ -4,30 +4,28 @@ import copy
 
 import torch
 
-from loaders import batch_slices
+from loaders import Batches, batch_slices
 from training import distributed
 from utils import UsageError
 
 
-def check_last_batch(
-    model: torch.nn.Module, images: int, batch_size: int, image_size: int, sync_bn: bool = False
-) -> None:
-    """Refuse a batch of one image, on any rank, where batch norm cannot take it.
+def check_last_batch(model: torch.nn.Module, batches: Batches, sync_bn: bool = False) -> None:
+    """Raise UsageError for a batch of one image, on any rank, where batch norm cannot take it.
 
     Args:
-        images: of the training set. batch_size: over all ranks. image_size: side of the images.
-
-    Raises:
-        UsageError: see above.
+        model: on its device; a copy is tried.
+        batches: of training, whose size is that of all ranks together.
+        sync_bn: batch norm is over the images of all ranks.
     """
-    ranks = 1 if sync_bn else distributed.world_size()  # which normalises all ranks' images together
+    ranks = 1 if sync_bn else distributed.world_size()
+    images, batch_size, size = len(batches.targets), batches.batch_size, batches.image_size
     sizes = {part.stop - part.start for rank in range(ranks) for part in batch_slices(images, batch_size, rank, ranks)}
     if 1 not in sizes:
         return
     try:
         with torch.no_grad():
             device = next(model.parameters()).device
-            copy.deepcopy(model).train()(torch.zeros(1, 3, image_size, image_size, device=device))
+            copy.deepcopy(model).train()(torch.zeros(1, 3, size, size, device=device))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

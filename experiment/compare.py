@@ -11,7 +11,10 @@ from utils import DataError, UsageError, warn
 
 
 def differing(mine: Settings, theirs: Settings, names: tuple[str, ...]) -> str | None:
-    """Those of the settings `names` that differ, as text, or None; what is not given here agrees."""
+    """The settings among `names` that differ, as text, or None.
+
+    A `seed` or `num_classes` of None, here or there, agrees with any value.
+    """
     found = []
     for name in sorted(names):
         here, there = getattr(mine, name), getattr(theirs, name)
@@ -68,8 +71,8 @@ def refuse_or_force(settings: Settings, what: str) -> None:
 
 def warn_of_rounding(settings: Settings, state: Mapping[str, Any], path: str) -> None:
     """Warn where a checkpoint was made with other threads or processes."""
-    same = "the same run, but not to the last bit"
-    other = "batch norm, if the model has any, is over other images (--sync_bn: over the whole batch)"
+    same = "the same run, but not bit for bit"
+    other = "batch norm statistics are of other images (with --sync_bn: of the whole batch)"
     for name, effect in (("threads", same), ("processes", same if settings.sync_bn else other)):
         here, there = getattr(settings, name), (state.get("settings") or {}).get(name)
         if there not in (None, here):

@@ -7,18 +7,25 @@ from typing import Any
 from experiment.compare import refuse_or_force
 from experiment.resume import Start
 from experiment.settings import Settings
-from files import files_sha256, write_text
-from imbalance import count_classes, split_sha256
+from files import files_sha256
+from imbalance import split_sha256
 from loaders.augment import CROPS
-from utils import DataError, NothingToDo, UsageError, named, warn
+from utils import DataError, UsageError, named, warn
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run's data are: class names in the data set and as they are printed, training images of each class, the
-    indices of the images that are trained on, checksums of the images chosen (before a part of them is held out) and
-    of the image files (None in memory, where torchvision checks md5), the test images (files, or their numbers in the
-    data set), and what the model sees of an image, see `preprocessing`."""
+    """Facts about the data of a run.
+
+    Attributes:
+        classes: K names, as in the data set. class_names: K names, as printed.
+        class_counts: training images of each class, without the held-out part.
+        indices: indices of the training images in the whole data set.
+        split_sha256: of the indices before a part is held out, see `imbalance.split_sha256`.
+        files_sha256: of the image files, see `files.files_sha256`; None for images in memory.
+        test_files: paths of the test images, or their indices as text for images in memory.
+        mean, std: of the channels, in [0, 1] units. image_size: the data set's, in pixels.
+    """
 
     classes: list[str]
     class_names: list[str]
@@ -49,17 +56,10 @@ def split_validation(train_set: Any, settings: Settings) -> tuple[Any, Any]:
     except ValueError as error:
         flag = "--val_left_out" if settings.val_left_out else "--val_fraction"
         raise UsageError(f"{flag}: {error}") from None
-    images = count_classes(val_set.targets, len(val_set.classes))
-    without = [name for name, n in zip(val_set.class_names, images, strict=True) if n == 0]
+    without = [name for name, n in zip(val_set.class_names, val_set.get_cls_num_list(), strict=True) if n == 0]
     if without:
         warn(f"the validation set has no image of {named(without)}: its class mean is over the other classes")
     return train_set, val_set
-
-
-def export_split(data: Data, path: str) -> None:
-    """Write the indices of the images that are trained on to a file, one a line. Raises NothingToDo."""
-    write_text(path, "".join(f"{index}\n" for index in data.indices))
-    raise NothingToDo(f"{path}: indices of {len(data.indices)} chosen training images, one a line")
 
 
 def describe(chosen: Any, train_set: Any, test_set: Any) -> Data:
@@ -68,7 +68,7 @@ def describe(chosen: Any, train_set: Any, test_set: Any) -> Data:
     return Data(
         classes=list(train_set.classes),
         class_names=list(train_set.class_names),
-        class_counts=count_classes(train_set.targets, len(train_set.classes)),
+        class_counts=train_set.get_cls_num_list(),
         indices=train_set.chosen,
         split_sha256=split_sha256(chosen.chosen),
         files_sha256=files_sha256(images + tested) if images or tested else None,
@@ -110,7 +110,7 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
     compared = {"other classes": ("classes", f"has other classes than those {where}")}
     for name in ("mean", "std"):
         compared[f"another {name}"] = name, f"was trained on images with another {name} than those {where}"
-    state = {**(state.get("preprocessing") or {}), **state}
+    state, mine = {**(state.get("preprocessing") or {}), **state}, {**vars(data), **preprocessing(settings, data)}
     # several values are compared on a held-out part of these images
     chooses = any(len(taus) > 1 for taus in (settings.posthoc_la, settings.tau_norm, settings.tau_norm_bias))
     # else the images that are tested may be the ones that were trained on
@@ -124,9 +124,7 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
         }
     forced = []
     for kind, (name, what) in compared.items():
-        there, here = state.get(name), getattr(data, name)
-        if name in ("mean", "std"):
-            here = [float(value) for value in here]
+        there, here = state.get(name), mine[name]
         if there in (None, here):
             continue
         if name == "classes":
@@ -137,7 +135,7 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
         warn(f"{start.path} {what}; continuing because of --force")
         forced.append(kind)
     if chooses and state.get("split_sha256") is None:
-        what = f"{start.path} does not record its training images: maybe it was trained on those held out here"
+        what = f"{start.path} does not record its training images: it may have been trained on those held out"
         refuse_or_force(settings, what)
         forced.append("unknown images")
     return forced

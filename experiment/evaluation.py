@@ -44,7 +44,7 @@ def evaluate_checkpoint(
     result = evaluate(model, test_batches.eval_epoch(), run.class_counts, precision, seen)
     logits, target = _of_all_ranks(seen)
     if not logits.isfinite().all():
-        raise DataError(f"{run.start.path} gives logits that are not finite: its weights, or the correction, are bad")
+        raise DataError(f"{run.start.path} gives logits that are not finite: check its weights and the correction")
     calibration = reliability(logits, target)
     result |= {"calibration": calibration, "calibration_error": expected_calibration_error(calibration)}
     if not distributed.is_main():
@@ -58,7 +58,6 @@ def evaluate_checkpoint(
     path = os.path.join(folder, "evaluation.json")
     write_text(path, to_json({**where, "classes": run.data.classes, **result}))
     written = [path, *plots.of_evaluation(result, run.data.class_names, run.class_counts, folder, settings.name)]
-    written += plots.of_calibration(result["calibration"], folder, settings.name)
     files = [os.path.relpath(path, settings.data_dir) if os.sep in path else path for path in run.data.test_files]
     written.append(os.path.join(folder, ERRORS))
     write_text(written[-1], _errors(logits, target, files, run.data.class_names))
@@ -90,13 +89,11 @@ def output_folder(run: Run, name: str, correction: Mapping[str, float]) -> str:
 
 
 def _errors(logits, target, files, class_names):
-    """CSV text: the images taken for another class, the one most believed in first."""
+    """CSV text of the misclassified images, sorted by falling probability of the predicted class."""
     probability, predicted = logits.double().softmax(1).max(1)
     order = probability.argsort(descending=True, stable=True)
     wrong = order[predicted[order] != target[order]].tolist()
-    rows = [
-        (files[i], class_names[target[i]], class_names[predicted[i]], f"{probability[i].item():.4f}") for i in wrong
-    ]
+    rows = [(files[i], class_names[target[i]], class_names[predicted[i]], f"{probability[i]:.4f}") for i in wrong]
     return csv_text([("file", "class", "predicted", "probability"), *rows])
 
 
@@ -111,18 +108,15 @@ def reliability(logits: torch.Tensor, target: torch.Tensor, bins: int = BINS) ->
     """Confidence against accuracy, in `bins` equal bins of the largest probability (Guo et al., ICML 2017).
 
     Returns:
-        a dict(images, confidence, accuracy) a bin; the last two in percent, None in an empty bin.
+        dict(images, confidence, accuracy) for each bin; the last two in percent, None in an empty bin.
     """
     confidence, predicted = logits.double().softmax(1).max(1)
-    hit = (predicted == target).double()
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    rows = []
-    for k in range(bins):
-        inside = index == k
-        n = int(inside.sum())
-        means = [100 * part[inside].mean().item() if n else None for part in (confidence, hit)]
-        rows.append({"images": n, "confidence": means[0], "accuracy": means[1]})
-    return rows
+    each = torch.stack([torch.ones_like(confidence), 100 * confidence, 100 * (predicted == target).double()])
+    sums = each.new_zeros(3, bins).index_add_(1, index, each).T.tolist()
+    return [
+        {"images": int(n), "confidence": c / n if n else None, "accuracy": a / n if n else None} for n, c, a in sums
+    ]
 
 
 def expected_calibration_error(rows: Sequence[dict]) -> float:
@@ -159,7 +153,7 @@ def correct_head(run: Run, model: torch.nn.Module, val_batches: Any, precision: 
             raise UsageError(f"--{name} takes one value with --predict: -e without --predict finds the best of several")
         if val_batches is None or settings.val_left_out:  # left-out images lack the largest class
             raise UsageError(
-                f"--{name} with several values needs a part of --val_fraction that is held out beside the test images"
+                f"--{name} with several values needs images held out by --val_fraction, apart from the test images"
             )
         scores = {}
         for value in values:

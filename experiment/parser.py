@@ -1,6 +1,6 @@
 """The command line of each training script, made from the settings: `parse` gives the complete Settings.
 
-A script differs from the others in what it offers and in its defaults; both stand in `SCRIPTS`.
+A script differs from the others in what it offers and in its defaults; both are in `SCRIPTS`.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from utils import HelpFormatter, Parser, UsageError
 OF_FOLDERS = ("train_list", "val_list", "test_fraction", "exif", "mean", "std")
 OPTIONAL = frozenset((*OF_FOLDERS, "check_images", "skip_damaged", "image_size", "crop", "recipe"))
 
-#: What `--recipe` changes in the defaults. official: what the official code does. paper: what the paper prints. ldam:
-#: what the LDAM paper prints, whose numbers are in the paper's table.
+#: Defaults that `--recipe` changes. official: those of the official code. paper: those that the paper states. ldam:
+#: those that the LDAM paper states, whose results the paper's table quotes.
 RECIPES: dict[str, dict[str, Any]] = {
     "official": {},
     "paper": {"start_ib_epoch": 50, "ib_lr_factor": 1.0, "milestones": (50, 90), "lr_factors": (0.1, 0.1)},
@@ -101,12 +101,7 @@ def build_parser(script: str, description: str | None = None) -> Parser:
             how |= {"choices": archs}
             many = "any of torchvision's classifiers with a linear head, but MNASNet"
             how |= {"help": f"{many if len(archs) > 10 else ', '.join(archs)} (default: %(default)s)"}
-        elif name == "pretrained" and of.has_imagenet_weights:
-            how |= {
-                "const": "imagenet",
-                "help": "start from ImageNet's weights, or a checkpoint (default: %(default)s)",
-            }
-        elif name == "pretrained":
+        elif name == "pretrained" and not of.has_imagenet_weights:
             how |= {"const": "published", "metavar": "none|PATH", "help": "start from the weights of this checkpoint"}
         groups[field.metadata["group"]].add_argument(*flags, **how)
     return parser
@@ -146,6 +141,4 @@ def _name_of_folder(path):
     try:
         return plain_name(os.path.basename(os.path.abspath(path)))
     except argparse.ArgumentTypeError:
-        raise UsageError(
-            f"--data_dir {path}: its name cannot be part of the run's: choose one with --dataset"
-        ) from None
+        raise UsageError(f"--data_dir {path}: its name cannot be part of the run's: name it with --dataset") from None

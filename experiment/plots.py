@@ -55,22 +55,23 @@ def save(figure: Any, folder: str | os.PathLike, name: str) -> str:
 # ------------------------------------------------------------------------------------------- figures of a run
 
 
-def of_evaluation(
-    result: dict, names: Sequence[str], class_counts: Sequence[int], folder: str, title: str = ""
-) -> list[str]:
-    """confusion.png and class_accuracy.png from what `loop.evaluate` returns. Returns the paths."""
+def of_evaluation(result: dict, names: list[str], class_counts: list[int], folder: str, title: str) -> list[str]:
+    """class_accuracy.png, and confusion.png and calibration.png where the result has them. Returns the paths.
+
+    result: what `loop.evaluate` returns; with -e `calibration` too, see `evaluation.reliability`.
+    """
     if not available():
         return []
     written = [_class_accuracy(result["per_class"], names, class_counts, folder, title)]
     if result["confusion"] is not None:
         written.append(_confusion(result["confusion"], names, folder, title))
+    if "calibration" in result:
+        written.append(_calibration(result["calibration"], folder, title))
     return written
 
 
-def of_calibration(rows: Sequence[dict], folder: str, title: str = "") -> list[str]:
-    """calibration.png: accuracy over confidence, from `evaluation.reliability`. Returns the paths."""
-    if not available():
-        return []
+def _calibration(rows, folder, title):
+    """Accuracy over confidence."""
     figure, axes = subplots(height=WIDTH)
     seen = [row for row in rows if row["images"]]
     axes.plot([0, 100], [0, 100], color="grey", linestyle="--", linewidth=1, label="calibrated")
@@ -78,7 +79,7 @@ def of_calibration(rows: Sequence[dict], folder: str, title: str = "") -> list[s
     axes.set(xlabel="confidence [%]", ylabel="test accuracy [%]", xlim=(0, 101), ylim=(0, 101))
     axes.set_title(_titled("Calibration", title))
     axes.legend()
-    return [save(figure, folder, "calibration.png")]
+    return save(figure, folder, "calibration.png")
 
 
 def label(name: str, longest: int = 30) -> str:
@@ -98,7 +99,7 @@ def plain_log_ticks(axis: Any) -> None:
 
 
 def _titled(what, run):
-    return f"{what}\n{label(run, 200)}" if run else what
+    return f"{what}\n{label(run, 200)}"
 
 
 def _confusion(confusion, names, folder, title):
@@ -136,7 +137,7 @@ def _class_accuracy(per_class, names, class_counts, folder, title):
     return save(figure, folder, "class_accuracy.png")
 
 
-def of_history(history: Sequence[dict], start_ib_epoch: int, folder: str, title: str = "") -> list[str]:
+def of_history(history: Sequence[dict], start_ib_epoch: int, folder: str, title: str) -> list[str]:
     """curves.png from a run's records: test CE, the training criterion and the accuracies, each on axes of its own.
 
     The losses are not comparable. Returns the paths.

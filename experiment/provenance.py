@@ -35,7 +35,7 @@ def trained_on(start: Start, process: dict[str, Any], epochs: int) -> list[dict[
         return parts
     if parts and parts[-1].get("device") != process["device"]:
         devices = f"was made on {parts[-1].get('device')}, this run is on {process['device']}"
-        warn(f"{start.path} {devices}: the same run, but not to the last bit")
+        warn(f"{start.path} {devices}: the same run, but not bit for bit")
     return [*parts, {"from_epoch": start.epoch, **process}]
 
 

@@ -1,6 +1,6 @@
 """What a run leaves in its log folder: CSV files, TensorBoard events, summary.json.
 
-The history (one dict an epoch) in the checkpoint is the truth. Files are made from it when a run starts or resumes,
+The history (one dict per epoch) in the checkpoint is the truth. Files are made from it when a run starts or resumes,
 so a line cut by a crash is mended and no epoch is duplicated. CSV files and TensorBoard get a row after each epoch,
 summary.json is written with each checkpoint. Files count epochs from 0, as the published flags do; what is printed for
 the user and drawn in figures counts from 1.
@@ -27,17 +27,17 @@ TRAIN_COLUMNS = ("epoch_from_0", "lr", "loss", "acc1", "acc5", "criterion", "cla
 
 
 def best_epoch(history: Sequence[dict]) -> dict:
-    """The record of the best epoch: by top-1 on the test set, or, of the epochs with a validation set, by its mean
-    class accuracy. The first one wins a tie."""
-    history = [record for record in history if record.get("val")] or history  # a fork may have added the set
+    """The record of the best epoch: by top-1 on the test set, or by mean class accuracy on the validation set.
+
+    Only epochs with the validation set of the last one count, as a fork may have another set, or none. The first epoch
+    wins a tie.
+    """
+
+    def images(record):
+        return record.get("val") and record["val"].get("seen")
+
+    history = [record for record in history if images(record) == images(history[-1])]
     return max(history, key=lambda record: (record["score"], -record["epoch"]))
-
-
-def results(history: Sequence[dict]) -> dict[str, dict[str, Any]]:
-    """What a run came to: the figures of its best and of its last epoch, and their plateau, by these names."""
-    ends = {"best": best_epoch(history), "last": history[-1]}
-    found = {name: {"epoch": record["epoch"], **record["test"]} for name, record in ends.items()}
-    return {**found, "plateau": plateau(history)}
 
 
 def plateau(history: Sequence[dict]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def plateau(history: Sequence[dict]) -> dict[str, Any]:
         each figure of the tests, None where an epoch lacks it; `val`: class_mean and acc1 of the validation set, where
         there is one; `epochs`: how many they are.
     """
-    tail = history[-max(1, len(history) // 10) :]
+    tail = history[-max(1, (history[-1]["epoch"] + 1) // 10) :]
     tail = [record for record in tail if {**record["stage"], "lr": 0} == {**tail[-1]["stage"], "lr": 0}]
     tests, vals = [record["test"] for record in tail], [record.get("val") for record in tail]
     names = [name for name, value in tests[-1].items() if value is None or isinstance(value, (int, float))]
@@ -109,9 +109,11 @@ class Records:
             self._write_events()
 
     def write_summary(self, history: Sequence[dict]) -> None:
-        """Write summary.json: the run, the figures of each epoch of a checkpoint's history, and what it came to."""
+        """Write summary.json: the facts of the run, the record of each epoch, and dict(best, last, plateau)."""
         counts = {"epochs_count_from": 0, "epochs_done": len(history)}
-        content = {**self.info, **counts, "history": history, **results(history)}
+        ends = {"best": best_epoch(history), "last": history[-1]}
+        found = {name: {"epoch": record["epoch"], **record["test"]} for name, record in ends.items()}
+        content = {**self.info, **counts, "history": history, **found, "plateau": plateau(history)}
         write_text(self._path("summary.json"), to_json(content))
 
     def close(self) -> None:
@@ -166,8 +168,8 @@ class Records:
 
 
 def _train_row(record):
-    values = {**record["stage"], "criterion": record["stage"]["loss"], **record["train"]}
-    values["epoch_from_0"] = record["epoch"]
+    stage = {**record["stage"], "criterion": record["stage"]["loss"], "epoch_from_0": record["epoch"]}
+    values = {**stage, **record["train"]}
     return [_cell(values.get(name)) for name in TRAIN_COLUMNS]
 
 
@@ -188,7 +190,7 @@ def _class_row(record):
 
 def _cell(value):
     """A figure in a CSV file; n/a for one that an older checkpoint's history lacks, too."""
-    return "n/a" if value is None else repr(value) if isinstance(value, float) else str(value)
+    return "n/a" if value is None else value
 
 
 def csv_text(rows: Iterable[Sequence]) -> str:

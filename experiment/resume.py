@@ -13,15 +13,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from experiment import checkpoint, plots
-from experiment.compare import (
-    difference,
-    differing,
-    keeps_criterion,
-    refuse_or_force,
-    settings_of_checkpoint,
-    warn_of_rounding,
-)  # fmt: skip
+from experiment import checkpoint, compare, plots
 from experiment.parser import SCRIPTS
 from experiment.settings import IDENTITY, OF_CHECKPOINT, Settings
 from utils import DataError, UsageError
@@ -81,15 +73,19 @@ def find_start(settings: Settings) -> Start:
 
 
 def _start_from(settings, path, state, is_own):
-    epoch, theirs = state.get("epoch", settings.start_epoch), settings_of_checkpoint(state, path)
-    differs = difference(settings, theirs, state, epoch, path)
+    epoch, theirs = state.get("epoch", settings.start_epoch), compare.settings_of_checkpoint(state, path)
+    differs = compare.difference(settings, theirs, state, epoch, path)
     if differs is not None:
-        refuse_or_force(settings, f"{path} belongs to another run: {differs}")
-    warn_of_rounding(settings, state, path)
+        compare.refuse_or_force(settings, f"{path} belongs to another run: {differs}")
+    compare.warn_of_rounding(settings, state, path)
     if epoch > settings.epochs or (epoch == settings.epochs and not (is_own and differs is None)):
         raise UsageError(f"{path} has {epoch} epochs done: --epochs {settings.epochs} leaves nothing to train")
+    if theirs is not None and not state.get("optimizer"):
+        lacking = "holds no state of the optimizer, as a file for -e and --pretrained"
+        compare.refuse_or_force(settings, f"{path} {lacking}: training would not continue where it was")
+        differs = differs or lacking
     states = {name: part for name, part in state.items() if name not in FACTS and isinstance(part, dict) and part}
-    if not keeps_criterion(settings, theirs, epoch):
+    if not compare.keeps_criterion(settings, theirs, epoch):
         states.pop("criterion", None)
     if theirs is not None and theirs.optimizer != settings.optimizer:
         states.pop("optimizer", None)
@@ -113,16 +109,17 @@ def _check_folders(settings, held):
     summary = _summary(settings)
     recorded = held.get("settings") if held is not None else summary.get("settings")
     if recorded:
-        theirs = settings_of_checkpoint({"settings": recorded}, settings.log_folder)
+        theirs = compare.settings_of_checkpoint({"settings": recorded}, settings.log_folder)
         assert theirs is not None
         is_longer = held is not None and settings.resume == "auto" and settings.epochs > theirs.epochs
-        differs = None if is_longer else differing(settings, theirs, IDENTITY)
+        differs = None if is_longer else compare.differing(settings, theirs, IDENTITY)
         continues = settings.resume == "auto" or _is_below(settings.resume, settings.model_folder)
         if differs is not None and not (settings.force and continues):
             seed = f" (--exp_str seed{settings.seed}, say)" if differs.startswith("seed") else ""
             longer = dataclasses.replace(settings, epochs=theirs.epochs)
             ways = [f"choose another --exp_str{seed}", "--overwrite it"]
-            if held is not None and settings.epochs > theirs.epochs and not differing(longer, theirs, IDENTITY):
+            same = not compare.differing(longer, theirs, IDENTITY)
+            if held is not None and settings.epochs > theirs.epochs and same:
                 ways.insert(0, "--resume auto makes it longer")
             raise UsageError(f"{settings.log_folder} holds a run with other settings ({differs}): {', or '.join(ways)}")
     if held is None and summary.get("epochs_done"):
@@ -136,8 +133,7 @@ def _summary(settings):
     """What summary.json records of the run in the log folder; empty where there is none."""
     try:
         with open(os.path.join(settings.log_folder, "summary.json")) as file:
-            summary = json.load(file)
-        return summary if isinstance(summary, dict) else {}
+            return json.load(file)
     except (OSError, ValueError):
         return {}
 
@@ -169,10 +165,9 @@ def find_evaluated(settings: Settings) -> tuple[Settings, Start]:
     Raises:
         UsageError: flags that contradict the checkpoint. DataError: a bad checkpoint.
     """
-    is_auto = settings.resume == "auto"
-    path = os.path.join(settings.model_folder, checkpoint.NEWEST) if is_auto else settings.resume
+    path = os.path.join(settings.model_folder, checkpoint.NEWEST) if settings.resume == "auto" else settings.resume
     state = checkpoint.load(path)
-    theirs = settings_of_checkpoint(state, path)
+    theirs = compare.settings_of_checkpoint(state, path)
     if theirs is None:
         wrong = {"arch": state["arch"]} if state.get("arch", settings.arch) != settings.arch else {}
         is_normalised = checkpoint.has_normalised_head(state["state_dict"])
@@ -190,7 +185,8 @@ def find_evaluated(settings: Settings) -> tuple[Settings, Start]:
         merged = dataclasses.replace(settings, **there, exp_str=theirs.exp_str)
     for name, value in wrong.items():
         here = getattr(settings, name)
-        refuse_or_force(settings, f"{path} belongs to another run: {name} is {value!r} there and {here!r} here")
+        what = f"{name} is {value!r} there and {here!r} here"
+        compare.refuse_or_force(settings, f"{path} belongs to another run: {what}")
         merged = dataclasses.replace(merged, **{name: here})
     script = SCRIPTS[settings.script]
     if merged.arch not in script.archs() or (script.datasets and merged.dataset not in script.datasets):

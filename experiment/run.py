@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,15 +17,15 @@ import torch
 import models
 from experiment import checkpoint, plots, provenance
 from experiment.compare import refuse_or_force
-from experiment.data import Data, check_data, export_split, preprocessing
+from experiment.data import Data, check_data, preprocessing
 from experiment.records import Records, best_epoch
 from experiment.resume import FACTS, Start, find_evaluated, find_start
 from experiment.screen import Progress, print_classes, summary_line
 from experiment.settings import Settings, recorded
-from files import run_lock
+from files import run_lock, write_text
 from imbalance import GROUP_RULE, groups
 from training import distributed
-from training.loop import NonFiniteLoss, evaluate
+from training.loop import NonFiniteLoss, OnBatch, evaluate
 from training.precision import Precision, set_determinism
 from training.registry import Stage
 from utils import DataError, NothingToDo, UsageError, one_line, warn
@@ -36,7 +36,8 @@ def open_run(settings: Settings) -> Iterator["Run"]:
     """Join the ranks, choose the device, lock the folders, and find where the run starts.
 
     The Run's settings are complete: threads and ranks are counted, the seed is drawn or the checkpoint's; with -e data,
-    model and method are the checkpoint's. However the run ends, its last epoch is on the disk afterwards.
+    model and method are the checkpoint's. After an error, Ctrl-C or SIGTERM too, the last finished epoch is written to
+    the checkpoint.
 
     Raises:
         UsageError, DataError: see `resume.find_start`, `files.run_lock`, `utils.choose_device`.
@@ -109,7 +110,7 @@ def _seed(settings, start):
     seed = settings.seed
     if seed is None:
         seed = (start.checkpoint.get("settings") or {}).get("seed")
-    return distributed.broadcast(secrets.randbelow(2**31)) if seed is None else seed
+    return distributed.gather(secrets.randbelow(2**31))[0] if seed is None else seed
 
 
 def _explained(error, settings):
@@ -157,7 +158,9 @@ class Run:
     # ---------------------------------------------------------------------------------------- before training
 
     def use_data(self, data: Data) -> None:
-        """Compare the data with the checkpoint's.
+        """Set `data` and `class_counts`, and compare the data with the checkpoint's.
+
+        With -e the class counts are the checkpoint's, where it records them.
 
         Raises:
             UsageError, DataError: see `data.check_data`. NothingToDo: the folder holds this run, finished; or
@@ -165,21 +168,20 @@ class Run:
         """
         settings, start = self.settings, self.start
         if settings.export_split:
-            export_split(data, settings.export_split)
+            write_text(settings.export_split, "".join(f"{index}\n" for index in data.indices))
+            raise NothingToDo(f"{settings.export_split}: indices of {len(data.indices)} training images, one a line")
         _check_shared((data.split_sha256, data.files_sha256), "--data_dir")
         self.data, self.class_counts = data, data.class_counts
         self.forced += check_data(data, start, settings)
         if start.is_finished:
-            raise NothingToDo(
-                f"{settings.log_folder} holds this run, finished: nothing to do (--overwrite runs it again)"
-            )
+            raise NothingToDo(f"{settings.log_folder} holds this run, finished: nothing to do (--overwrite repeats it)")
         if settings.evaluate and start.checkpoint.get("class_counts"):
             self.class_counts = list(start.checkpoint["class_counts"])  # groups and prior are the model's
 
     def restore(self, **parts: Any) -> None:
         """Name all that has a state, the model as `model`; load what the checkpoint has of each, or --pretrained's.
 
-        The parts are saved by these names. Without a checkpoint all stay as they are; None is no part.
+        The parts are saved under these names; None is skipped. Without a checkpoint the parts do not change.
 
         Raises:
             DataError: a state that does not fit, or, with -e, one that is missing.
@@ -220,9 +222,7 @@ class Run:
         self.info = {
             "name": settings.name,
             "settings": {**written, **{name: last.get(name) for name in provenance.OF_PROCESS}},
-            "versions": last["versions"],
-            "code": last["code"],
-            "device": last["device"],
+            **{name: last[name] for name in ("versions", "code", "device")},
             "trained_on": trained_on,
             "forced": self.forced,
             "classes": data.classes,
@@ -256,8 +256,12 @@ class Run:
             self.epoch, self._began = epoch, time.monotonic()
             yield epoch
 
-    def on_batch(self, batches: int, lr: float) -> Callable:
-        """What shows the progress of an epoch of so many batches; called after each."""
+    def on_batch(self, batches: int, lr: float) -> OnBatch:
+        """Start the progress display of an epoch. Returns the callback for `train_one_epoch`.
+
+        Args:
+            batches: number of batches in the epoch. lr: as displayed.
+        """
         self.progress.epoch(self.epoch, batches, lr)
         return self.progress.on_batch
 
@@ -331,9 +335,7 @@ class Run:
             "best_acc1": best_epoch(self.history)["test"]["acc1"],
             **checkpoint.on_cpu({name: part.state_dict() for name, part in self.parts.items()}),
             **{name: info[name] for name in ("settings", "classes", "class_counts", "trained_on", "forced")},
-            "split_sha256": self.data.split_sha256,
-            "files_sha256": self.data.files_sha256,
-            "class_names": self.data.class_names,
+            **{name: getattr(self.data, name) for name in ("split_sha256", "files_sha256", "class_names")},
             "preprocessing": preprocessing(self.settings, self.data),
             "history": self.history,
         }
@@ -354,6 +356,8 @@ class Run:
                 facts = {name: value for name, value in start.checkpoint.items() if name in FACTS}
                 self._unwritten, self._unwritten_best = {**facts, **start.states, **mine}, best
                 self.write()
+        for name in plots.FIGURES:  # of a run that is made longer
+            pathlib.Path(settings.log_folder, name).unlink(missing_ok=True)
         self._records = Records(settings.log_folder, self.data.class_names, self.info, self.history)
         self._written_at = time.monotonic()
 
@@ -421,7 +425,7 @@ def _load_pretrained(settings, model):
     elif settings.pretrained == "published":
         warn("there are no published weights for these models: --pretrained without a PATH changes nothing")
     elif settings.pretrained:
-        weights = models.present_names(checkpoint.load_foreign(settings.pretrained))
+        weights = models.current_names(checkpoint.load_foreign(settings.pretrained))
         is_new = checkpoint.load_weights(model, weights, settings.pretrained, new_head)
         head = "" if new_head is None else f"; its last layer, {new_head}, is {'new' if is_new else 'from there, too'}"
         if distributed.is_main():

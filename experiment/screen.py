@@ -65,7 +65,7 @@ class Progress:
 
 
 def epoch_line(record: dict, history: Sequence[dict], epochs: int) -> str:
-    """What an epoch came to."""
+    """The line that is printed after an epoch. epochs: their number in the run."""
     test, best = record["test"], best_epoch(history)
     parts = [
         f"epoch {record['epoch'] + 1}/{epochs} done in {record['seconds']:.1f} s",

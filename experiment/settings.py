@@ -1,15 +1,15 @@
 """Every setting of a run, declared once: name, flag, bounds, default, help, and what it affects.
 
 The identity of a run, what a fork must share, what a resume may change, what an evaluation takes from the checkpoint
-and what may stand beside a published figure are derived from `affects`:
+and what may be compared with a published result are derived from `affects`:
 
-    data, model     which images, which network
+    data, model     which images, which model
     start           the first weights and everything drawn: seed, pretrained
     schedule        lr, losses, rules and their constants; compared epoch by epoch
     optimizer       the optimizer, the batch and how batches are mixed
     selection       which epoch counts as the best, and nothing of the training
     numerics        precision: the same experiment with other rounding errors, large enough to be named
-    rounding        the same run, but not to the last bit: threads, ranks, compilation
+    rounding        the same run, but not bit for bit: threads, ranks, compilation
     nothing         places, progress, what to do
 
 `python -m experiment.flags` writes the tables of docs/flags.md.
@@ -40,7 +40,7 @@ def setting(
     """Declare a field of `Settings`.
 
     Args:
-        flags: as in '-b --batch-size N'; a word without dashes names the value. None: the setting is found, not given.
+        flags: as in '-b --batch-size N'; a word without dashes names the value. Empty: no flag, the program sets it.
         kind: an argparse type, or the choices: a tuple, or a registry.
         help: the default is added to it.
         group: of the flags in --help. affects: one of `KINDS`. of_argparse: goes to `add_argument`.
@@ -73,7 +73,7 @@ _alpha.__name__ = "number"  # what argparse calls it
 def plain_name(text: str) -> str:
     """An argparse type: a part of a folder's name."""
     if not text or os.sep in text or not text.isprintable():
-        raise argparse.ArgumentTypeError("it is part of a folder's name: printable, without a separator, not empty")
+        raise argparse.ArgumentTypeError("part of a folder's name: not empty, printable, without a path separator")
     return text
 
 
@@ -111,9 +111,10 @@ class Settings:
     skip_damaged: bool = _data(False, "--skip_damaged", None,
         "decode every image before training starts, and leave out those that are damaged, at most one in twenty")
     exif: bool = _data(False, "--exif", None, "turn images as their EXIF orientation says")
-    mean: tuple[float, ...] | None = _data(None, "--mean M", number(float),
-        "of the images' channels, from 0 to 1 (default: ImageNet's)", nargs=3)
-    std: tuple[float, ...] | None = _data(None, "--std S", POSITIVE, "as --mean", nargs=3)
+    mean: tuple[float, ...] | None = _data(None, "--mean M", number(float, low=0, high=1),
+        "mean of the images' three channels, on a scale from 0 to 1 (default: ImageNet's)", nargs=3)
+    std: tuple[float, ...] | None = _data(None, "--std S", number(float, above=0, high=1),
+        "standard deviation of the channels, on the same scale (default: ImageNet's)", nargs=3)
     imb_type: str = _data("exp", "--imb_type", IMB_TYPES, "shape of the tail; none: as the data are")
     imb_factor: float = _data(0.01, "--imb_factor F", number(float, above=0, high=1),
         "smallest class over largest, in (0, 1]")
@@ -135,14 +136,14 @@ class Settings:
         "side of the square that the model sees, in pixels (default: %(default)s)")
     crop: str | None = _data(None, "--crop", CROPS, f"training crops. {_explain(CROPS)} (default: %(default)s)")
     recipe: str | None = _data(None, "--recipe", ("official", "paper", "ldam"),
-        "defaults of the flags (default: %(default)s): the official code's, what the paper prints (lr x 0.1 at 50 and "
-        "90), or the LDAM paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); flags given beside it hold",
+        "defaults of the flags (default: %(default)s): the official code's, the paper's as stated (lr x 0.1 at 50 and "
+        "90), or the LDAM paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); other flags override it",
         affects="nothing")
 
-    arch: str = _model(None, "-a --arch NAME", plain_name, "the network")
+    arch: str = _model(None, "-a --arch NAME", plain_name, "the model")
     pretrained: str | None = _model(None, "--pretrained imagenet|none|PATH", path,
         "first weights: ImageNet's, always with a new last layer, or those of a checkpoint; its last layer is taken "
-        "where it fits, and must fit on CIFAR", affects="start", nargs="?")
+        "where it fits, and must fit on CIFAR (default: %(default)s)", affects="start", nargs="?", const="imagenet")
 
     loss_type: str = _method("CE", "--loss_type LOSS", LOSSES, _explain(LOSSES))
     train_rule: str = _method("None", "--train_rule RULE", RULES, _explain(RULES))
@@ -154,7 +155,7 @@ class Settings:
         "first IB epoch; ce, ib: the size of the loss to that of plain CE, or of the IB loss with L1 norm and alpha "
         "1000, in its first batches (default: %(default)s)")
     auto_ratio: float = _method(1.0, "--auto_ratio R", POSITIVE,
-        "with --auto_target gradient: how large the gradient is beside that of plain CE")
+        "with --auto_target gradient: norm of the gradient over that of plain CE")
     epsilon: float = _method(1e-3, "--epsilon E", NOT_NEGATIVE, "added to the influence in the denominator")
     ib_norm: str = _method("l1", "--ib_norm", NORMS,
         "norm of the influence (Table 1), not comparable at a fixed alpha; none: it counts as 0, the factor is alpha / "
@@ -185,7 +186,7 @@ class Settings:
     optimizer: str = _training("sgd", "--optimizer", OPTIMIZERS, "the optimizer", affects="optimizer")
     lr: float = _training(0.1, "--lr --learning-rate LR", NOT_NEGATIVE,
         "learning rate, multiplied by the schedule's factors")
-    momentum: float = _training(0.9, "--momentum M", NOT_NEGATIVE, "of SGD", affects="optimizer")
+    momentum: float = _training(0.9, "--momentum M", NOT_NEGATIVE, "momentum of SGD", affects="optimizer")
     weight_decay: float = _training(2e-4, "--wd --weight-decay W", NOT_NEGATIVE,
         "weight decay of all weights", affects="optimizer")
     ema: float = _training(0.0, "--ema D", number(float, low=0, high=0.999999),
@@ -196,20 +197,22 @@ class Settings:
     keep_warmup: bool = _training(False, "--keep_warmup", None,
         "warm up also where the IB phase starts before the end of the warm-up")
     milestones: tuple[int, ...] = _training((160, 180), "--milestones E", EPOCH,
-        "epochs at which the lr falls", nargs="*")
+        "epochs, counted from 0, at which the lr falls", nargs="*")
     lr_factors: tuple[float, ...] = _training((0.01, 0.01), "--lr_factors F", POSITIVE,
-        "what the lr is multiplied by there; left out beside --milestones: the first factor for all", nargs="*")
+        "factors of the lr at the milestones; if only --milestones is given: the first factor for all", nargs="*")
     ib_lr_factor: float = _training(0.01, "--ib_lr_factor F", POSITIVE, "what the lr is multiplied by in the IB phase")
     seed: int | None = _training(None, "--seed N", number(int, low=0, high=2**31 - 1),
-        "of the weights and of everything drawn; left out, it is drawn, printed and recorded", affects="start")
+        "seed of the initial weights and of all random draws (default: a random one, printed and recorded)",
+        affects="start")
 
     gpu: int | None = _run(None, "--gpu N", int, "CUDA device; left out: the first one, else the CPU")
     threads: int | None = _run(None, "--threads N", number(int, low=1, high=1024),
-        "CPU threads, by default torch's choice; the bits are those of one thread count", affects="rounding")
+        "CPU threads (default: torch's choice); results are bitwise repeatable with the same number only",
+        affects="rounding")
     processes: int = _run(1, "", COUNT, "", affects="rounding")
     amp: str = _run("none", "--amp", tuple(AMP_TYPES),
-        "mixed precision; the losses stay float32. bf16 pays on GPUs and on CPUs with AVX512-BF16 or AMX; other CPUs "
-        "emulate it, ten times slower", affects="numerics")
+        "mixed precision; the losses stay float32. bf16 is faster on GPUs and on CPUs with AVX512-BF16 or AMX; other "
+        "CPUs emulate it, ten times slower", affects="numerics")
     tf32: bool = _run(True, "--no_tf32", None,
         "convolutions in full float32 on a GPU (default: TF32, as torch does; never for matrix "
         "products)", affects="numerics")
@@ -220,16 +223,17 @@ class Settings:
         "do not replay training steps as a CUDA graph; without the flag a GPU does so for images in memory, except "
         "with --mixup, --amp fp16 or torchrun", affects="rounding")
     batch_norm: str = _run("cudnn", "--batch_norm", ("cudnn", "native"),
-        "on a GPU: batch norm by cuDNN in float32, as torch does, or always by PyTorch's own kernels",
+        "batch norm on a GPU: cudnn: by cuDNN where torch uses it; native: always by PyTorch's own kernels",
         affects="rounding")
     deterministic: bool = _run(False, "--deterministic", None,
         "bitwise repeatable on CUDA too; slower there", affects="rounding")
     workers: int = _run(min(4, _cores()), "-j --workers N", number(int, low=0, high=1024),
-        "processes that load image files (default: the available cores, at most 4); without effect for images in "
-        "memory")
+        "processes that load and crop images, or threads that decode them (default: the available cores, at most 4); "
+        "no effect on CIFAR and the digits")
     print_freq: int = _run(10, "-p --print_freq N", COUNT, "batches between progress lines")
     checkpoint_seconds: float = _run(15.0, "--checkpoint_seconds S", NOT_NEGATIVE,
-        "least time between two checkpoints; those at the end, at a stop and to keep are always written")
+        "least time between two checkpoints in seconds; the last one, one at an interrupt and those of --keep_epochs "
+        "are always written")
     resume: str = _run("", "--resume PATH|auto", None,
         "continue from a checkpoint, of another run too; auto: from this run's newest, with more --epochs too")
     evaluate: bool = _run(False, "-e --evaluate", None,
@@ -239,27 +243,27 @@ class Settings:
         "with -e: subtract TAU * log prior from the logits (post-hoc logit adjustment); of several values the best on "
         "the held-out part of --val_fraction is taken, never on the test set", nargs="+")
     tau_norm: tuple[float, ...] = _run((), "--tau_norm TAU", NOT_NEGATIVE,
-        "with -e: divide each class's weight vector by its length to the power of TAU; several as "
-        "--posthoc_la", nargs="+")
+        "with -e: divide each class's weight vector by its L2 norm to the power of TAU, and set the bias to 0; several "
+        "values as for --posthoc_la", nargs="+")
     tau_norm_bias: tuple[float, ...] = _run((), "--tau_norm_bias TAU", NOT_NEGATIVE,
-        "with -e: as --tau_norm, but keep the bias", nargs="+")
+        "with -e: as --tau_norm, but leave the bias unchanged", nargs="+")
     save_logits: bool = _run(False, "--save_logits", None,
         "with -e: write logits, targets, file names and class names to logits.npz")
     predict: str | None = _run(None, "--predict DIR", path,
         "with -e: write the classes of the unlabelled images in DIR, or of one image, to a CSV file; needs no other "
         "data")
-    top: int = _run(1, "--top N", COUNT, "with --predict: the N likeliest classes of each image, a row each")
+    top: int = _run(1, "--top N", COUNT, "with --predict: the N likeliest classes of each image, one row per class")
     export_split: str | None = _run(None, "--export_split FILE", path,
-        "write the indices of the images that are trained on, one a line, and stop")
+        "write the indices of the training images, one per line, and stop")
     keep_epochs: tuple[int, ...] = _run((), "--keep_epochs N", COUNT,
         "also keep the checkpoints after N epochs, to fork from", nargs="*")
     exp_str: str = _run("0", "--exp_str NAME", plain_name, "last part of the run's name")
     root_log: str = _run("log", "--root_log DIR", path, "folder of the logs of all runs")
     root_model: str = _run("checkpoint", "--root_model DIR", path, "folder of the checkpoints of all runs")
-    dry_run: bool = _run(False, "--dry_run", None, "print the recipe, one CSV row an epoch, and stop")
+    dry_run: bool = _run(False, "--dry_run", None, "print the recipe, one CSV row per epoch, and stop")
     force: bool = _run(False, "--force", None,
         "continue although settings or data differ from the checkpoint's, or a newer one exists; what differed is "
-        "recorded, and such a run never stands beside a published figure")
+        "recorded, and the report does not compare such a run with published results")
     overwrite: bool = _run(False, "--overwrite", None, "delete the run that the folders hold, and start again")
     # fmt: on
 
@@ -318,20 +322,22 @@ OF_CHECKPOINT = fields_affecting("data", "model", "schedule", "selection")
 
 
 def recorded(settings: Settings) -> dict[str, Any]:
-    """The settings as JSON has them, sorted; what the script does not offer is left out."""
-    values = {name: getattr(settings, name) for name in FIELDS}
+    """The settings for JSON, sorted by name, with lists for tuples.
+
+    None is left out, except for seed, pretrained, num_classes and gpu.
+    """
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in sorted(values.items())
-        if value is not None or name in ("seed", "pretrained", "num_classes", "gpu")
+        for name in sorted(FIELDS)
+        if (value := getattr(settings, name)) is not None or name in ("seed", "pretrained", "num_classes", "gpu")
     }
 
 
 def from_record(record: Mapping[str, Any]) -> Settings:
-    """The Settings of a checkpoint or a record. What it lacks, being older, has its default.
+    """The Settings of a checkpoint or a record. What it lacks has its default; unknown names are ignored.
 
     Raises:
-        ValueError: a name that is not offered here, a loss of another checkout for example.
+        ValueError: a value that is not among the choices here, for example the loss of another checkout.
     """
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in FIELDS
@@ -350,7 +356,7 @@ def check(settings: Settings) -> Settings:
     """The settings, if they can work together.
 
     Raises:
-        UsageError: a combination that cannot work. What only never happens is a warning.
+        UsageError: settings that cannot be used together. A setting without effect is a warning.
     """
     _check_schedule(settings)
     _check_method(settings)
@@ -358,11 +364,11 @@ def check(settings: Settings) -> Settings:
     if "imb_factor" in given and "imb_type" not in given and settings.imb_type == "none":
         raise UsageError("--imb_factor needs --imb_type exp or step: without it the images stay as they are")
     if settings.val_fraction and settings.val_left_out:
-        raise UsageError("--val_fraction and --val_left_out exclude each other")
+        raise UsageError("--val_fraction and --val_left_out cannot be used together")
     if settings.evaluate and not settings.resume:
         raise UsageError("--evaluate needs --resume PATH (or --resume auto)")
     if settings.resume == "auto" and settings.overwrite:
-        raise UsageError("--resume auto and --overwrite exclude each other")
+        raise UsageError("--resume auto and --overwrite cannot be used together")
     for name in ("posthoc_la", "tau_norm", "tau_norm_bias", "save_logits", "predict"):
         if getattr(settings, name) and not settings.evaluate:
             raise UsageError(f"--{name} is for an evaluation: add -e --resume PATH")
@@ -372,7 +378,7 @@ def check(settings: Settings) -> Settings:
         raise UsageError("--save_logits is for the test images: leave out --predict")
     corrections = [f"--{name}" for name in ("posthoc_la", "tau_norm", "tau_norm_bias") if getattr(settings, name)]
     if len(corrections) > 1:
-        raise UsageError(f"{' and '.join(corrections)} exclude each other")
+        raise UsageError(f"{' and '.join(corrections)} cannot be used together")
     return settings
 
 
@@ -381,7 +387,7 @@ def _check_schedule(settings):
     if len(settings.lr_factors) != len(milestones):
         raise UsageError(f"--lr_factors needs one factor for each of the {len(milestones)} milestones")
     if list(milestones) != sorted(set(milestones)):
-        raise UsageError("--milestones must rise")
+        raise UsageError("--milestones must be in increasing order")
     never = [m for m in milestones if m >= epochs]
     if never and "milestones" in settings.given:
         raise UsageError(f"--milestones {never[0]} never comes: the last epoch is {epochs - 1}")
@@ -410,7 +416,7 @@ def _check_method(settings):
     if "ib_norm" in loss.constants and settings.ib_norm == "none" and settings.epsilon == 0:
         raise UsageError("--ib_norm none needs an --epsilon over 0: the factor is alpha / epsilon")
     if settings.auto_target == "ib" and settings.ib_norm not in ("l1", "none"):
-        raise UsageError(f"--auto_target ib needs L1 norms: it does not go with --ib_norm {settings.ib_norm}")
+        raise UsageError(f"--auto_target ib needs --ib_norm l1 or none, got --ib_norm {settings.ib_norm}")
     for name in settings.given & {"auto_target", "auto_ratio"}:
         if settings.alpha != "auto":
             raise UsageError(f"--{name} is for --alpha auto: add it")

@@ -10,19 +10,24 @@ import torch
 
 from imbalance import LabelledImages
 
+#: On CUDA images are evaluated so many pixels at a time (4096 of 32 x 32), or by the training batch if that is larger.
+EVALUATION_PIXELS = 2**22
+
 
 class Batches:
-    """What all loaders share.
+    """Base class of the loaders. A subclass has `train_epoch(epoch, rates)` and `eval_epoch()`.
+
+    Both give (images, targets): images (B, 3, H, W) float32, normalized, in channels-last layout; targets (B,) int64.
 
     Args:
-        dataset: says its targets, mean, std and whether to flip.
-        batch_size: of all ranks together; the last batch may be smaller.
-        device: where batches are made.
-        seed: of the run.
-        image_size: width of the images in a batch.
-        flip: mirror half of the training images; None: as the data set says. Flips are drawn in any case, so that the
-            other draws stay the same.
-        rank, world_size: of each batch, rank number `rank` of `world_size` gets its slice.
+        dataset: has targets, mean, std and flip.
+        batch_size: images of all ranks together; the last batch may be smaller.
+        device: the device of the batches.
+        seed: the run's seed.
+        image_size: width of the images in a batch, in pixels.
+        flip: flip half of the training images left to right; None: as the data set says. Flips are drawn in any case,
+            so that the other random draws stay the same.
+        rank, world_size: each batch is divided among `world_size` ranks; this is the loader of rank `rank`.
     """
 
     def __init__(
@@ -30,7 +35,10 @@ class Batches:
         flip: bool | None, rank: int, world_size: int,
     ) -> None:  # fmt: skip
         self.targets = torch.as_tensor(dataset.targets, dtype=torch.int64).to(device)  # (N,)
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.batch_size, self.image_size = batch_size, image_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        larger = EVALUATION_PIXELS // image_size**2 if self.targets.is_cuda else 0
+        self.eval_batch_size = max(batch_size, larger)
         self.flip = dataset.flip if flip is None else flip
         self.mean = torch.tensor(dataset.mean, device=device).repeat(image_size)
         self.std = torch.tensor(dataset.std, device=device).repeat(image_size)
@@ -39,8 +47,8 @@ class Batches:
         """Batches of an epoch."""
         return -(-len(self.targets) // self.batch_size)
 
-    def _slices(self):
-        return list(batch_slices(len(self.targets), self.batch_size, self.rank, self.world_size))
+    def _slices(self, batch_size):
+        return list(batch_slices(len(self.targets), batch_size, self.rank, self.world_size))
 
     def _normalised(self, images):
         """(B, H, W, 3) uint8, on the device or not yet, as the model takes them."""

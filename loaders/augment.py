@@ -15,15 +15,25 @@ Transform = Callable[[Image], Image]
 
 
 class Augment(NamedTuple):
-    """make: the transform, for images of a side in pixels; it keeps shape and type. help: for a flag."""
+    """An augmentation.
+
+    Attributes:
+        make: function from the side of the images in pixels to the transform, which keeps shape and dtype.
+        help: the text for --help.
+    """
 
     make: Callable[[int], Transform]
     help: str
 
 
 class Crop(NamedTuple):
-    """train: the transform of any image to a square of a side in pixels. resize: of that side, the shorter one that an
-    image is resized to, to be tested on its centre. help: for a flag."""
+    """A way to crop images of any size to a square.
+
+    Attributes:
+        train: function from the side of the square in pixels to the transform of a training image.
+        resize: function from that side to the shorter side that a test image is resized to before its centre crop.
+        help: the text for --help.
+    """
 
     train: Callable[[int], Transform]
     resize: Callable[[int], int]
@@ -34,7 +44,7 @@ def _autoaugment(size):
     return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10 if size < 96 else v2.AutoAugmentPolicy.IMAGENET)
 
 
-#: Applied to training images after crop and flip. In memory 'none' stays on the device, the others are made on the CPU.
+#: Applied to training images after crop and flip. In `InMemoryBatches` all but 'none' run on the CPU.
 AUGMENTS = {
     "none": Augment(lambda size: v2.Identity(), "crop and flip only, as published"),
     "randaugment": Augment(lambda size: v2.RandAugment(), "2 random operations of magnitude 9"),

@@ -34,7 +34,7 @@ class Crops(Dataset):
         self.sources, self.exif, self.train, self.evaluate = sources, exif, train, evaluate
         self.image_size = image_size
 
-    def __getitem__(self, item):
+    def __getitem__(self, item: tuple[int, int | None]) -> torch.Tensor | DataError:
         index, seed = item
         source = self.sources[index]
         try:
@@ -44,7 +44,7 @@ class Crops(Dataset):
         crop = self.evaluate(image) if seed is None else seeded(self.train, image, seed)
         return crop.permute(1, 2, 0)
 
-    def stack(self, items):
+    def stack(self, items: list[Any]) -> torch.Tensor | DataError:
         """(B, image_size, image_size, 3) uint8, or the first error."""
         error = next((item for item in items if isinstance(item, DataError)), None)
         empty = torch.empty((0, self.image_size, self.image_size, 3), dtype=torch.uint8)
@@ -76,11 +76,10 @@ class ImageFileBatches(Batches):
         super().__init__(dataset, batch_size, device, seed, image_size, flip, rank, world_size)
         self._plan: list[list] = []  # the (index, seed) pairs of each batch of an epoch, read in each epoch
         train = train_transform(image_size, crop, self.flip, augment)
-        sources: Any = getattr(dataset, "data", None)
-        if sources is None:
-            sources = [path for path, _ in dataset.samples]
+        if hasattr(dataset, "data"):
+            sources: Any = torch.as_tensor(dataset.data).permute(0, 3, 1, 2)
         else:
-            sources = torch.as_tensor(sources).permute(0, 3, 1, 2)
+            sources = [path for path, _ in dataset.samples]
         crops = Crops(sources, getattr(dataset, "exif", False), train, eval_transform(image_size, crop), image_size)
         self._loader = DataLoader(
             crops, batch_sampler=self._plan, num_workers=workers, collate_fn=crops.stack,
@@ -93,15 +92,15 @@ class ImageFileBatches(Batches):
         generator, n = epoch_generator(self.seed, epoch), len(self.targets)
         order = sampled_order(n, generator, rates)
         seeds = torch.randint(2**62, (n,), generator=generator)
-        return self._batches(order, seeds.tolist())
+        return self._batches(order, seeds.tolist(), self.batch_size)
 
     def eval_epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches in order, resized and cropped in the middle."""
         n = len(self.targets)
-        return self._batches(torch.arange(n), [None] * n)
+        return self._batches(torch.arange(n), [None] * n, self.eval_batch_size)
 
-    def _batches(self, order, seeds):
-        items, slices = list(zip(order.tolist(), seeds, strict=True)), self._slices()
+    def _batches(self, order, seeds, batch_size):
+        items, slices = list(zip(order.tolist(), seeds, strict=True)), self._slices(batch_size)
         targets = self.targets[order.to(self.targets.device)]  # one upload an epoch
         self._plan[:] = [items[batch] for batch in slices]
         for batch, images in zip(slices, _read(self._loader), strict=True):

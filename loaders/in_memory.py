@@ -46,7 +46,8 @@ class InMemoryBatches(Batches):
         Returns:
             A TrainEpoch, which a CUDA graph can hold; with `augment` a plain iterator.
         """
-        generator, n, slices = epoch_generator(self.seed, epoch), len(self.targets), self._slices()
+        generator, n = epoch_generator(self.seed, epoch), len(self.targets)
+        slices = self._slices(self.batch_size)
 
         def mine(draws):  # this rank's, batch after batch
             return torch.cat([draws[batch] for batch in slices])
@@ -70,7 +71,7 @@ class InMemoryBatches(Batches):
 
     def eval_epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches in order, not augmented."""
-        for batch in self._slices():
+        for batch in self._slices(self.eval_batch_size):
             yield self._normalised(self.images[batch]), self.targets[batch]
 
 

@@ -2,12 +2,12 @@
 
 import functools
 
-from models.feature_norm import HeadOnly, head_name, replace_layer, with_feature_norm
+from models.feature_norm import HeadOnly, head_name, with_feature_norm
 from models.resnet_cifar import NormedLinear, resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202
 from models.torchvision_models import (
     check_image_size,
+    current_names,
     imagenet_weights,
-    present_names,
     torchvision_archs,
     torchvision_model,
 )
@@ -17,7 +17,6 @@ IMAGENET_MODELS = {name: functools.partial(torchvision_model, name) for name in 
 resnet18, resnet50 = IMAGENET_MODELS.values()
 
 __all__ = [
-    "CIFAR_MODELS", "IMAGENET_MODELS", "HeadOnly", "NormedLinear", "check_image_size", "head_name", "imagenet_weights",
-    "present_names", "replace_layer", "torchvision_archs", "torchvision_model", "with_feature_norm", *CIFAR_MODELS,
-    *IMAGENET_MODELS,
+    "CIFAR_MODELS", "IMAGENET_MODELS", "HeadOnly", "NormedLinear", "check_image_size", "current_names", "head_name",
+    "imagenet_weights", "torchvision_archs", "torchvision_model", "with_feature_norm", *CIFAR_MODELS, *IMAGENET_MODELS,
 ]  # fmt: skip

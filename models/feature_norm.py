@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -42,51 +41,48 @@ def _linear_layers(model):
     return names
 
 
-def replace_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` in the place of the part with that dotted name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, layer)
-
-
 class HeadOnly(nn.Module):
-    """A classifier of which only the head is trained: all else is frozen, in evaluation mode.
+    """A classifier of which only the head is trained: all other layers are frozen, in evaluation mode.
 
-    The head is its only part, so whatever sets modes, counts batches or averages gradients leaves the rest alone:
-    batch norm's statistics stay as they are, dropout is off.
+    The head is the only submodule, so `train()`, `parameters()` and DistributedDataParallel see nothing else: batch
+    norm's statistics do not change, dropout is off.
 
     Args:
-        model: the classifier, see `head_name`; it is frozen, and called.
+        model: the classifier, see `head_name`. It is changed in place: evaluation mode, only the head requires
+            gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._whole = (model.eval().requires_grad_(False),)  # in a tuple it is no part
+        self._whole = (model.eval().requires_grad_(False),)  # a tuple, so that it is not a submodule
         self.head = model.get_submodule(head_name(model)).requires_grad_()
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._whole[0](images)
 
 
-def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, norm: str = "l1") -> Any:
+def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, norm: str = "l1") -> nn.Module:
     """Make `module` return `(logits, features)`; features (N, 1) is the norm of the input of its head.
 
-    Works by hooks on the module itself: its type, parameters and state-dict keys stay as they are. That of a linear
-    layer notes the norm on its output, a tensor of this call alone, so calls may run in several threads
-    (nn.DataParallel, a server). torch.compile comes last: `torch.compile(with_feature_norm(model))`.
+    Registers forward hooks on `module`, in place: its type, parameters and state-dict keys stay the same. The norm is
+    stored on the output tensor of the linear layer, so calls in several threads (nn.DataParallel, a server) do not mix.
+    Call torch.compile last: `torch.compile(with_feature_norm(model))`.
 
     Args:
-        module: a classifier that returns logits, the head's own output; a tuple that begins with them, a dict with
-            'logits' or an object with `.logits` is taken apart, and the rest left out.
-        layer: its head, as a dotted name ('fc', 'classifier.1') or the layer itself. None: see `head_name`; of several
-            linear layers that one whose output is what the module returns, in each call.
+        module: a classifier that returns logits, the head's own output. From a tuple that begins with them, a dict
+            with 'logits' or an object with `.logits`, only the logits are kept.
+        layer: its head, as a dotted name ('fc', 'classifier.1') or the layer itself; its name becomes
+            `module.head_name`. None: see `head_name`; of several linear layers the one whose output is what the module
+            returns, in each call.
         norm: 'l1', 'l2' or 'linf'.
 
     Returns:
         the same module.
 
     Raises:
-        AttributeError: no layer of that name. ValueError: a layer of another module, none to be found; in a call: a
-            layer whose output is not what the module returns.
+        AttributeError: no layer of that name.
+        ValueError: a layer of another module, or no linear layer; in a call: a layer whose output is not what the
+            module returns, or an unknown norm.
     """
     if isinstance(layer, nn.Module):
         names = [name for name, part in module.named_modules() if part is layer]

@@ -14,7 +14,11 @@ from losses import row_norm
 
 
 class NormedLinear(nn.Module):
-    """Cosines of the input with each class's weight vector, (N, K): LDAM's head."""
+    """Cosines of the input with each class's weight vector, without bias: LDAM's head (Cao et al., NeurIPS 2019).
+
+    Input (N, in_features), output (N, out_features) in [-1, 1]. `weight` is (in_features, out_features), one column per
+    class, unlike nn.Linear's.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import sys
 import torchvision
 from torch import Tensor, nn
 
-from models.feature_norm import head_name, replace_layer, with_feature_norm
+from models.feature_norm import head_name, with_feature_norm
 from models.resnet_cifar import NormedLinear
 from utils import DataError, UsageError
 
@@ -35,20 +35,23 @@ def torchvision_archs() -> list[str]:
 
 
 def torchvision_model(arch: str, num_classes: int, use_norm: bool = False, feature_norm: str = "l1") -> nn.Module:
-    """The model of that name, with random weights.
+    """The model of that name, with random weights. It returns `(logits (N, K), features (N, 1))`.
 
     Args:
         arch: one of `torchvision_archs()`.
         num_classes: K.
         use_norm: a normalised head (`NormedLinear`), for LDAM.
-        feature_norm: 'l1', 'l2' or 'linf', the norm that `features` carries.
+        feature_norm: 'l1', 'l2' or 'linf', the norm in `features`.
+
+    Raises:
+        ValueError: a name that torchvision does not know, or a model without a linear layer.
     """
     # ImageNet's weights of these want images scaled to -1 to 1, which the model does from the usual scale
     extra = {"aux_logits": False, "init_weights": False, "transform_input": True} if arch in _AUXILIARY else {}
     model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
     if use_norm:
         head = head_name(model)
-        replace_layer(model, head, NormedLinear(model.get_submodule(head).in_features, num_classes))
+        model.set_submodule(head, NormedLinear(model.get_submodule(head).in_features, num_classes))
     return with_feature_norm(model, norm=feature_norm)
 
 
@@ -76,11 +79,11 @@ def imagenet_weights(arch: str) -> dict[str, Tensor]:
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
-    return present_names({name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")})
+    return current_names({name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")})
 
 
-def present_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with today's names: DenseNet's files have older ones."""
+def current_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under torchvision's current names: older files of DenseNet have others."""
     return {re.sub(r"(denselayer\d+\.\w+)\.(\d\.)", r"\1\2", name): tensor for name, tensor in weights.items()}
 
 

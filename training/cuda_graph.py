@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: a launch a step instead of hundreds, the same kernels in the same order."""
+"""A training step as one CUDA graph: one launch per step instead of hundreds, the same kernels in the same order."""
 
 import collections
 import functools
@@ -22,24 +22,23 @@ Step = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class StepGraph:
-    """Trains batches of `loaders.in_memory.TrainEpoch` on CUDA by replaying a step that was captured once a batch size.
+    """Trains batches of `loaders.in_memory.TrainEpoch` on CUDA by replaying a step, captured once for each batch size.
 
-    A graph reads and writes fixed addresses, so this keeps the draws and the metrics of the epoch of the capture, and
-    the later epochs' are copied there. A graph also freezes all that Python computes. Therefore
+    A graph reads and writes fixed addresses, so the draws and metrics of the captured epoch stay in memory, and those
+    of later epochs are copied there. A graph also freezes every value that Python computes. Therefore
 
-    - the step is captured again where the model, the criterion or a value of the optimizer's groups is another one, and
-      where a number in Python of the model or the criterion has changed between two epochs;
-    - a step that draws from the host's random states (torch, numpy, random), or that changes a number in Python of the
-      model or the criterion, trains without a graph, and so does one that cannot be captured. A warning says why, once.
+    - the step is captured again if the model, the criterion or an option of the optimizer changes, or if a number or
+      string attribute of a module changes between two epochs;
+    - a step trains without a graph if it draws from the CPU's random states (torch, numpy, random), changes a number or
+      string attribute of a module, or cannot be captured. A warning gives the reason, once.
 
-    Not detected: numbers that are neither attributes of a module nor of the optimizer's groups (globals, closures,
-    lists), what a step does for the first time after the warm-up, and another module in the place of a part of the
-    model.
+    Not detected: Python values outside of modules and optimizer options (globals, closures, lists), what a step does
+    for the first time after the warm-up, and a submodule that was replaced.
     """
 
     def __init__(self) -> None:
         self.held: tuple[Any, ...] = ()  # model, criterion, optimizer, and the numbers of the first two
-        self.told: list[dict] = []  # of the optimizer's groups, all but their parameters
+        self.options: list[dict] = []  # of the optimizer's groups, without their parameters
         self.batches: Any = None  # a TrainEpoch: of the epoch whose memory the graphs read, and its metrics
         self.metrics: Any = None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
@@ -68,8 +67,8 @@ class StepGraph:
     def steps(self, step: Step) -> Iterator[int]:
         """Train the batches of the epoch; yields the size of each when it is queued on the device."""
         for size in self.batches.sizes:
-            before, self.told = self.told, self._told()
-            if self.told != before:  # another epoch's, or a schedule that moves from step to step
+            before, self.options = self.options, self._options()
+            if self.options != before:  # another epoch's, or a schedule that changes the lr in each step
                 self._forget()
             if self.warm[size] >= WARM_UP and size not in self.graphs and not self.failed:
                 self._capture(step, size)
@@ -84,7 +83,7 @@ class StepGraph:
         self.graphs.clear()
         self.warm.clear()
 
-    def _told(self):
+    def _options(self):
         _, _, optimizer, _ = self.held
         return [{k: value for k, value in group.items() if k != "params"} for group in optimizer.param_groups]
 

@@ -15,11 +15,16 @@ from torch.distributed.rendezvous import rendezvous
 
 from utils import DataError, UsageError, choose_device
 
-_control: Any = None  # the group of broadcasts and barriers between processes, on the CPU
+_control: Any = None  # the group of gathers and barriers between processes, on the CPU
 
 
 def start(gpu: int | None = None) -> torch.device:
-    """Join the other ranks if torchrun started this process. Returns the device: LOCAL_RANK's, or `--gpu`'s.
+    """Join the other ranks if torchrun started this process, and set the current CUDA device.
+
+    On ranks other than 0 `sys.stdout` is replaced, so that they print nothing.
+
+    Returns:
+        the device: number LOCAL_RANK with several ranks, else that of `utils.choose_device(gpu)`.
 
     Raises:
         UsageError: see `utils.choose_device`; an environment that torchrun does not make. DataError: the other ranks
@@ -71,7 +76,7 @@ def is_lost(error: BaseException) -> bool:
 
 def world_size() -> int:
     """Number of ranks."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -90,7 +95,7 @@ def restarts() -> int:
 
 
 def _number(name, default):
-    """What torchrun says in the environment; UsageError for what is no number."""
+    """The number that torchrun set in the environment, or `default`. Raises UsageError for anything else."""
     value = os.environ.get(name) or str(default)
     if not value.isdecimal():
         raise UsageError(f"{name} is {value!r} in the environment: torchrun sets it to a number")
@@ -99,27 +104,10 @@ def _number(name, default):
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over the ranks; the tensor itself with one rank."""
-    return tensor if world_size() == 1 else _reduced(tensor, dist.ReduceOp.SUM)
-
-
-def all_reduce_min(tensor: torch.Tensor) -> torch.Tensor:
-    """The smallest value of a tensor over the ranks."""
-    return tensor if world_size() == 1 else _reduced(tensor, dist.ReduceOp.MIN)
-
-
-def _reduced(tensor, operation):
-    tensor = tensor.clone()
-    dist.all_reduce(tensor, operation)
+    if world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
     return tensor
-
-
-def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0, group=_control)
-    return box[0]
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ class Ema(AveragedModel):
 
         super().__init__(model, multi_avg_fn=average, use_buffers=True)
         self.requires_grad_(False)
-        self._source = (model,)  # in a tuple it is no part of this module
+        self._source = (model,)  # a tuple, so that it is not a submodule
 
     def update(self) -> None:
         """Add the model's current weights to the average."""

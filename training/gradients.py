@@ -1,4 +1,4 @@
-"""The size of a loss's gradient beside that of plain cross entropy, and the alpha that gives their ratio."""
+"""The gradient norm of a loss over that of plain cross entropy, and the alpha that sets this ratio."""
 
 import copy
 import itertools
@@ -34,7 +34,7 @@ def gradient_norms(
         batches: (images, targets) on the model's device.
         criterion: see `losses.Loss`.
     """
-    if precision is None or precision.scaler is not None:  # unscaled gradients in fp16 would underflow
+    if precision is None or precision.scaler.is_enabled():  # unscaled gradients in fp16 would underflow
         precision = Precision()
     model = copy.deepcopy(model).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -72,8 +72,8 @@ def match_gradient(
     ce, at_one = gradient_norms(model, batches, criterion, precision)
     if not (0 < at_one < math.inf and 0 < ce < math.inf):
         raise DataError(
-            f"--alpha auto: the gradient of CE has the norm {ce:g} and that of the loss {at_one:g}: no alpha makes "
-            "their ratio a number; give --alpha a value"
+            f"--alpha auto: the gradient norm is {ce:g} for CE and {at_one:g} for the loss, so alpha cannot be "
+            "computed; give --alpha a value"
         )
     criterion.set_alpha(criterion.auto_ratio * ce / at_one)
     alpha = float(criterion.current_alpha)

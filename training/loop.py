@@ -1,6 +1,5 @@
 """An epoch of training and an evaluation: what every script shares. Knows no flags and no files."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,9 +17,6 @@ from utils import DataError
 
 #: called with the batch's number and the metrics so far
 OnBatch = Callable[[int, MetricAccumulator], None]
-
-#: On CUDA images are evaluated so many pixels at a time (4096 of 32 x 32), or by the training batch if that is larger.
-EVALUATION_PIXELS = 2**22
 
 
 class NonFiniteLoss(DataError):
@@ -44,17 +40,22 @@ def train_one_epoch(
 ) -> dict[str, Any]:
     """One pass over `batches`, (images, targets) on the model's device: this rank's slices of the global batches.
 
-    Nothing is read from the device in between, but what `on_batch` reads.
+    Within the epoch nothing waits for the device, unless `on_batch` does.
 
     Args:
+        model: returns (logits, features); it is put into training mode.
         batches: targets are labels (N,), or soft ones (N, K) for a criterion that accepts them.
+        criterion: see `losses.Loss`.
+        num_classes: K.
+        precision: None: float32.
+        on_batch: called after each batch with its number, from 0, and the metrics so far.
         graph: trains most batches by replaying a captured step, if `batches` is a TrainEpoch; the same in every epoch.
-        after_step: called after each step of the optimizer, on the host: an average of the weights, for example.
+        after_step: called after each step of the optimizer, for example to update an average of the weights.
 
     Returns:
-        dict(loss, acc1, acc5, seen, seconds, ib_factor): accuracies in percent, of soft targets' likeliest class;
-        ib_factor is the mean factor of each class (None for a class without samples), or None for a criterion that
-        has no factor.
+        dict(loss, acc1, acc5, seen, seconds, ib_factor): `loss` is the mean of the criterion; accuracies are in
+        percent, for soft targets of the likeliest class; `seen` is the number of images on all ranks. `ib_factor` is
+        the mean factor of each class (None for a class without samples), or None for a criterion without a factor.
 
     Raises:
         NonFiniteLoss: with the number of the first bad batch.
@@ -72,7 +73,7 @@ def train_one_epoch(
         train_step(model, images, target, criterion, optimizer, precision, metrics)
 
     for batch, size in enumerate(_each_step(batches, step) if graph is None else graph.steps(step)):
-        metrics.count_batch(size)
+        metrics.seen += size
         if after_step is not None:
             after_step()
         if on_batch is not None:
@@ -116,7 +117,7 @@ def train_step(
 
 
 def forward(model: torch.nn.Module, images: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits, features) of this rank's images in training, of which a small batch may leave it none."""
+    """(logits, features) of this rank's images in training mode; with several ranks a small batch may leave it none."""
     with precision.autocast():
         # batch norm over all ranks takes a batch without images, and blank ones would enter it
         if len(images) or any(isinstance(part, torch.nn.SyncBatchNorm) for part in model.modules()):
@@ -151,32 +152,26 @@ def finite_figures(metrics: MetricAccumulator) -> dict[str, Any]:
     return figures
 
 
-def for_evaluation(batches: Any, image_size: int) -> Any:
-    """The batches with more images in each on CUDA, see `EVALUATION_PIXELS`; on the CPU the same ones."""
-    if not batches.targets.is_cuda:
-        return batches
-    larger = copy.copy(batches)
-    larger.batch_size = max(batches.batch_size, EVALUATION_PIXELS // image_size**2)
-    return larger
-
-
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     class_counts: Sequence[int],
     precision: Precision | None = None,
-    seen: list | None = None,
+    outputs: list | None = None,
 ) -> dict[str, Any]:
-    """Accuracy on `batches`, and the plain CE, whatever the run trains with, so that its curve does not jump.
+    """Accuracy and mean CE on `batches`. The loss is plain CE for every criterion, so that its curve does not jump.
 
     Args:
+        model: returns (logits, features); it is left in evaluation mode.
+        batches: (images, labels (n,)) on the model's device.
         class_counts: training images of each class, for the groups.
-        seen: gets (logits (n, K), target (n,)) of each of this rank's batches that has images, on the CPU.
+        outputs: a list that gets (logits (n, K), target (n,)) of each of this rank's batches that has images, on the
+            CPU.
 
     Returns:
-        dict(loss, acc1, acc5, seen, those of `metrics.CLASS_FIGURES`, per_class, confusion, seconds), accuracies in
-        percent, None for what has no images.
+        dict(loss, acc1, acc5, seen, those of `metrics.CLASS_FIGURES`, per_class, confusion, seconds): accuracies in
+        percent, None where there are no images; `seen` is the number of images on all ranks.
     """
     started = time.monotonic()
     distributed.broadcast_buffers(model)  # of an average, which each rank makes of its own
@@ -189,9 +184,9 @@ def evaluate(
         with precision.autocast():
             logits, _ = model(images)
         metrics.add(logits, target, F.cross_entropy(logits.float(), target, reduction="sum"))
-        metrics.count_batch(len(target))
-        if seen is not None:
-            seen.append((logits.float().cpu(), target.cpu()))
+        metrics.seen += len(target)
+        if outputs is not None:
+            outputs.append((logits.float().cpu(), target.cpu()))
     per_class, confusion = metrics.per_class()
     found = {name: figure(per_class, confusion, class_counts) for name, figure in CLASS_FIGURES.items()}
     figures = {name: None if value is None else float(value) for name, value in found.items()}

@@ -13,18 +13,19 @@ MAX_CONFUSION_CLASSES = 1000
 
 
 class MetricAccumulator:
-    """Hits and losses summed on the device; nothing waits for it, or for other ranks, but `read`, `first_bad`,
-    `mean_factors` and `per_class`.
+    """Correct predictions and losses, summed on the device.
 
-    All accuracies are percentages.
+    Only `read`, `first_bad`, `mean_factors` and `per_class` wait for the device and the other ranks. All accuracies are
+    percentages.
 
     Args:
-        by_class: count each class, and the confusion matrix; without it there is no `per_class()`.
+        num_classes: K.
+        by_class: also count by class, for `per_class()`.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str, by_class: bool = True) -> None:
         self.num_classes, self.by_class = num_classes, by_class
-        self.batches = self.seen = 0
+        self.seen = 0  # images, counted on the host by whoever adds batches
         self.loss = torch.zeros((), device=device, dtype=torch.float64)
         self.hits = torch.zeros(min(5, num_classes), device=device, dtype=torch.int64)  # of each place in the ranking
         self.finite = torch.zeros((), device=device, dtype=torch.int64)  # batches before the first non-finite loss
@@ -35,14 +36,9 @@ class MetricAccumulator:
 
     def reset(self) -> None:
         """Count from zero again, in the same memory."""
-        self.batches = self.seen = 0
+        self.seen = 0
         for sums in (self.loss, self.hits, self.finite, self.table, self.factors):
             sums.zero_()
-
-    def count_batch(self, samples: int) -> None:
-        """Count a batch and its samples, on the host; all else works on the device, where a CUDA graph can hold it."""
-        self.batches += 1
-        self.seen += samples
 
     @torch.no_grad()
     def add(self, logits: torch.Tensor, target: torch.Tensor, loss: torch.Tensor) -> None:
@@ -66,7 +62,10 @@ class MetricAccumulator:
         self.factors.index_add_(1, target, torch.stack([factor, torch.ones_like(factor)]))
 
     def read(self) -> dict[str, Any]:
-        """dict(loss, acc1, acc5, seen)."""
+        """dict(loss, acc1, acc5, seen): means over the images of all ranks, accuracies in percent, number of images.
+
+        With at most 5 classes acc5 is 100. Waits for the device and the other ranks.
+        """
         # one read from the device
         sums = torch.cat([self.loss.new_full((1,), self.seen), self.loss[None], self.hits.double()])
         seen, loss, *hits = distributed.all_reduce_sum(sums).tolist()
@@ -75,7 +74,7 @@ class MetricAccumulator:
 
     def first_bad(self) -> int:
         """Number of the first batch whose loss was not finite on some rank; the number of batches where all were."""
-        return int(distributed.all_reduce_min(self.finite).item())
+        return min(distributed.gather(int(self.finite)))
 
     def mean_factors(self) -> list[float | None]:
         """Mean IB factor of each class; None for a class without samples."""
@@ -112,7 +111,7 @@ def _of_group(name):
     return lambda per_class, confusion, counts: class_mean([per_class[k] for k in groups(counts)[name]])
 
 
-#: What an evaluation reports beside loss, top-1 and top-5. name -> a figure, or None, of (accuracy of each class in
+#: What an evaluation reports besides loss, top-1 and top-5. name -> a figure, or None, of (accuracy of each class in
 #: percent or None, confusion matrix or None, training images of each class). A new entry reaches the CSV files,
 #: TensorBoard, summary.json and the screen.
 CLASS_FIGURES: dict[str, Callable[[Sequence, Sequence | None, Sequence[int]], float | None]] = {

@@ -24,7 +24,7 @@ class Mixup:
         self.alpha, self.num_classes, self.seed = alpha, num_classes, seed
 
     def mix(self, batches: Batches, epoch: int) -> Batches:
-        """Images (N, 3, H, W) and soft targets (N, K) of batches of images and labels (N,)."""
+        """Batches of (images (N, 3, H, W), labels (N,)) with soft targets (N, K); for alpha 0 the batches unchanged."""
         return self._mixed(batches, epoch) if self.alpha else batches
 
     def _mixed(self, batches, epoch):

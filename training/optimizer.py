@@ -30,25 +30,26 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=on_cuda)
 
 
-#: What a group of parameters has beside the optimizer's own settings, and beside what it counts.
-SETTINGS = ("params", "lr_scale")
+#: Keys of a parameter group that a loaded state does not overwrite, besides the optimizer's own options.
+KEPT_KEYS = ("params", "lr_scale")
 #: name -> optimizer from (model, lr, the settings that it depends on)
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}
 
 
 def constants_of(name: str) -> tuple[str, ...]:
-    """Names of the settings on which an optimizer depends, beside the lr."""
+    """Names of the settings on which an optimizer depends, besides the lr."""
     return tuple(inspect.signature(OPTIMIZERS[name]).parameters)[2:]
 
 
 def make_optimizer(name: str, model: torch.nn.Module, lr: float, constants: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """The optimizer of that name, which keeps its own settings when a state is loaded.
+    """The optimizer of that name. `load_state_dict` keeps its own options, such as lr and weight decay.
 
-    A group's 'lr_scale', here its lr over `lr`, is what the schedule's lr is multiplied by for its parameters.
+    Each parameter group gets 'lr_scale', its lr over `lr`: `Stages` multiplies the schedule's lr by it.
 
     Args:
         name: a key of `OPTIMIZERS`.
-        constants: values by name, among them those of `constants_of(name)`.
+        lr: base learning rate.
+        constants: hyperparameters by name, among them those of `constants_of(name)`, `vars(settings)` for example.
     """
     optimizer = OPTIMIZERS[name](model, lr, **{constant: constants[constant] for constant in constants_of(name)})
     for group in optimizer.param_groups:
@@ -79,7 +80,7 @@ def _as_own(optimizer, state):
             if torch.is_tensor(value) and value.ndim:
                 values[index][name] = torch.empty_like(parameter).copy_(value)
     groups = [
-        {**mine, **{name: value for name, value in loaded.items() if name not in {*optimizer.defaults, *SETTINGS}}}
+        {**mine, **{name: value for name, value in loaded.items() if name not in {*optimizer.defaults, *KEPT_KEYS}}}
         for mine, loaded in zip(own["param_groups"], state["param_groups"], strict=True)
     ]
     return {"state": {i: value for i, value in values.items() if value}, "param_groups": groups}

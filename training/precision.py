@@ -1,6 +1,5 @@
 """--amp, --tf32, --batch_norm, --compile and --deterministic: how numbers are computed on the device."""
 
-import contextlib
 import os
 
 import torch
@@ -18,32 +17,29 @@ class Precision:
 
     def __init__(self, amp: str = "none", device_type: str = "cpu") -> None:
         self.dtype, self.device_type = AMP_TYPES[amp], device_type
-        self.scaler = torch.amp.GradScaler(device_type) if amp == "fp16" else None
+        self.scaler = torch.amp.GradScaler(device_type, enabled=amp == "fp16")
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """The context in which the model runs."""
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, self.dtype)
+        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
     def step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Gradient of `loss`, and a step of `optimizer`."""
+        """Zero the gradients, backpropagate `loss` (0-d), and step `optimizer`.
+
+        In fp16 the step is skipped where a scaled gradient overflows.
+        """
         optimizer.zero_grad(set_to_none=True)
-        if self.scaler is None:
-            loss.backward()
-            optimizer.step()
-        else:  # leaves the step out where a scaled gradient overflows
-            self.scaler.scale(loss).backward()
-            self.scaler.step(optimizer)
-            self.scaler.update()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)  # with fp16 left out where a scaled gradient overflows
+        self.scaler.update()
 
     def state_dict(self) -> dict:
-        """The scaler's state, for checkpoints; empty without one."""
-        return self.scaler.state_dict() if self.scaler is not None else {}
+        """The scaler's state, for checkpoints; empty without fp16."""
+        return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state)
+        """Load the scaler's state; ignored without a scaler."""
+        self.scaler.load_state_dict(state)
 
 
 class Compiled(torch.nn.Module):
@@ -91,9 +87,11 @@ def on_device(model: torch.nn.Module, device: torch.device, batch_norm: str = "c
 
 
 def set_determinism(deterministic: bool, tf32: bool = True) -> None:
-    """--deterministic: bitwise repeatable on CUDA too; otherwise cuDNN may pick the fastest algorithm.
+    """Set torch's global switches for determinism and TF32.
 
-    TF32 is for convolutions only: the resize of images by matrix products rounds to whole grey levels.
+    Args:
+        deterministic: bitwise repeatable on CUDA too; False: cuDNN picks the fastest algorithms.
+        tf32: convolutions on a GPU may use TF32. Matrix products never do.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts

@@ -11,7 +11,7 @@ from training import registry
 from training.registry import Stage
 
 SCHEDULES = ("step", "cosine")
-#: The settings that a Recipe reads, beside the constants of the registry's entries.
+#: The settings that a Recipe reads, besides the hyperparameters of the registry's entries.
 READS = (
     "loss_type", "train_rule", "start_ib_epoch", "drw_epoch", "epochs", "lr", "schedule", "warmup_epochs",
     "keep_warmup", "milestones", "lr_factors", "ib_lr_factor",
@@ -30,7 +30,9 @@ class Recipe:
     the first stage, of `drw_epoch` epochs. In the second only the head is trained. Its lr starts again, as in the code
     of its authors: half a cosine from `lr` to 0, without warm-up; `ib_lr_factor` holds in the IB phase here too.
 
-    settings: an object with their names as attributes (experiment/settings.py), which are not changed later.
+    Args:
+        settings: an object whose `vars()` hold the settings of `READS` and the hyperparameters of its loss, class
+            weights and sampler, `experiment.settings.Settings` for example. It must not change later.
     """
 
     def __init__(self, settings: Any) -> None:
@@ -60,7 +62,7 @@ class Recipe:
         return [self.stage(epoch) for epoch in range(self.settings.epochs)]
 
     def table(self) -> str:
-        """CSV, a row an epoch, counted from 0: what --dry_run prints; `trains` is a column where it changes."""
+        """CSV, one row per epoch, counted from 0: what --dry_run prints; `trains` is a column only if it changes."""
         stages = self.stages()
         names = ["lr", "loss", "class_weights", "sampler", *["trains"] * any(s.trains != "all" for s in stages)]
         rows = [[e, *(getattr(s, name) for name in names)] for e, s in enumerate(stages)]

@@ -50,9 +50,13 @@ class LossEntry:
 
 @dataclasses.dataclass(frozen=True)
 class RuleEntry:
-    """class_weights: a key of `CLASS_WEIGHTS`; sampler: of `SAMPLERS`; start: the field of the recipe that says from
-    which epoch on they are in force, or None for all; trains: 'all', or 'head': then only the last linear layer, drawn
-    again, with an lr of its own (see `Recipe`).
+    """A training rule.
+
+    Attributes:
+        class_weights: a key of `CLASS_WEIGHTS`. sampler: a key of `SAMPLERS`.
+        start: name of the setting that holds the rule's first epoch, counted from 0; None: all epochs.
+        trains: 'all', or 'head': only the last linear layer, reinitialized, with its own lr (see `Recipe`).
+        help: the text for --help.
     """
 
     class_weights: str = "none"

@@ -20,12 +20,15 @@ class Stages:
     alpha of an IB loss is set once.
 
     Args:
-        seed: of the run.
-        sync_bn, compiles: of the module that is trained, whose weights are the model's own.
+        optimizer: `begin` sets the lr of its groups.
+        class_counts: training images of each class.
+        seed: the run's seed.
+        ema: starts again when the head is reinitialized.
+        sync_bn, compiles: convert batch norm to SyncBatchNorm (with several ranks, in place), and use torch.compile.
 
     Raises:
-        UsageError: a loss with parameters, or without soft targets beside mixup; a model whose head is unknown where
-            it must be known, or not the one that the loss wants.
+        UsageError: a loss with parameters; mixup with a loss that takes no soft targets; an unknown head where it must
+            be known; a head that the loss cannot use.
     """
 
     def __init__(
@@ -72,14 +75,11 @@ class Stages:
                 criterion.load_state_dict(self._state)
             self._criterion = criterion.to(next(self.model.parameters()).device)
         if before is None or before.trains != stage.trains:
-            self._trained = self._trained_in(stage)
+            self.part = models.HeadOnly(self.model) if stage.trains == "head" else self.model
+            part = distributed.data_parallel(self.part, self.sync_bn)
+            self._trained = Compiled(part) if self.compiles else part
         self._stage = stage
         return self._criterion, self._trained
-
-    def _trained_in(self, stage):
-        self.part = models.HeadOnly(self.model) if stage.trains == "head" else self.model
-        part = distributed.data_parallel(self.part, self.sync_bn)
-        return Compiled(part) if self.compiles else part
 
     def state_dict(self) -> dict:
         """The state of the criterion in force."""
@@ -91,7 +91,10 @@ class Stages:
 
 
 def redraw_head(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> None:
-    """Give the model a head that has learnt nothing: weights from torch's random state, its optimizer state zero."""
+    """Reinitialize the model's head, in place, from torch's random state, and set its optimizer state to zero.
+
+    An nn.Linear gets PyTorch's default initialization, whatever the model's own is. `ema` starts again, if given.
+    """
     head: Any = model.get_submodule(models.head_name(model))
     if isinstance(head, models.NormedLinear):
         fresh: torch.nn.Module = models.NormedLinear(*head.weight.shape)

@@ -51,7 +51,7 @@ USAGE = {
     "no number": (["--epochs", "many"], "--epochs", "'many'"),
     "infinite lr": (["--lr", "inf"], "--lr", "inf"),
     "milestone that never comes": (["--epochs", "3", "--milestones", "1", "3"], "--milestones 3 never comes"),
-    "milestones that fall": (["--milestones", "8", "4"], "--milestones must rise"),
+    "milestones that fall": (["--milestones", "8", "4"], "--milestones must be in increasing order"),
     "milestones and factors": (["--milestones", "1", "--lr_factors", "0.1", "0.1"], "--lr_factors"),
     "start past the end": (["--start-epoch", "9", "--epochs", "9", "--milestones", "1"], "--start-epoch 9"),
     "evaluate what": (["--evaluate"], "--evaluate", "--resume"),

@@ -75,7 +75,7 @@ def test_another_device_is_a_warning(capsys):
     parts = provenance.trained_on(start, {"device": "cpu", "versions": {}}, epochs=5)
     assert parts == [*before, {"from_epoch": 3, "device": "cpu", "versions": {}}]
     said = capsys.readouterr().err
-    assert said == "warning: a.pth was made on NVIDIA H200, this run is on cpu: the same run, but not to the last bit\n"
+    assert said == "warning: a.pth was made on NVIDIA H200, this run is on cpu: the same run, but not bit for bit\n"
     assert provenance.trained_on(start, {"device": "NVIDIA H200", "versions": {}}, epochs=5) == before
     assert provenance.trained_on(start, {"device": "cpu", "versions": {}}, epochs=3) == before
     assert capsys.readouterr().err == ""

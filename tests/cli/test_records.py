@@ -335,7 +335,7 @@ def test_progress_is_one_bar_on_a_terminal_and_lines_elsewhere(stream):
     progress = Progress(first=0, epochs=3, print_freq=2, stream=stream)
     metrics = MetricAccumulator(2, "cpu")
     metrics.add(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), torch.tensor(2.5))
-    metrics.count_batch(2)
+    metrics.seen += 2
     for epoch in range(2):
         progress.epoch(epoch, batches=5, lr=0.02)
         for batch in range(5):

@@ -247,6 +247,8 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_completed(t
     assert read_logs(log_folder(tmp_path)) == read_logs(log_folder(tmp_path, exp="whole"))
     assert (log_folder(tmp_path) / "curves.png").exists()
     assert "nothing to do" in run_ok(args, tmp_path, figures=True)
+    break_off([*args, "--epochs", "6", "--resume", "auto"], tmp_path, after=0)
+    assert not (log_folder(tmp_path) / "curves.png").exists(), "it would end at epoch 5"
 
 
 # --------------------------------------------------------------------------------------------- back in the own folder

@@ -7,7 +7,18 @@ from unittest import mock
 
 import pytest
 import torch
-from script_runner import DIGITS, REPOSITORY, TINY, load_checkpoint, log_folder, model_folder, run_ok, run_script, tiny
+from script_runner import (
+    DIGITS,
+    REPOSITORY,
+    TINY,
+    load_checkpoint,
+    log_folder,
+    model_folder,
+    run_main,
+    run_ok,
+    run_script,
+    tiny,
+)
 
 import models
 from experiment import checkpoint
@@ -60,6 +71,9 @@ def test_a_slim_file_has_the_runs_weights_and_nothing_of_the_machine(added):
     content = file.read_bytes()
     assert str(path.parents[2]).encode() not in content
     assert len(content) < 0.6 * path.stat().st_size, "no momentum, no history"
+    with mock.patch.dict(models.CIFAR_MODELS, tiny=tiny):
+        status, _, err = run_main([*RUN, "--epochs", "2", "--exp_str", "fork", "--resume", file], folder)
+    assert (status, "holds no state of the optimizer" in err) == (2, True), err
 
 
 def test_slim_overwrites_nothing(added):

@@ -133,7 +133,7 @@ FAULTS = [
      "groups([max(counts)] * len(counts))[name]", METRICS),
     ("one lr for all groups", "training/stages.py", 'stage.lr * group.get("lr_scale", 1.0)', "stage.lr", OPTIMIZER),
     ("EMA: a new head keeps its average", "training/stages.py", "        ema.restart()", "        pass", OPTIMIZER),
-    ("what groups count is lost", "training/optimizer.py", "if name not in {*optimizer.defaults, *SETTINGS}", "if False",
+    ("what groups count is lost", "training/optimizer.py", "if name not in {*optimizer.defaults, *KEPT_KEYS}", "if False",
      OPTIMIZER),
     ("a new flag goes unnoticed", "experiment/settings.py", "{*READS, *all_constants(),", "{*fields_affecting('schedule'),",
      "tests/cli/test_extending.py"),
@@ -149,7 +149,7 @@ FAULTS = [
     ("spread over n", "paper/statistics.py", "ddof=1", "ddof=0", STATISTICS),
     ("Holm: no multiplier", "paper/statistics.py", "((size or len(order)) - rank) * ps[i]", "ps[i]", STATISTICS),
     ("equivalence at 95 %", "paper/statistics.py", "(LEVEL, 2 * level)]", "(LEVEL, level)]", STATISTICS),
-    ("plateau: last fifth", "experiment/records.py", "len(history) // 10) :]", "len(history) // 5) :]", REPORT),
+    ("plateau: last fifth", "experiment/records.py", "+ 1) // 10) :]", "+ 1) // 5) :]", REPORT),
     ("all runs on the first card", "paper/executors.py", "min(self.cards, key=lambda card: taken[card])", "self.cards[0]",
      "tests/unit/test_executors.py"),
 ]  # fmt: skip

@@ -74,7 +74,7 @@ def quiet_folder(cwd, figures=False, cuda=False):
         if not cuda:
             stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
         if not figures:
-            for name in ("of_evaluation", "of_history", "of_calibration"):
+            for name in ("of_evaluation", "of_history"):
                 stack.enter_context(mock.patch.object(plots, name, return_value=[]))
             stack.enter_context(mock.patch.object(plots, "available", return_value=False))
         os.chdir(cwd)

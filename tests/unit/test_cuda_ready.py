@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from experiment.checkpoint import on_cpu
+from loaders import Batches
 from loaders.in_memory import InMemoryBatches
 from training import distributed, loop
 from training.metrics import MetricAccumulator
@@ -110,11 +111,11 @@ def test_an_evaluation_stays_on_the_device_and_reads_nothing():
 
 
 def test_larger_batches_are_evaluated_on_cuda():
+    data = SimpleNamespace(targets=[0] * 10, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
     for side, batch_size, size in ((32, 128, 4096), (64, 128, 1024), (224, 128, 128), (32, 8192, 8192)):
         with FakeTensorMode():
-            batches = SimpleNamespace(targets=torch.zeros(10, device="cuda"), batch_size=batch_size)
-        assert loop.for_evaluation(batches, side).batch_size == size
-        assert batches.batch_size == batch_size, "the training batches are others"
+            batches = Batches(data, batch_size, "cuda", 0, side, None, 0, 1)
+        assert (batches.batch_size, batches.eval_batch_size) == (batch_size, size)
 
 
 def test_a_checkpoints_state_is_on_the_cpu():
@@ -387,7 +388,7 @@ distributed.world_size = lambda: 2  # else nothing is shared
 import losses, models
 from training import loop
 assert distributed.all_reduce_sum(torch.ones(2, device="cuda")).tolist() == [1, 1]
-assert distributed.broadcast({"a": 1}) == {"a": 1}
+assert distributed.gather({"a": 1})[0] == {"a": 1}
 distributed.barrier()
 model = models.resnet20(10).cuda()
 trained = distributed.data_parallel(model, sync_bn=True)

@@ -1,6 +1,7 @@
 """A batch of one image, which batch norm cannot take, on any rank."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ import torch
 from experiment.checks import check_last_batch
 from training.precision import on_device
 from utils import UsageError
+
+
+def batches(size):
+    return SimpleNamespace(targets=[0] * 34, batch_size=size, image_size=32)
 
 
 @pytest.mark.parametrize(
@@ -23,10 +28,10 @@ def test_batch_of_one_image_on_any_rank(size, ranks, sync_bn, refused, monkeypat
     monkeypatch.setattr("experiment.checks.distributed.world_size", lambda: ranks)
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
     with pytest.raises(UsageError, match="of one image of 34") if refused else contextlib.nullcontext():
-        check_last_batch(model, 34, size, 32, sync_bn)
+        check_last_batch(model, batches(size), sync_bn)
 
 
 def test_batch_norm_of_pytorchs_own_kernels_refuses_it_too():
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
     with pytest.raises(UsageError, match="of one image of 34"):
-        check_last_batch(on_device(model, torch.device("cpu"), "native"), 34, 11, 32)
+        check_last_batch(on_device(model, torch.device("cpu"), "native"), batches(11))

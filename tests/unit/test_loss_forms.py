@@ -185,11 +185,11 @@ def test_a_loss_may_refuse_soft_targets():
 
 
 TARGETS = [
-    (torch.zeros(4, 5), torch.zeros(4), r"got float32 of shape \(4,\) beside \(4, 5\)"),
-    (torch.zeros(4, 5), torch.zeros(4, 5, dtype=torch.int64), r"got int64 of shape \(4, 5\) beside .*BCEWithLogits"),
+    (torch.zeros(4, 5), torch.zeros(4), r"got float32 of shape \(4,\) for logits of shape \(4, 5\)"),
+    (torch.zeros(4, 5), torch.zeros(4, 5, dtype=torch.int64), r"got int64 of shape \(4, 5\) for .*BCEWithLogits"),
     (torch.zeros(4, 5), torch.zeros(3, dtype=torch.int64), r"got int64 of shape \(3,\)"),
-    (torch.zeros(4, 5, 2), torch.zeros(4, dtype=torch.int64), r"beside \(4, 5, 2\)"),
-    (torch.zeros(5), torch.tensor(1), r"beside \(5,\)"),
+    (torch.zeros(4, 5, 2), torch.zeros(4, dtype=torch.int64), r"logits of shape \(4, 5, 2\)"),
+    (torch.zeros(5), torch.tensor(1), r"logits of shape \(5,\)"),
 ]
 
 
@@ -255,9 +255,9 @@ def test_class_weights_are_a_buffer_and_as_many_as_classes(loss):
     assert list(criterion.parameters()) == []
     assert criterion.state_dict() == {}
     for soft in ("index", "soft"):
-        refused("4 class weights beside logits of 5", lambda y=soft: build(loss, WEIGHT[:4])(*batch(y)))
+        refused("4 class weights for logits of 5", lambda y=soft: build(loss, WEIGHT[:4])(*batch(y)))
     if loss == "VS":
-        refused("4 class counts beside logits of 5", lambda: build(loss, None, COUNTS[:4])(*batch(dense=(2,))))
+        refused("4 class counts for logits of 5", lambda: build(loss, None, COUNTS[:4])(*batch(dense=(2,))))
     refused("weight must be K finite numbers", lambda: build(loss, [1.0, math.nan]))
 
 

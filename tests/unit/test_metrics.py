@@ -17,7 +17,7 @@ def counted(logits, target, num_classes, batches=3):
     found = metrics.MetricAccumulator(num_classes, "cpu")
     for z, y in zip(logits.chunk(batches), target.chunk(batches), strict=True):
         found.add(z, y, torch.nn.functional.cross_entropy(z, y, reduction="sum"))
-        found.count_batch(len(y))
+        found.seen += len(y)
     return found
 
 

@@ -66,9 +66,12 @@ def test_a_record_comes_back_as_the_settings_that_wrote_it(script):
     assert again == mine
 
 
-def test_a_mean_of_three_channels_comes_back():
+def test_a_mean_of_three_channels_comes_back_and_is_from_0_to_1(capsys):
     mine = parse("folder_train.py", ["--data_dir", "somewhere", "--mean", "0.5", "0.4", "0.3"])
     assert from_record(json.loads(json.dumps(recorded(mine)))).mean == (0.5, 0.4, 0.3)
+    with pytest.raises(SystemExit):
+        parse("folder_train.py", ["--data_dir", "somewhere", "--mean", "123.675", "116.28", "103.53"])
+    assert "--mean: 123.675 is not allowed: it must be at least 0 and at most 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "value"), [("loss_type", "XX"), ("train_rule", "XX")])

@@ -153,7 +153,7 @@ def test_stopped_between_two_moves(raw, source):
     with mock.patch("os.replace", stop_at_the_third), pytest.raises(KeyboardInterrupt):
         tiny.arrange(raw.parent)
     assert len(list((raw / "val/images").iterdir())) == 4
-    with pytest.raises(DataError, match="not by class"):
+    with pytest.raises(DataError, match="not arranged by class"):
         tiny.TINYIMAGENET(raw / "val")
     tiny.arrange(raw.parent)
     assert_arranged(raw, source / FOLDER)
