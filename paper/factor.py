@@ -188,8 +188,10 @@ def _text(ratio):
 
 
 def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Heads and lines by name: 'runs', what each reached; 'gradients', how they are matched; 'ratios', mean differences
-    of the plateau to epoch `PILOT`, and of how many seeds; 'contrasts'.
+    """Heads and lines by name.
+
+    'runs', what each reached; 'published', the same of IB with left-out images, and the mean; 'gradients', how they are
+    matched; 'ratios', mean differences of the plateau to epoch `PILOT`, and of how many seeds; 'contrasts'.
 
     'left-out': `left_out_mean`; 'their epoch', counted from 0, is the one that the left-out images choose, 'best' the
     test set's own; 'to 160': the plateau of the first `PILOT` epochs; 'next': the ratio on the batches after those that
@@ -209,6 +211,9 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
         for gradient in [epoch["gradient"] for epoch in record["history"] if epoch.get("gradient")]:
             norms = [gradient.get(name) for name in ("ce", "loss", "ratio", "again")]
             gradients.append([*who, *("" if norm is None else f"{norm:.2f}" for norm in norms)])
+    whole = [[row[2], *row[6:9], *row[10:]] for row in of_runs if row[0] == "IB" and row[6] and row[10]]
+    if whole:
+        whole.append(["mean", "", *(f"{fmean(float(row[k]) for row in whole):.2f}" for k in range(2, 6))])
     by_ratio = []
     for ratio in runs.GRADIENTS.values():
         pairs = [differences(found, (a, ratio), (b, ratio), PILOT) for a, b in CONTRASTS]
@@ -218,6 +223,7 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
     reached += [f"to {PILOT}", "plateau", "last"]
     return {
         "runs": ([*heads, "epochs", "precision", *reached], of_runs),
+        "published": (["seed", *reached[1:4], *reached[5:]], whole),
         "gradients": ([*heads, "of CE", "of the loss", "ratio", "next"], gradients),
         "ratios": (["ratio", *(f"{a} - {b}" for a, b in CONTRASTS)], by_ratio),
         "contrasts": (

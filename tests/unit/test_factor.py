@@ -182,6 +182,9 @@ def test_the_epoch_that_the_left_out_images_choose_is_not_the_best_of_the_test_s
         "left-out": "60.00", "their epoch": "7", "test there": "75.00", "best": "80.00", "to 160": "80.00",
         "plateau": "", "last": "80.00",
     }  # fmt: skip
+    whole = [record(dataclasses.replace(IB, seed=seed), 70.0 + seed, val=60.0, best=75.0 + seed) for seed in (0, 1)]
+    *_, mean = factor.tables(read(*whole))["published"][1]
+    assert (mean[0], mean[2], mean[4]) == ("mean", "75.50", "70.50")
 
 
 def test_two_runs_of_one_place_and_an_incomplete_record_are_named(read, tmp_path, capsys):
