@@ -4,14 +4,16 @@ torch is imported where it is used: `reproduce.py list` needs the errors only, a
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import math
 import os
 import platform
 import signal
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -158,6 +160,17 @@ def number(
     return convert
 
 
+@contextlib.contextmanager
+def network_timeout(seconds: float = 30) -> Iterator[None]:
+    """For downloads by libraries that set none: a blocked network would hang for minutes, a stalled one for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def path(text: str) -> str:
     """An argparse type: a path. An empty value is an error, such as that of an unset shell variable."""
     if not text:
@@ -190,13 +203,15 @@ def choose_device(gpu: int | None = None) -> "torch.device":
     Returns the CPU for an index on a machine without CUDA (the script warns).
 
     Raises:
-        UsageError: a negative index, or one that is not below the number of CUDA devices.
+        UsageError: a negative index, or one that is not below the number of CUDA devices; MPS without a device.
     """
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is not None and (gpu < 0 or 0 < count <= gpu):
         raise UsageError(f"--gpu {gpu}: this machine has {count} CUDA device{'s' * (count != 1)}, counted from 0")
+    if not count and os.environ.get("CUDA_MPS_PIPE_DIRECTORY") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise UsageError("CUDA_MPS_PIPE_DIRECTORY is set, but CUDA finds no device: see the logs of MPS, or unset it")
     return torch.device("cuda", gpu or 0) if count else torch.device("cpu")
 
 

@@ -23,10 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 CLASSES, BATCH = 10, 128
-#: Training and test images: on CUDA those of CIFAR-100-LT.
-SIZES = {"quick": (256, 256), "cpu": (3072, 2480), "cuda": (10847, 10000)}
+#: Training and test images: on CUDA about those of CIFAR-100-LT, in whole batches.
+SIZES = {"quick": (256, 256), "cpu": (3072, 2480), "cuda": (84 * BATCH, 10000)}
 
 Times = dict[str, list[float]]
 
@@ -191,7 +193,6 @@ def measure_epoch(bench: Bench) -> None:
 
 def measure_memory(bench: Bench) -> None:
     """Peak of the proportional set size of a training process and its workers, in MB."""
-    import psutil
 
     def in_use(process):
         with contextlib.suppress(psutil.Error):  # it has ended
@@ -208,6 +209,8 @@ def measure_memory(bench: Bench) -> None:
                 with contextlib.suppress(psutil.Error):
                     peak = max(peak, sum(map(in_use, [parent, *parent.children(recursive=True)])))
                 time.sleep(0.05)
+            if process.returncode:
+                sys.exit(f"the training process ({who}) ended with status {process.returncode}")
             values.append(peak / 2**20)
     bench.figures |= {f"MB, {who}": spread(values) for who, values in peaks.items()}
     bench.ratio("memory", peaks["ours"], peaks["plain"])
@@ -218,20 +221,24 @@ def train_once(who: str) -> None:
     import torch
 
     loops = Loops(torch.device("cpu"), 12 * BATCH, 6 * BATCH)
-    loops.train() if who == "ours" else loops.plain_train(2)
-    loops.evaluate() if who == "ours" else loops.plain_evaluate(2)
+    if who == "ours":
+        loops.train()
+        loops.evaluate()
+    else:
+        loops.plain_train(2)
+        loops.plain_evaluate(2)
 
 
-def print_rate(steps: int) -> None:
-    """Steps a second with the input pipeline, after as many to warm up."""
+def print_rate(steps: int, way: str | None) -> None:
+    """Steps a second with the input pipeline, after as many to warm up. way: one of `Loops`, None: the scripts'."""
     from training.precision import set_determinism
     from utils import choose_device
 
     set_determinism(False)
-    loops = Loops(choose_device(), BATCH * steps, BATCH)
+    loops = Loops(choose_device(), BATCH * steps, BATCH, "compiled" in (way or ""))
     for _ in range(2):
         started = time.perf_counter()
-        loops.train(loops.best)  # ends with a read from the device
+        loops.train(way or loops.best)  # ends with a read from the device
     print(steps / (time.perf_counter() - started))
 
 
@@ -258,12 +265,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", default=None, metavar="PATH")
     parser.add_argument("--rate", type=int, default=None, metavar="STEPS", help="print steps a second, and stop")
+    parser.add_argument("--way", default=None, help="of --rate, as 'ours, graph, compiled, bf16'")
     parser.add_argument("--train", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.train:
         return train_once(options.train)
     if options.rate:
-        return print_rate(options.rate)
+        return print_rate(options.rate, options.way)
     bench = Bench(options)
     for part in options.only:
         PARTS[part](bench)

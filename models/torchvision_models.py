@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import pickle
 import re
-import socket
 import sys
 
 import torchvision
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from models.feature_norm import head_name, with_feature_norm
 from models.resnet_cifar import NormedLinear
-from utils import DataError, UsageError
+from utils import DataError, UsageError, network_timeout
 
 #: ImageNet's weights that the published scripts start from.
 WEIGHTS = "IMAGENET1K_V1"
@@ -67,18 +66,14 @@ def imagenet_weights(arch: str) -> dict[str, Tensor]:
     entries = torchvision.models.get_model_weights(arch)
     fitting = [entry for entry in entries if max(entry.meta.get("min_size", (1, 1))) <= 224]
     entry = entries[WEIGHTS] if WEIGHTS in entries.__members__ else fitting[0]
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torch.hub sets none, and a blocked network would hang for minutes
     try:
-        with contextlib.redirect_stderr(sys.stdout):  # standard error is for errors
+        with network_timeout(), contextlib.redirect_stderr(sys.stdout):  # standard error is for errors
             weights = entry.get_state_dict(progress=sys.stdout.isatty(), check_hash=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as error:
         raise DataError(
             f"no ImageNet weights of {arch} (from {entry.url}: {error}): name such a file with --pretrained PATH, "
             "or start from scratch with --pretrained none"
         ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
     return current_names({name: tensor for name, tensor in weights.items() if not name.lower().startswith("aux")})
 
 

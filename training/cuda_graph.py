@@ -133,7 +133,7 @@ class StepGraph:
 
 def step_graph(device: torch.device, amp: str = "none", wanted: bool = True) -> StepGraph | None:
     """A StepGraph for a run whose steps can be captured: on a GPU, in a single process, without fp16's loss scaler,
-    which reads from the device in every step. None for the others, and where it is not wanted."""
+    with which it was not tried. None for the others, and where it is not wanted."""
     can = device.type == "cuda" and distributed.world_size() == 1 and amp != "fp16"
     return StepGraph() if can and wanted else None
 

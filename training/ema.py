@@ -14,19 +14,29 @@ class Ema(AveragedModel):
     """
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        def average(averages, current, _):
-            if averages[0].is_floating_point():
-                torch._foreach_lerp_(averages, current, 1 - decay)
-            else:  # batch norm's counters
-                torch._foreach_copy_(averages, current)
-
-        super().__init__(model, multi_avg_fn=average, use_buffers=True)
+        super().__init__(model)
         self.requires_grad_(False)
+        self.decay = decay
         self._source = (model,)  # a tuple, so that it is not a submodule
 
+    @torch.no_grad()
     def update(self) -> None:
-        """Add the model's current weights to the average."""
-        self.update_parameters(self._source[0])
+        """Add the model's current weights to the average.
+
+        Not by `update_parameters`, which waits for a GPU to read the count.
+        """
+        is_first = self.n_averaged == 0  # on the CPU
+        floats, others = ([], []), ([], [])
+        tensors = ([*module.parameters(), *module.buffers()] for module in (self.module, self._source[0]))
+        for average, current in zip(*tensors, strict=True):
+            mine, theirs = floats if average.is_floating_point() and not is_first else others  # batch norm's counters
+            mine.append(average)
+            theirs.append(current)
+        if floats[0]:
+            torch._foreach_lerp_(*floats, 1 - self.decay)
+        if others[0]:
+            torch._foreach_copy_(*others)
+        self.n_averaged += 1
 
     def restart(self) -> None:
         """Forget the average: the next update copies the model."""

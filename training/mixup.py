@@ -31,6 +31,6 @@ class Mixup:
         for number, (images, target) in enumerate(batches):
             generator = np.random.default_rng([self.seed, epoch, number])
             share = generator.beta(self.alpha, self.alpha)
-            other = torch.from_numpy(generator.permutation(len(target))).to(target.device)
+            other = torch.from_numpy(generator.permutation(len(target))).to(target.device, non_blocking=True)
             soft = F.one_hot(target, self.num_classes).to(images.dtype)
             yield torch.lerp(images[other], images, share), torch.lerp(soft[other], soft, share)

@@ -38,7 +38,7 @@ class Precision:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Load the scaler's state; ignored without a scaler."""
+        """Load the scaler's state; ignored without fp16."""
         self.scaler.load_state_dict(state)
 
 
@@ -52,11 +52,11 @@ class Compiled(torch.nn.Module):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model, self.compiled = model, torch.compile(model, dynamic=False)
-        self.batch_size = 0
+        self.sizes: list[int] = []  # a list, as a number that changes would make a CUDA graph be captured again
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.batch_size = self.batch_size or len(images)
-        return self.compiled(images) if len(images) == self.batch_size else self.model(images)
+        self.sizes = self.sizes or [len(images)]
+        return self.compiled(images) if len(images) in self.sizes else self.model(images)
 
 
 class NativeBatchNorm2d(torch.nn.BatchNorm2d):
@@ -69,10 +69,10 @@ class NativeBatchNorm2d(torch.nn.BatchNorm2d):
             raise ValueError(f"expected more than 1 value per channel when training, got {tuple(images.shape)}")
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        return torch.batch_norm(
-            images, self.weight, self.bias, self.running_mean, self.running_var, self.training, self.momentum, self.eps,
-            False,  # cuDNN
-        )  # fmt: skip
+        # not torch.batch_norm, which does not read its argument cudnn_enabled any more
+        return torch.native_batch_norm(
+            images, self.weight, self.bias, self.running_mean, self.running_var, self.training, self.momentum, self.eps
+        )[0]
 
 
 def on_device(model: torch.nn.Module, device: torch.device, batch_norm: str = "cudnn") -> torch.nn.Module:

@@ -118,6 +118,27 @@ def test_larger_batches_are_evaluated_on_cuda():
         assert (batches.batch_size, batches.eval_batch_size) == (batch_size, size)
 
 
+class Operators(TorchDispatchMode):
+    """Notes the names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.BatchNorm2d, NativeBatchNorm2d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_native_batch_norm_is_not_cudnns(kind, dtype):
+    with FakeTensorMode(), torch.device("cuda"), Operators() as operators:
+        kind(4)(torch.empty(2, 4, 8, 8, dtype=dtype))
+    assert ("aten::cudnn_batch_norm" in operators.names) == (kind is torch.nn.BatchNorm2d)
+    assert ("aten::native_batch_norm" in operators.names) == (kind is NativeBatchNorm2d)
+
+
 def test_a_checkpoints_state_is_on_the_cpu():
     with FakeTensorMode():
         state = {"model": {"weight": torch.zeros(3, device="cuda")}, "steps": [torch.zeros(2, device="cuda"), 7]}
