@@ -106,7 +106,8 @@ def run_lock(*folders: str | os.PathLike, patience: float = PATIENCE) -> Iterato
             folder.mkdir(exist_ok=True)  # a file in the way
             lock, owner = folder / LOCK, folder / OWNER
             try:
-                stack.enter_context(FileLock(lock).acquire(timeout=patience))
+                with errors_name(lock):
+                    stack.enter_context(FileLock(lock).acquire(timeout=patience))
             except Timeout:
                 raise DataError(f"{folder} is in use by {_read(owner)}: only one process may write to a run") from None
             stack.callback(_remove, lock)  # while it is held: whoever waits for this file sees that it is gone

@@ -4,17 +4,19 @@ Only the training part is made long-tailed; `train=False` is the whole, balanced
 """
 
 import contextlib
+import http.client
 import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torchvision
+from PIL import Image
 from torch.utils.data import Dataset
 
 from files import folder_lock
 from imbalance import InMemoryImages
-from utils import DataError
+from utils import DataError, network_timeout
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -74,15 +76,12 @@ class IMBALANCEDIGITS(InMemoryImages, Dataset):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        from PIL import Image
-
         image = Image.fromarray(self.data[index])
         return self.transform(image) if self.transform else image, self.targets[index]
 
 
 def _digits(train):
     """One part of the digits: images (N, 32, 32, 3) uint8, a list of labels."""
-    from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -113,10 +112,10 @@ def load(
     """
     dataset = DATASETS[name]
     try:
-        with contextlib.nullcontext() if name == "digits" else folder_lock(data_dir):
+        with network_timeout(), contextlib.nullcontext() if name == "digits" else folder_lock(data_dir):
             train = dataset(data_dir, imb_type, imb_factor, rand_number, download=True)
         return train, dataset(data_dir, train=False)
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, http.client.HTTPException) as error:
         if type(error) is RuntimeError and "corrupted" not in str(error):  # not torchvision's of a bad archive
             raise
         archive = getattr(dataset, "filename", "its files")

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from imbalance import LabelledImages
@@ -197,7 +198,7 @@ def _warn_of_unused(data_dir, tested):
     for name in PARTS:
         folder = os.path.join(data_dir, name)
         if name not in ("train", "images") and folder != tested and os.path.isdir(folder):
-            how = "evaluate on it" if tested else "to evaluate on it, move it to NEW/val/ and run"
+            how = "evaluate on it with" if tested else "to evaluate on it, move it to NEW/val/ and run"
             test_set = tested or "a part of the training images"
             warn(f"{folder} is not used, {test_set} is the test set: {how} -e --data_dir {folder if tested else 'NEW'}")
 
@@ -401,9 +402,9 @@ def _text_rows(path):
 def _csv_rows(path):
     def fields(number, line):  # of this line alone: a quote that is left open would swallow the next ones
         try:
-            return next(csv.reader([line], skipinitialspace=True, strict=True))
+            return next(csv.reader([line.strip()], skipinitialspace=True, strict=True))
         except csv.Error as error:
-            raise DataError(f"{path}, line {number}: {error}: a quote must end in its line") from None
+            raise DataError(f"{path}, line {number}: {error} (a quoted field must end in its line)") from None
 
     header, *lines = (fields(number, line) for number, line in enumerate(_lines(path), 1))
     if not {"image", "label"} <= set(header):
@@ -448,8 +449,6 @@ def open_image(path: str | os.PathLike, exif: bool = False) -> Any:
     Raises:
         DataError: it is not a regular file, cannot be decoded, or has pixels whose range is unknown (32-bit, float).
     """
-    from PIL import Image, ImageOps
-
     if not os.path.isfile(path):  # opening a named pipe would wait forever
         raise DataError(f"{path} is missing or not a regular file")
     try:

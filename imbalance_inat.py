@@ -50,16 +50,16 @@ def read_annotations(path: str) -> tuple[list[tuple[str, int]], dict[int, str]]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        rows = [(row["image_id"], row["category_id"]) for row in content["annotations"]]
-        categories = {row["id"]: str(row["name"]) for row in content.get("categories", [])}
+        rows = [(row["image_id"], int(row["category_id"])) for row in content["annotations"]]
+        categories = {int(row["id"]): str(row["name"]) for row in content.get("categories", [])}
         files = [(image["id"], image["file_name"]) for image in content["images"]]
+        class_of = dict(rows)
     except FileNotFoundError:
         raise DataError(f"no {path}: it belongs to the official data of iNaturalist 2018") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not an annotation file of iNaturalist ({type(error).__name__}: {error})") from None
     if not files:
         raise DataError(f"{path} lists no images")
-    class_of = dict(rows)
     wrong = {
         "images in no class": [name for key, name in files if key not in class_of],
         "images in two classes": [str(key) for key, number in rows if class_of[key] != number],

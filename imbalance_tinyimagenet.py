@@ -9,6 +9,7 @@ tinyimage_train.py does the same by itself before it trains.
 """
 
 import collections
+import contextlib
 import http.client
 import os
 import shutil
@@ -20,10 +21,11 @@ import numpy as np
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.utils import download_url
 
-from files import folder_lock
+from files import errors_name, folder_lock
 from imbalance import LabelledImages
 from imbalance_folder import IMAGENET_MEAN, IMAGENET_STD, open_image
-from utils import DataError, HelpFormatter, Parser, command, named
+from utils import DataError, HelpFormatter, Parser, command, named, network_timeout
+from utils import path as file_path
 
 CLASSES = 200
 FOLDER, ARCHIVE = "tiny-imagenet-200", "tiny-imagenet-200.zip"
@@ -130,7 +132,7 @@ def arrange(
 
     Raises:
         DataError: the archive or the folder is damaged or incomplete; the message names the first file.
-        FileNotFoundError: a folder without train/ or val/, or with a class without images.
+        FileNotFoundError: a folder with a class without images.
     """
     folder = os.path.join(data_dir, FOLDER)
     if archive is not None and not os.path.isfile(archive):
@@ -138,6 +140,9 @@ def arrange(
     os.makedirs(data_dir, exist_ok=True)
     with folder_lock(data_dir):
         if os.path.isdir(folder) and os.listdir(folder):
+            missing = [part for part in ("train", "val") if not os.path.isdir(os.path.join(folder, part))]
+            if missing:
+                raise DataError(f"{folder} has no {named(missing)}: delete it, and the archive is unpacked again")
             changed = _order_by_class(os.path.join(folder, "val"))
             _check(folder, check_images or changed)
             return folder, changed
@@ -149,7 +154,9 @@ def arrange(
         shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: the lock is ours
         try:
             _unpack(archive, partial)
-            os.rename(os.path.join(partial, FOLDER), folder)  # an empty folder gives way
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # an empty one
+            os.rename(os.path.join(partial, FOLDER), folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder, True
@@ -216,8 +223,9 @@ def _unpack(archive, to):
         with zipfile.ZipFile(archive) as opened:
             if not any(name.startswith(f"{FOLDER}/") for name in opened.namelist()):
                 raise DataError(f"{archive} holds no {FOLDER}/: it is not Tiny ImageNet")
-            opened.extractall(to)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            with errors_name(to):
+                opened.extractall(to)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # also encrypted, or of an unknown method
         raise DataError(f"{archive} is damaged, or not a zip archive ({error})") from None
     whole = os.path.join(to, FOLDER)
     try:
@@ -232,7 +240,8 @@ def _download(path):
     print(f"downloading {URL} to {path} (248 MB)", flush=True)
     temporary = f"{path}.partial"
     try:
-        download_url(URL, os.path.dirname(path), os.path.basename(temporary), MD5)
+        with network_timeout():
+            download_url(URL, os.path.dirname(path), os.path.basename(temporary), MD5)
         os.replace(temporary, path)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise DataError(
@@ -244,7 +253,8 @@ def _download(path):
 @command
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=HelpFormatter, prog="imbalance_tinyimagenet.py")
-    parser.add_argument("--data_dir", default="./data", help=f"holds {FOLDER}, or receives it (default: %(default)s)")
+    holds = f"holds {FOLDER}, or receives it (default: %(default)s)"
+    parser.add_argument("--data_dir", type=file_path, default="./data", help=holds)
     parser.add_argument("--zip", default=None, metavar="PATH", help=f"the archive (default: DATA_DIR/{ARCHIVE})")
     options = parser.parse_args(argv)
     folder, changed = arrange(options.data_dir, options.zip, check_images=True)

@@ -72,7 +72,7 @@ def refuse_or_force(settings: Settings, what: str) -> None:
 def warn_of_rounding(settings: Settings, state: Mapping[str, Any], path: str) -> None:
     """Warn where a checkpoint was made with other threads or processes."""
     same = "the same run, but not bit for bit"
-    other = "batch norm statistics are of other images (with --sync_bn: of the whole batch)"
+    other = "batch norm, if any, is over other images (with --sync_bn: over the whole batch)"
     for name, effect in (("threads", same), ("processes", same if settings.sync_bn else other)):
         here, there = getattr(settings, name), (state.get("settings") or {}).get(name)
         if there not in (None, here):

@@ -33,6 +33,8 @@ def evaluate_checkpoint(
 ) -> dict:
     """Print the figures of a restored model, write them to log/<its name>/evaluate (see `output_folder`), return them.
 
+    Those of other images than the run's go to a folder below it, see `path_name`.
+
     The flags of CORRECTIONS take one value; of several the one with the best class mean on the held-out part.
 
     Raises:
@@ -43,8 +45,7 @@ def evaluate_checkpoint(
     correction, seen = correct_head(run, model, val_batches, precision), []
     result = evaluate(model, test_batches.eval_epoch(), run.class_counts, precision, seen)
     logits, target = _of_all_ranks(seen)
-    if not logits.isfinite().all():
-        raise DataError(f"{run.start.path} gives logits that are not finite: check its weights and the correction")
+    check_finite(run, logits)
     calibration = reliability(logits, target)
     result |= {"calibration": calibration, "calibration_error": expected_calibration_error(calibration)}
     if not distributed.is_main():
@@ -52,9 +53,12 @@ def evaluate_checkpoint(
     print_classes(run.data.class_names, run.class_counts, result)
     ece = f"  calibration error {result['calibration_error']:.2f}"
     print(f"{summary_line(result)}  loss {result['loss']:.4f}{ece} ({GROUP_RULE})")
-    folder = output_folder(run, EVALUATION, correction)
-    tested = {name: getattr(settings, name) for name in ("data_dir", "val_list")}
-    where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, **tested}
+    state, tested = run.start.checkpoint, {name: getattr(settings, name) for name in ("data_dir", "val_list")}
+    others = state.get("files_sha256") not in (None, run.data.files_sha256)
+    below = path_name(settings.val_list or settings.data_dir) if others else ""
+    folder = output_folder(run, os.path.join(EVALUATION, below), correction)
+    forced = [*state.get("forced", ()), *run.forced]
+    where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, **tested, "forced": forced}
     path = os.path.join(folder, "evaluation.json")
     write_text(path, to_json({**where, "classes": run.data.classes, **result}))
     written = [path, *plots.of_evaluation(result, run.data.class_names, run.class_counts, folder, settings.name)]
@@ -86,6 +90,23 @@ def output_folder(run: Run, name: str, correction: Mapping[str, float]) -> str:
     folder = os.path.join(logs, name, *below)
     os.makedirs(folder, exist_ok=True)
     return folder
+
+
+def check_finite(run: Run, logits: torch.Tensor) -> None:
+    """Raise DataError for logits that are not finite."""
+    if not logits.isfinite().all():
+        raise DataError(f"{run.start.path} gives logits that are not finite: check its weights and the correction")
+
+
+def path_name(path: str) -> str:
+    """A file's name for a path: a/test and b/test are a__test and b__test.
+
+    The path is relative to the working folder, of images outside of it absolute.
+    """
+    path = os.path.abspath(path)
+    here = os.path.join(os.getcwd(), "")
+    name = path.removeprefix(here).strip(os.sep).replace(os.sep, "__")
+    return os.fsencode(name)[-200:].decode(errors="ignore")  # a file's name has at most 255 bytes
 
 
 def _errors(logits, target, files, class_names):

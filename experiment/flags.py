@@ -6,6 +6,7 @@ from typing import Any
 
 from experiment.parser import GROUPS, SCRIPTS, build_parser
 from experiment.settings import FIELDS
+from files import write_text
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "flags.md"
 
@@ -63,4 +64,4 @@ def _shown(action: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    write_text(PAGE, page(PAGE.read_text(encoding="utf-8")))

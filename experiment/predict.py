@@ -10,7 +10,7 @@ import torch
 import imbalance_cifar
 import models
 from experiment.data import preprocessing
-from experiment.evaluation import correct_head, output_folder
+from experiment.evaluation import check_finite, correct_head, output_folder, path_name
 from experiment.records import csv_text
 from experiment.run import Run
 from files import write_text
@@ -28,7 +28,7 @@ PREDICTIONS = "predict"
 
 @torch.no_grad()
 def predict(run: Run) -> None:
-    """Write the likeliest classes of the images in --predict DIR, see `output_folder` and `csv_name`.
+    """Write the likeliest classes of the images in --predict DIR, see `output_folder` and `path_name`.
 
     Rows are file, class, probability, the likeliest class of an image first. Images that cannot be decoded are named in
     warnings and left out.
@@ -69,26 +69,16 @@ def predict(run: Run) -> None:
         if whole:
             with precision.autocast():
                 logits, _ = model(normalise(torch.stack(list(whole.values())).to(run.device), mean, std))
+            check_finite(run, logits)
             best = logits.float().softmax(1).cpu().topk(min(settings.top, len(classes)))
             for k, values, labels in zip(whole, best.values.tolist(), best.indices.tolist(), strict=True):
                 file = os.path.relpath(paths[k], base)
                 rows += [(file, classes[n], f"{value:.6f}") for n, value in zip(labels, values, strict=True)]
     if not shown:
         raise DataError(f"none of the {len(paths)} images in {path} can be decoded")
-    out = os.path.join(output_folder(run, PREDICTIONS, correction), csv_name(path))
+    out = os.path.join(output_folder(run, PREDICTIONS, correction), f"{path_name(path)}.csv")
     write_text(out, csv_text([("file", "class", "probability"), *rows]))
     print(f"{shown} images, {len(paths) - shown} left out; written: {out}")
-
-
-def csv_name(path: str) -> str:
-    """The CSV's name, from the whole path: a/test and b/test are a__test.csv and b__test.csv.
-
-    The path is relative to the working folder, of images outside of it absolute.
-    """
-    path = os.path.abspath(path)
-    here = os.path.join(os.getcwd(), "")
-    name = path.removeprefix(here).strip(os.sep).replace(os.sep, "__")
-    return os.fsencode(name)[-200:].decode(errors="ignore") + ".csv"  # a file's name has at most 255 bytes
 
 
 def _restored(run, num_classes):

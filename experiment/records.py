@@ -32,12 +32,9 @@ def best_epoch(history: Sequence[dict]) -> dict:
     Only epochs with the validation set of the last one count, as a fork may have another set, or none. The first epoch
     wins a tie.
     """
-
-    def images(record):
-        return record.get("val") and record["val"].get("seen")
-
-    history = [record for record in history if images(record) == images(history[-1])]
-    return max(history, key=lambda record: (record["score"], -record["epoch"]))
+    sets = [(record.get("val") or {}).get("seen") for record in history]
+    of_last = [record for record, images in zip(history, sets, strict=True) if images == sets[-1]]
+    return max(of_last, key=lambda record: (record["score"], -record["epoch"]))
 
 
 def plateau(history: Sequence[dict]) -> dict[str, Any]:

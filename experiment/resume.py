@@ -81,8 +81,8 @@ def _start_from(settings, path, state, is_own):
     if epoch > settings.epochs or (epoch == settings.epochs and not (is_own and differs is None)):
         raise UsageError(f"{path} has {epoch} epochs done: --epochs {settings.epochs} leaves nothing to train")
     if theirs is not None and not state.get("optimizer"):
-        lacking = "holds no state of the optimizer, as a file for -e and --pretrained"
-        compare.refuse_or_force(settings, f"{path} {lacking}: training would not continue where it was")
+        lacking = "holds weights without the optimizer's state, for -e and --pretrained"
+        compare.refuse_or_force(settings, f"{path} {lacking}")
         differs = differs or lacking
     states = {name: part for name, part in state.items() if name not in FACTS and isinstance(part, dict) and part}
     if not compare.keeps_criterion(settings, theirs, epoch):

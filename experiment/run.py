@@ -356,7 +356,7 @@ class Run:
                 facts = {name: value for name, value in start.checkpoint.items() if name in FACTS}
                 self._unwritten, self._unwritten_best = {**facts, **start.states, **mine}, best
                 self.write()
-        for name in plots.FIGURES:  # of a run that is made longer
+        for name in (*plots.FIGURES, "confusion.png"):  # of a run that is made longer
             pathlib.Path(settings.log_folder, name).unlink(missing_ok=True)
         self._records = Records(settings.log_folder, self.data.class_names, self.info, self.history)
         self._written_at = time.monotonic()

@@ -73,7 +73,7 @@ _alpha.__name__ = "number"  # what argparse calls it
 def plain_name(text: str) -> str:
     """An argparse type: a part of a folder's name."""
     if not text or os.sep in text or not text.isprintable():
-        raise argparse.ArgumentTypeError("part of a folder's name: not empty, printable, without a path separator")
+        raise argparse.ArgumentTypeError("it is part of a folder's name: printable, not empty, without a separator")
     return text
 
 
@@ -232,8 +232,8 @@ class Settings:
         "no effect on CIFAR and the digits")
     print_freq: int = _run(10, "-p --print_freq N", COUNT, "batches between progress lines")
     checkpoint_seconds: float = _run(15.0, "--checkpoint_seconds S", NOT_NEGATIVE,
-        "least time between two checkpoints in seconds; the last one, one at an interrupt and those of --keep_epochs "
-        "are always written")
+        "least time between two checkpoints in seconds; the last one, that of an interrupt and those of "
+        "--keep_epochs are always written")
     resume: str = _run("", "--resume PATH|auto", None,
         "continue from a checkpoint, of another run too; auto: from this run's newest, with more --epochs too")
     evaluate: bool = _run(False, "-e --evaluate", None,

@@ -1,6 +1,7 @@
 """Images of any size, from files where they do not fit into memory: a DataLoader's worker processes decode, crop, flip
 and augment; batches are normalised on the device."""
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,8 @@ class ImageFileBatches(Batches):
         crops = Crops(sources, getattr(dataset, "exif", False), train, eval_transform(image_size, crop), image_size)
         self._loader = DataLoader(
             crops, batch_sampler=self._plan, num_workers=workers, collate_fn=crops.stack,
+            # Python 3.14 would start each worker afresh: seconds and hundreds of MB
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             pin_memory=self.targets.is_cuda, persistent_workers=workers > 0,
             generator=torch.Generator(),  # else it draws from the global one
         )  # fmt: skip

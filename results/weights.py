@@ -26,6 +26,7 @@ from experiment import checkpoint  # noqa: E402
 from experiment.settings import fields_affecting  # noqa: E402
 from paper import records  # noqa: E402
 from utils import DataError, HelpFormatter, Parser, choose_device, command  # noqa: E402
+from utils import path as file_path  # noqa: E402
 
 #: Points of top-1 between evaluation and record: from CPU to CPU; where a GPU is one of the two. Its convolutions are
 #: in TF32, so some images at the edge of two classes fall to the other.
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter, prog="weights.py")
     commands = parser.add_subparsers(dest="command", required=True)
     verifying = commands.add_parser("verify", help="evaluate weight files and compare each with its record")
-    verifying.add_argument("--data_dir", default="data", help="folder of CIFAR (default: %(default)s)")
+    verifying.add_argument("--data_dir", type=file_path, default="data", help="folder of CIFAR (default: %(default)s)")
     verifying.add_argument(
         "paths", nargs="*", type=pathlib.Path, metavar="FILE|FOLDER", help="default: all of results/"
     )
@@ -50,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.command == "slim":
         return print(f"written: {slim(options.checkpoint, options.to)}")
-    verify(options.paths or sorted(RESULTS.glob("*/")), pathlib.Path(options.data_dir).resolve())
+    tables = sorted(RESULTS.glob(f"*/weights/{TABLE}"))
+    verify(options.paths or [table.parents[1] for table in tables], pathlib.Path(options.data_dir).resolve())
 
 
 def verify(paths: list[pathlib.Path], data_dir: pathlib.Path) -> None:
@@ -60,10 +62,11 @@ def verify(paths: list[pathlib.Path], data_dir: pathlib.Path) -> None:
         DataError: there are none; a file is missing; a checksum does not agree, or a figure by more than TOLERANCE
             (WITH_GPU).
     """
-    rows = [found for path in paths for found in _rows(path.resolve())]
-    if not rows:
-        raise DataError(f"no weights in {', '.join(map(str, paths))}: {TABLE} names them")
-    wrong = 0
+    found = {str(path): _rows(path.resolve()) for path in paths}
+    unknown = [path for path, of_path in found.items() if not of_path]
+    if unknown or not found:
+        raise DataError(f"no weights in {', '.join(unknown) or RESULTS}: {TABLE} names them")
+    rows, wrong = [row for of_path in found.values() for row in of_path], 0
     for folder, row in rows:
         agrees, line = check(folder, row, data_dir)
         wrong += not agrees
@@ -90,14 +93,17 @@ def check(folder: pathlib.Path, row: dict[str, str], data_dir: pathlib.Path) -> 
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 cifar_train.main([*flags, "--root_log", out])
-        except SystemExit:
+        except SystemExit as stop:
+            if stop.code not in (1, 2):  # Ctrl-C or SIGTERM, which are for this command too
+                raise
             return False, printed.getvalue().strip().splitlines()[-1]
         (found,) = pathlib.Path(out).rglob("evaluation.json")
         accuracy = json.loads(found.read_text())["acc1"]
     with_gpu = record["device"] != "cpu" or choose_device().type == "cuda"
     if round(abs(accuracy - expected), 4) > (WITH_GPU if with_gpu else TOLERANCE):
         return False, f"top-1 {accuracy:.2f}, the record has {expected:.2f}"
-    return True, f"ok, {accuracy:.2f}" + with_gpu * f" (the record, on {record['device']}: {expected:.2f})"
+    compared = f" (the record, on {record['device']}: {expected:.2f})" if with_gpu else ""
+    return True, f"ok, {accuracy:.2f}{compared}"
 
 
 def _rows(path):
@@ -123,7 +129,10 @@ def slim(path: str, to: pathlib.Path) -> pathlib.Path:
     places = (*fields_affecting("nothing", "rounding"), "train_list", "val_list", "pretrained")
     content = {name: value for name, value in state.items() if name not in LEFT_OUT}
     kept = {name: value for name, value in state.get("settings", {}).items() if name not in places}
-    content["settings"] = {**kept, "exp_str": "weights"}
+    if kept:
+        content["settings"] = {**kept, "exp_str": "weights"}
+    if state.get("forced"):
+        content["forced"] = ["--force"]  # what it passed over may name files
     checkpoint.save(str(to), content)
     return to
 

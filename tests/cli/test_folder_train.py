@@ -182,8 +182,9 @@ def held_out(tmp_path_factory):
     return home
 
 
-def evaluated(home):
-    (path,) = home.glob("log/*/evaluate/**/evaluation.json")
+def evaluated(home, of=""):
+    """The only evaluation, or that of the test images of a folder."""
+    (path,) = home.glob(f"log/*/evaluate/{of}**/evaluation.json")
     return json.loads(path.read_text())
 
 
@@ -226,7 +227,7 @@ def test_evaluation_on_a_test_folder_of_its_own(folder, tmp_path):
         new = shutil.copytree(folder / "val", tmp_path / place)
         shutil.rmtree(new / "class1")
         run_ok(tmp_path, "--data_dir", place.split("/")[0], *evaluation)
-        found = evaluated(tmp_path)
+        found = evaluated(tmp_path, of=f"{place.split('/')[0]}/")
         assert (found["seen"], found["per_class"][1]) == (6, None)
         assert [found["per_class"][k] for k in (0, 2)] == [last["per_class"][k] for k in (0, 2)]
 

@@ -13,7 +13,7 @@ import torch
 from image_runs import RUN, make_folder, run, run_ok
 from script_runner import messages
 
-from experiment.predict import csv_name
+from experiment.evaluation import path_name
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "results"))
 import weights as weights_script
@@ -118,11 +118,11 @@ def test_predictions_are_of_the_averaged_weights_and_the_corrected_logits(traini
 
 def test_folders_of_one_name_have_predictions_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [csv_name(path) for path in ("new", "./new/", str(tmp_path / "new"), "a/new", "b/new", "/data/new")]
-    assert names == ["new.csv", "new.csv", "new.csv", "a__new.csv", "b__new.csv", "data__new.csv"]
-    assert csv_name(".").endswith(f"__{tmp_path.name}.csv")
-    assert csv_name("a_b/c") != csv_name("a/b_c")
-    (tmp_path / csv_name("/data/" + "\N{OK HAND SIGN}" * 90)).touch()  # a name has at most 255 bytes
+    names = [path_name(path) for path in ("new", "./new/", str(tmp_path / "new"), "a/new", "b/new", "/data/new")]
+    assert names == ["new", "new", "new", "a__new", "b__new", "data__new"]
+    assert path_name(".").endswith(f"__{tmp_path.name}")
+    assert path_name("a_b/c") != path_name("a/b_c")
+    (tmp_path / f"{path_name('/data/' + chr(0x1F44C) * 90)}.csv").touch()  # a name has at most 255 bytes
 
 
 def test_the_pages_code_and_its_onnx_file_give_the_evaluations_logits(trained, tmp_path, monkeypatch, capsys):

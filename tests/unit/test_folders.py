@@ -415,8 +415,8 @@ def test_wrong_rows_of_a_list_are_named(listed, row, message):
         ("train.csv", b"train/class0/0.jpg,0\n", "first line must be image,label, .* it is 'train/class0/0.jpg,0'"),
         ("train.csv", b"Image;Label\ntrain/class0/0.jpg;0\n", "separated by a comma: it is 'Image;Label'"),
         ("train.csv", b"image,label\ntrain/class0/0.jpg\n", "line 2: a row needs an image and its label"),
-        ("train.csv", b'image,label\nb.jpg,"cat\nc.jpg,dog"\n', "line 2: .*: a quote must end in its line"),
-        ("train.csv", b'image,label,"note\na.jpg,0,"b"\n', "line 1: .*: a quote must end in its line"),
+        ("train.csv", b'image,label\nb.jpg,"cat\nc.jpg,dog"\n', "line 2: .*a quoted field must end in its line"),
+        ("train.csv", b'image,label,"note\na.jpg,0,"b"\n', "line 1: .*a quoted field must end in its line"),
     ],
 )
 def test_lists_that_cannot_be_used(listed, name, content, message):

@@ -433,8 +433,9 @@ def test_plain_ib_of_own_data_is_called_so_whatever_the_order_and_number(names, 
             detached = dataclasses.replace(run, seed=seed, variant="detached")
             write_record(detached, 61.0, 61.0 + seed, name=f"{names[1]}{seed}")
         write_record(Run("leaves", "none", 1, "CE"), 59.0, 59.0, alpha=5.0)
+        write_record(dataclasses.replace(run, seed=7), 62.0, 62.0, name="auto", alpha="auto", auto_target="gradient")
     text = section(written(tmp_path, capsys), "## leaves, as the data are")
-    assert [cells(text, name)[1] for name in ("CE", "IB", "IB, but detach_ib True")] == ["1", "1", "3"]
+    assert [cells(text, name)[1] for name in ("CE", "IB", "IB, but alpha auto", "IB, but detach_ib True")] == [*"1113"]
 
 
 def test_crt_is_compared_with_the_ce_whose_last_epoch_it_has_trained_again():
