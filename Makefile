@@ -3,15 +3,15 @@ VENV ?= .venv
 DATA ?= data
 BIN = $(VENV)/bin
 
-# the tested versions are of Python 3.11 on x86_64; elsewhere the ranges of requirements.txt decide
-PINNED := $(shell $(PYTHON) -c "import sys, platform; print('-c constraints.txt' if sys.version_info[:2] == (3, 11) and platform.machine() == 'x86_64' else '')")
+# the tested versions are of Python 3.11 on x86_64 Linux; elsewhere the ranges of requirements.txt decide
+PINNED := $(shell $(PYTHON) -c "import sys, platform; print('-c constraints.txt' if sys.version_info[:2] == (3, 11) and platform.machine() == 'x86_64' and sys.platform == 'linux' else '')")
 
 DEMO = $(BIN)/python cifar_train.py --dataset digits --arch resnet20 --imb_factor 0.01 --batch-size 32 --epochs 40 \
 	--start_ib_epoch 20 --milestones 32 36 --seed 0 --threads 1 --root_log demo/log --root_model demo/checkpoint --overwrite
 
 .PHONY: help setup demo test lint soak verify-weights
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/installed  ## make .venv and install everything, development tools too
 	@echo "To use it in this shell: source $(BIN)/activate"

@@ -56,10 +56,8 @@ def main(epochs: int = 8, start_ib: int = 5) -> tuple[float, float]:
         )  # fmt: skip
         trainer.fit(classifier, train)
     classifier.eval()
-    score, alpha = (
-        class_mean(lambda x: classifier.model(x)[0], test),
-        float(classifier.influence_balanced.current_alpha),
-    )
+    score = class_mean(lambda x: classifier.model(x)[0], test)
+    alpha = float(classifier.influence_balanced.current_alpha)
     print(f"{epochs} epochs, IB from epoch {start_ib + 1} on: class mean {score:.1f}, alpha {alpha:.3g}")
     return score, alpha
 

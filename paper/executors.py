@@ -67,10 +67,11 @@ def start_child(
         variables: of its environment, beside this process's.
     """
     parent = os.getpid()
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None  # not in the fork: it locks
 
     def die_with_parent():
-        with contextlib.suppress(OSError, AttributeError):  # not Linux
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 
@@ -104,6 +105,8 @@ class Local(Executor):
     def __init__(
         self, jobs: int, threads: int, cards: Sequence[str] = (), out: str | os.PathLike | None = None
     ) -> None:
+        if os.name == "nt":
+            raise UsageError("reproduce.py run needs Linux or macOS")
         super().__init__(jobs, threads)
         self.cards = list(cards)
         self.card_of: dict[Any, str] = {}

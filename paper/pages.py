@@ -17,6 +17,7 @@ import re
 import sys
 from typing import Any
 
+from files import write_text
 from paper import factor, records, report, rows
 from paper.rows import WHEN, Row, gaps, values
 
@@ -89,4 +90,4 @@ def of_folder(folder: str) -> dict[str, tuple[Row, list[dict[str, Any]]]]:
 
 if __name__ == "__main__":
     for path in map(pathlib.Path, sys.argv[1:]):
-        path.write_text(made_again(path.read_text()))
+        write_text(path, made_again(path.read_text(encoding="utf-8")))

@@ -132,9 +132,10 @@ def describe(settings: dict[str, Any]) -> tuple[runs.Run, Differences]:
     base = runs.Run(found.dataset, found.imb_type, ratio, method, seed=found.seed or 0, subset=found.rand_number)
     if found.dataset not in runs.SETUPS:
         in_force = {name for constants in _plan(found)[2].values() for name in constants}
-        usual = {
-            name for name in all_constants() if name not in in_force or getattr(found, name) == FIELDS[name].default
-        }
+        if found.alpha != "auto":
+            in_force -= {"auto_target", "auto_ratio"}
+        defaults = {name: parser.COMMON.get(name, FIELDS[name].default) for name in all_constants()}
+        usual = {name for name, value in defaults.items() if name not in in_force or getattr(found, name) == value}
         names = [name for name in (*COMPARED, *SCHEDULE) if name not in OF_RUN and name not in usual]
         return dataclasses.replace(base, protocol="own"), _named(found, names)
     candidates = {}

@@ -66,7 +66,8 @@ def write(
     found, left_out, notes = [], [], []
     for folder in map(pathlib.Path, folders):
         good, bad = records.read(folder)
-        notes += [(folder / "notes.md").read_text().strip(), ""] if (folder / "notes.md").is_file() else []
+        note = folder / "notes.md"
+        notes += [note.read_text(encoding="utf-8").strip(), ""] if note.is_file() else []
         found += good
         left_out += bad
     if not (found or left_out or (to / "figure2.json").exists()):
@@ -282,7 +283,9 @@ def _chosen_pairs(here, all_pairs):
         return [(one, other) for i, other in enumerate(listed) for one in listed[i + 1 :]]
     _, of_all = labels(here)
     plain = {
-        (row.run.method, row.run.variant): row for row in listed if row.difference == of_all and not row.run.subset
+        (row.run.method, row.run.variant): row
+        for row in reversed(listed)  # of own data the first of a method, which has the fewest constants of its own
+        if (row.difference == of_all or row.run.protocol == "own") and not row.run.subset
     }
     found = [(row, plain[base]) for base in (("CE", ""), ("IB", "")) if base in plain for row in listed]
     if {("IB", "l1-auto"), ("IB", "weights-only")} <= plain.keys():

@@ -325,12 +325,10 @@ def folder_setup(dataset: str, settings: Any, given: Iterable[str]) -> None:
     """
     scale, given = settings.epochs / CIFAR.epochs, set(given)
     factors = settings.lr_factors if "lr_factors" in given else CIFAR.lr_factors
-    falls: dict[int, float] = {}
-    for epoch, factor in zip(CIFAR.milestones, factors, strict=False):
-        at = round(epoch * scale)
-        falls |= {at: falls.get(at, 1.0) * factor} if at < settings.epochs else {}
+    falls = [(round(epoch * scale), factor) for epoch, factor in zip(CIFAR.milestones, factors, strict=False)]
+    falls = [(epoch, factor) for epoch, factor in falls if epoch < settings.epochs]
     scaled: dict[str, Any] = {name: round(getattr(CIFAR, name) * scale) for name in ("start_ib_epoch", "drw_epoch")}
-    scaled |= {"milestones": tuple(falls), "lr_factors": tuple(falls.values())}
+    scaled |= {"milestones": tuple(epoch for epoch, _ in falls), "lr_factors": tuple(factor for _, factor in falls)}
     # factors belong to their milestones
     kept = given | {"lr_factors"} if "milestones" in given else given - {"lr_factors"}
     copied = ("epochs", "arch", "batch_size", "lr", "ib_lr_factor", "schedule")

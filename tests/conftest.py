@@ -11,9 +11,10 @@ from script_runner import FIVE, TINY, model_folder, run_ok
 
 #: `make test` draws the same examples every time; `make soak` (--hypothesis-profile soak) draws many, other ones.
 settings.register_profile(
-    "default", max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    "tests", max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
-settings.register_profile("soak", settings.get_profile("default"), max_examples=5000, derandomize=False, database=None)
+settings.register_profile("soak", settings.get_profile("tests"), max_examples=5000, derandomize=False, database=None)
+settings.load_profile("tests")  # on CI hypothesis would load a profile of its own
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

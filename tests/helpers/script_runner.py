@@ -169,7 +169,7 @@ def run_process_until(args, cwd, line_start, stop_signal):
             if line.startswith(line_start):
                 process.send_signal(stop_signal)
                 break
-        rest, err = process.communicate()
+        rest, err = process.communicate(timeout=240)
     assert any(line.startswith(line_start) for line in lines), f"{line_start!r} never came: {''.join(lines)}{err}"
     return process.returncode, [*lines, *rest.splitlines(keepends=True)], err
 
