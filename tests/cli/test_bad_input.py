@@ -112,6 +112,12 @@ def test_a_gpu_beyond_those_that_are_there_is_an_error(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_that_mps_gives_no_gpu_does_not_train_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    refused([*DIGITS, *TINY], tmp_path, 2, "CUDA_MPS_PIPE_DIRECTORY is set", "no device")
+
+
 # ---------------------------------------------------------------------------------------------------- data
 
 

@@ -58,6 +58,15 @@ def test_load_orders_classes_by_id_and_keeps_the_natural_tail(data, capsys):
     assert "4 classes, iNaturalist 2018 has 8142" in capsys.readouterr().err
 
 
+def test_class_ids_may_be_text_in_one_place_and_numbers_in_another(data, copy):
+    def in_words(content):
+        for row in content["annotations"]:
+            row["category_id"] = str(row["category_id"])
+
+    change(copy / "train2018.json", in_words)
+    assert imbalance_inat.load(str(copy))[0].targets == imbalance_inat.load(str(data))[0].targets
+
+
 def test_run_and_evaluation(data, tmp_path):
     args = ["--data_dir", data, *RUN, *IB]
     out = run_ok(tmp_path, *args, script=inat_train)

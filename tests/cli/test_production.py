@@ -1,6 +1,7 @@
 """--predict, and docs/production.md: its code gives what -e gives, and its ONNX file too."""
 
 import csv
+import math
 import os
 import pathlib
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from image_runs import RUN, make_folder, run, run_ok
-from script_runner import messages
+from script_runner import load_checkpoint, messages
 
 from experiment.evaluation import path_name
 
@@ -85,6 +86,11 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
         assert [row["class"] for row in pair] == [NAMES[k] for k in likeliest]
         found = [float(row["probability"]) for row in pair]
         assert found == pytest.approx(expected[number][likeliest].tolist(), abs=2e-5)
+    state = load_checkpoint(slim)
+    next(tensor for name, tensor in state["state_dict"].items() if name.endswith("bias")).fill_(math.nan)
+    torch.save(state, slim)
+    status, _, err = run(tmp_path, "-e", "--resume", slim, "--predict", "new", "-j", "0")
+    assert (status, "gives logits that are not finite" in err) == (1, True)
 
 
 @pytest.mark.parametrize(("training", "flags"), [(["--ema", "0.9"], []), ([], ["--posthoc_la", "1"])])

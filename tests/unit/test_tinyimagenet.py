@@ -5,6 +5,7 @@ import functools
 import hashlib
 import http.server
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -106,6 +107,12 @@ def test_unpacked_folder(raw, source):
     assert tiny.arrange(raw.parent) == (str(raw), True)
     assert_arranged(raw, source / FOLDER)
     assert tiny.arrange(raw.parent) == (str(raw), False)
+
+
+def test_a_folder_without_a_part_is_refused(raw):
+    shutil.rmtree(raw / "val")
+    with pytest.raises(DataError, match=f"{FOLDER} has no val: delete it"):
+        tiny.arrange(raw.parent)
 
 
 def test_a_foreign_file_among_the_validation_images_is_kept(raw):
@@ -223,12 +230,17 @@ def refused(capsys, data_dir, archive, *named):
     assert {path.name for path in data_dir.parent.iterdir()} <= {"data", "bad.zip"}
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut short", "a flipped bit", "another archive"])
+@pytest.mark.parametrize("kind", ["empty", "cut short", "a flipped bit", "another archive", "encrypted"])
 def test_archives_that_cannot_be_used(archive, data_dir, capsys, kind):
     bad, content = data_dir.parent / "bad.zip", bytearray(archive.read_bytes())
     with zipfile.ZipFile(archive) as file:
         member = next(m for m in file.infolist() if m.filename.endswith("_2.JPEG"))
-    content[member.header_offset + 30 + len(member.filename) + member.compress_size // 2] ^= 0x10
+    if kind == "encrypted":
+        for magic, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            for found in re.finditer(re.escape(magic), bytes(content)):
+                content[found.start() + flags] |= 1
+    else:
+        content[member.header_offset + 30 + len(member.filename) + member.compress_size // 2] ^= 0x10
     bad.write_bytes({"empty": b"", "cut short": content[: len(content) // 2]}.get(kind, content))
     if kind == "another archive":
         with zipfile.ZipFile(bad, "w") as file:
