@@ -223,7 +223,7 @@ def _unpack(archive, to):
         with zipfile.ZipFile(archive) as opened:
             if not any(name.startswith(f"{FOLDER}/") for name in opened.namelist()):
                 raise DataError(f"{archive} holds no {FOLDER}/: it is not Tiny ImageNet")
-            with errors_name(to):
+            with errors_name(os.path.dirname(to)):
                 opened.extractall(to)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # also encrypted, or of an unknown method
         raise DataError(f"{archive} is damaged, or not a zip archive ({error})") from None

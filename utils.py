@@ -210,7 +210,8 @@ def choose_device(gpu: int | None = None) -> "torch.device":
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is not None and (gpu < 0 or 0 < count <= gpu):
         raise UsageError(f"--gpu {gpu}: this machine has {count} CUDA device{'s' * (count != 1)}, counted from 0")
-    if not count and os.environ.get("CUDA_MPS_PIPE_DIRECTORY") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    if not count and os.environ.get("CUDA_MPS_PIPE_DIRECTORY") and not is_hidden:
         raise UsageError("CUDA_MPS_PIPE_DIRECTORY is set, but CUDA finds no device: see the logs of MPS, or unset it")
     return torch.device("cuda", gpu or 0) if count else torch.device("cpu")
 

@@ -23,8 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 CLASSES, BATCH = 10, 128
 #: Training and test images: on CUDA about those of CIFAR-100-LT, in whole batches.
@@ -193,6 +191,7 @@ def measure_epoch(bench: Bench) -> None:
 
 def measure_memory(bench: Bench) -> None:
     """Peak of the proportional set size of a training process and its workers, in MB."""
+    import psutil
 
     def in_use(process):
         with contextlib.suppress(psutil.Error):  # it has ended
@@ -236,6 +235,8 @@ def print_rate(steps: int, way: str | None) -> None:
 
     set_determinism(False)
     loops = Loops(choose_device(), BATCH * steps, BATCH, "compiled" in (way or ""))
+    if way not in (None, *loops.ways):
+        sys.exit(f"--way {way!r} is none of these: {'; '.join(loops.ways)}")
     for _ in range(2):
         started = time.perf_counter()
         loops.train(way or loops.best)  # ends with a read from the device

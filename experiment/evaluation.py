@@ -33,7 +33,7 @@ def evaluate_checkpoint(
 ) -> dict:
     """Print the figures of a restored model, write them to log/<its name>/evaluate (see `output_folder`), return them.
 
-    Those of other images than the run's go to a folder below it, see `path_name`.
+    Where the images, of training or test, are not the run's, they go to a folder below it, see `path_name`.
 
     The flags of CORRECTIONS take one value; of several the one with the best class mean on the held-out part.
 
