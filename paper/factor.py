@@ -23,7 +23,7 @@ from experiment.records import plateau
 from loaders.in_memory import InMemoryBatches
 from losses import IBLoss, inverse_frequency_weights
 from paper import influence, records, rows, runs, statistics, style
-from paper.report import table
+from paper.report import mean_and_spread, table
 from training.gradients import gradient_norms
 from training.recipe import Recipe
 from utils import DataError, command, warn
@@ -175,7 +175,7 @@ def contrasts(found: Found) -> dict[str, statistics.Contrast]:
     for name, result in results.items():
         verdict = result.verdict
         if name == gain:
-            verdict = verdict.replace("adds", "higher").replace("takes away", "lower")
+            verdict = verdict.replace("adds", "above the published").replace("takes away", "below the published")
         if result.n > 1 and name not in judged:
             result, verdict = result._replace(p=math.nan), "judged at {} or {} seeds".format(*LOOKS)
         results[name] = result._replace(verdict=verdict)
@@ -190,8 +190,9 @@ def _text(ratio):
 def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
     """Heads and lines by name.
 
-    'runs', what each reached; 'published', the same of IB with left-out images, and the mean; 'gradients', how they are
-    matched; 'ratios', mean differences of the plateau to epoch `PILOT`, and of how many seeds; 'contrasts'.
+    'runs', what each reached; 'published', the same of IB with left-out images, mean and standard deviation;
+    'gradients', how they are matched; 'ratios', mean differences of the plateau to epoch `PILOT`, and of how many
+    seeds; 'contrasts'.
 
     'left-out': `left_out_mean`; 'their epoch', counted from 0, is the one that the left-out images choose, 'best' the
     test set's own; 'to 160': the plateau of the first `PILOT` epochs; 'next': the ratio on the batches after those that
@@ -213,7 +214,7 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
             gradients.append([*who, *("" if norm is None else f"{norm:.2f}" for norm in norms)])
     whole = [[row[2], *row[6:9], *row[10:]] for row in of_runs if row[0] == "IB" and row[6] and row[10]]
     if whole:
-        whole.append(["mean", "", *(f"{fmean(float(row[k]) for row in whole):.2f}" for k in range(2, 6))])
+        whole.append(["mean", "", *(mean_and_spread([float(row[k]) for row in whole]) for k in range(2, 6))])
     by_ratio = []
     for ratio in runs.GRADIENTS.values():
         pairs = [differences(found, (a, ratio), (b, ratio), PILOT) for a, b in CONTRASTS]

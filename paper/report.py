@@ -20,6 +20,7 @@ from experiment.records import csv_text
 from files import write_text
 from paper import figures, records, runs, statistics
 from paper.rows import WHEN, Row, Rows, by_place, first_phases, gaps, group, labels, one_image, pairs, title, values
+from training.metrics import CLASS_FIGURES
 from utils import DataError, warn
 
 TABLES = {
@@ -34,16 +35,16 @@ TABLES = {
 METRICS = {"top1": "acc1", "top5": "acc5"}
 #: What a published figure may be: the paper does not say. Each has a verdict of its own.
 JUDGED = ("best", "plateau")
-SHOWN = ("acc1", "class_mean", "macro_f1", "many", "medium", "few")
+SHOWN = ("acc1", *CLASS_FIGURES)
 NAMES = {"acc1": "top-1", "acc5": "top-5", "class_mean": "class mean", "macro_f1": "macro-F1"}
 
 RULE = """Figures are mean ± sample standard deviation over the seeds. **Plateau** is the mean over the last tenth of
 the epochs (180 to 199 of 200, counted from 0); comparisons rest on it. The paper does not say whether its figures are
 best or last epochs, so best and plateau each have a verdict: "agrees" where the 90 % interval of the mean difference
 lies inside ± {margin:g} (two one-sided tests), "higher" or "lower" where its 95 % interval lies outside of that; else
-"not known", with the number of seeds that would decide. One seed is an observation and has no verdict. The spread is
-that of the differences themselves; the ± of the paper is shown and not used. Figures of another experiment are shown,
-not judged."""
+"not known", with the number of seeds at which this mean and spread would just decide. Fewer than three seeds have no
+verdict. The spread is that of the differences themselves; the ± of the paper is shown and not used. Figures of another
+experiment are shown, not judged."""
 
 
 def write(
@@ -160,7 +161,7 @@ def _verdict(differences, margin, found):
     result = statistics.against(differences, margin, one_image(found))
     if result.verdict != statistics.NOT_KNOWN:
         return result.verdict
-    return f"not known ({result.seeds or f'over {statistics.MOST_SEEDS}'} seeds would decide)"
+    return f"not known ({result.seeds or f'over {statistics.MOST_SEEDS}'} seeds would just decide)"
 
 
 def _gains(cells, rows, margin):
@@ -277,7 +278,7 @@ def _reached(label, found, metrics):
 
 
 def _chosen_pairs(here, all_pairs):
-    """Every two rows, or those with CE and with IB, class weights alone against the factor, labelled against plain."""
+    """Every two rows, or those with CE and with IB, and labelled ones against plain ones."""
     listed = list(here)
     if all_pairs or len(listed) <= 5:
         return [(one, other) for i, other in enumerate(listed) for one in listed[i + 1 :]]
@@ -288,8 +289,6 @@ def _chosen_pairs(here, all_pairs):
         if (row.difference == of_all or row.run.protocol == "own") and not row.run.subset
     }
     found = [(row, plain[base]) for base in (("CE", ""), ("IB", "")) if base in plain for row in listed]
-    if {("IB", "l1-auto"), ("IB", "weights-only")} <= plain.keys():
-        found.append((plain["IB", "l1-auto"], plain["IB", "weights-only"]))
     found += [(row, Row(row.run)) for row in listed if row.difference and Row(row.run) in here]
     unique = {frozenset(pair): pair for pair in reversed(found) if pair[0] != pair[1]}
     return list(unique.values())[::-1]
@@ -309,7 +308,7 @@ def _pairs(here, names, all_pairs):
         line += [mean_and_spread(of, sign="+") for of in (gaps(both[rows], "best", metric), on_plateau[rows])]
         lines.append([*line, *contrast.texts])
     text = f"Ours against ours: difference of {NAMES[metric]} over the seeds that both have"
-    text += ", paired t-test on the plateau. p is Holm's for the whole table."
+    text += ", paired t-test on the plateau. p is Holm's for the whole table, and decides; intervals are not adjusted."
     return [text, "", *table(["", "seeds", "best", "plateau", "95 % interval", "p", "verdict"], lines)]
 
 

@@ -23,8 +23,8 @@ Key = TypeVar("Key")
 LEVEL = 0.05
 #: Margins in percent points: ours against a published figure, ours against ours.
 MARGIN, PAIRED_MARGIN = 1.0, 0.5
-#: A number of seeds beyond which none is named.
-MOST_SEEDS = 100
+#: Seeds that a verdict needs, as two may lie close by chance; seeds beyond which no number is named.
+LEAST_SEEDS, MOST_SEEDS = 3, 100
 
 AGREES, HIGHER, LOWER = "agrees", "higher", "lower"
 NOT_KNOWN, ONE_SEED = "not known", "one seed"
@@ -75,7 +75,7 @@ def against(differences: Sequence[float], margin: float = MARGIN, resolution: fl
     """What differences to a published figure show, one a seed, in percent points.
 
     'agrees': the 90 % interval of the mean lies inside ± margin. 'higher', 'lower': the 95 % interval lies outside of
-    ± margin, and so without 0.
+    ± margin, and so without 0. Fewer than LEAST_SEEDS have no verdict.
 
     Args:
         resolution: what one test image is worth. No interval is narrower to either side.
@@ -84,9 +84,9 @@ def against(differences: Sequence[float], margin: float = MARGIN, resolution: fl
     if n < 2:
         return Contrast(n, mean, None, ONE_SEED)
     verdict, seeds = NOT_KNOWN, None
-    if abs(mean) + half_90 < margin:
+    if n >= LEAST_SEEDS and abs(mean) + half_90 < margin:
         verdict = AGREES
-    elif abs(mean) - half > margin:
+    elif n >= LEAST_SEEDS and abs(mean) - half > margin:
         verdict = HIGHER if mean > 0 else LOWER
     else:
         seeds = seeds_to_decide(abs(mean) - margin, spread, resolution)
@@ -94,7 +94,7 @@ def against(differences: Sequence[float], margin: float = MARGIN, resolution: fl
 
 
 def seeds_to_decide(distance: float, spread: float, resolution: float = 0.0) -> int | None:
-    """The fewest seeds, three or more, that decide with this mean and this spread; None beyond MOST_SEEDS.
+    """The fewest seeds, LEAST_SEEDS or more, that decide with this mean and spread; None beyond MOST_SEEDS.
 
     Args:
         distance: of the mean difference from the margin; negative inside it.
@@ -104,7 +104,7 @@ def seeds_to_decide(distance: float, spread: float, resolution: float = 0.0) -> 
     (3, 4, None)
     """
     level = LEVEL if distance > 0 else 2 * LEVEL
-    halves = ((n, quantile(n, level) * spread / math.sqrt(n)) for n in range(3, MOST_SEEDS + 1))
+    halves = ((n, quantile(n, level) * spread / math.sqrt(n)) for n in range(LEAST_SEEDS, MOST_SEEDS + 1))
     return next((n for n, half in halves if max(half, resolution) < abs(distance)), None)
 
 
@@ -116,15 +116,16 @@ def family(
 
     'adds' or 'takes away': Holm's p is below `level`, and the 95 % interval leaves 0; with '(small)' where the mean is
     shown to lie inside ± margin, too. Else 'equal within ±margin': the interval of two one-sided tests at `level`
-    (90 % by default) lies inside ± margin. Else 'not known'; 'one seed' for a single difference. Intervals and
-    equivalences are not adjusted. size: see `holm`.
+    (90 % by default) lies inside ± margin. Else, and with fewer than LEAST_SEEDS, 'not known'; 'one seed' for one.
+    Intervals and equivalences are not adjusted. size: see `holm`.
     """
     ps = holm([_p_value(differences, resolution) for differences in contrasts.values()], size)
     found = {}
     for (name, differences), p in zip(contrasts.items(), ps, strict=True):
         n, (mean, _, half, half_equal) = len(differences), _summary(differences, resolution, level)
-        verdict, is_small = NOT_KNOWN if n > 1 else ONE_SEED, abs(mean) + half_equal < margin
-        if p < level and abs(mean) > half:
+        verdict, is_enough = NOT_KNOWN if n > 1 else ONE_SEED, n >= LEAST_SEEDS
+        is_small = is_enough and abs(mean) + half_equal < margin
+        if is_enough and p < level and abs(mean) > half:
             verdict = ("adds" if mean > 0 else "takes away") + is_small * " (small)"
         elif is_small:
             verdict = f"equal within ±{margin:g}"

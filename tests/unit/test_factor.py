@@ -162,7 +162,7 @@ def test_a_verdict_counts_all_contrasts_of_the_plan_and_the_gain_has_its_own_wor
     found = factor.contrasts(read(*made))
     adds = found["A - W, at ratio 1, to epoch 160"]
     assert (adds.verdict, adds.p) == ("adds", pytest.approx(7 * 3.27e-5, rel=0.02))
-    assert found["IB - CE, +5.10, minus the published 7.39"].verdict == "lower"
+    assert found["IB - CE, +5.10, minus the published 7.39"].verdict == "below the published"
 
 
 def test_an_arm_that_chose_ratio_1_is_compared_to_epoch_160_until_its_whole_run_is_there(read):
@@ -184,7 +184,7 @@ def test_the_epoch_that_the_left_out_images_choose_is_not_the_best_of_the_test_s
     }  # fmt: skip
     whole = [record(dataclasses.replace(IB, seed=seed), 70.0 + seed, val=60.0, best=75.0 + seed) for seed in (0, 1)]
     *_, mean = factor.tables(read(*whole))["published"][1]
-    assert (mean[0], mean[2], mean[4]) == ("mean", "75.50", "70.50")
+    assert (mean[0], mean[2], mean[4]) == ("mean", "75.50 ± 0.71", "70.50 ± 0.71")
 
 
 def test_two_runs_of_one_place_and_an_incomplete_record_are_named(read, tmp_path, capsys):

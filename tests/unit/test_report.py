@@ -115,7 +115,7 @@ def test_one_seed_is_no_verdict_and_a_wide_spread_names_the_seeds_that_would_dec
     row = cells(table, "cifar10", "exp", "100", "CE")
     assert (row[8], row[11]) == ("one seed", "one seed")
     wanted = next(n for n in range(3, 99) if stats.t.ppf(0.95, n - 1) * 2 / n**0.5 < 1 - 0.26)
-    assert cells(table, "cifar10", "exp", "100", "IB")[8] == f"not known ({wanted} seeds would decide)"
+    assert cells(table, "cifar10", "exp", "100", "IB")[8] == f"not known ({wanted} seeds would just decide)"
 
 
 def test_the_margin_is_an_option(write_record, tmp_path, capsys):

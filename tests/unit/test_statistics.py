@@ -29,6 +29,8 @@ def shifted(differences, by):
         (shifted(NARROW, -3), "lower"),
         (shifted(NARROW, 1), "not known"),
         (WIDE, "not known"),
+        ([0.0, 0.01], "not known"),
+        ([3.0, 3.01], "not known"),
         ([9.0], "one seed"),
     ],
 )
@@ -75,6 +77,7 @@ def test_verdicts_of_a_level_are_those_of_the_t_tests(level):
             seen.add(expected)
     assert {"adds", "takes away", "adds (small)", "equal within ±0.5", "not known"} <= seen
     assert paired([2.0]).verdict == "one seed"
+    assert {paired(two).verdict for two in ([2.0, 2.01], [0.0, 0.01])} == {"not known"}
 
 
 def test_no_p_is_smaller_than_that_of_the_printed_interval():
