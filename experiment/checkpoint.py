@@ -8,6 +8,7 @@ A file is what torch.save makes. Its checksums are those of the zip archive.
 """
 
 import argparse
+import copy
 import io
 import os
 import pickle
@@ -172,9 +173,9 @@ def has_normalised_head(state_dict: dict) -> bool:
 
 
 def on_cpu(value: Any) -> Any:
-    """The same nested dicts and lists with a copy on the CPU of every tensor."""
+    """A deep copy, with every tensor in nested dicts and lists on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {name: on_cpu(item) for name, item in value.items()}
-    return [on_cpu(item) for item in value] if isinstance(value, list) else value
+    return [on_cpu(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)

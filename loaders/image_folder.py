@@ -66,7 +66,8 @@ class ImageFileBatches(Batches):
         crop, augment: see `loaders.augment.train_transform`.
         The others: see `loaders.Batches`.
 
-    Iterating raises DataError for a file that cannot be decoded, and for a worker that dies.
+    Iterating raises DataError for a file that cannot be decoded, and for a worker that dies. An epoch ends where the
+    next one starts: they share the processes.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class ImageFileBatches(Batches):
     ) -> None:  # fmt: skip
         super().__init__(dataset, batch_size, device, seed, image_size, flip, rank, world_size)
         self._plan: list[list] = []  # the (index, seed) pairs of each batch of an epoch, read in each epoch
+        self._epochs = 0
         train = train_transform(image_size, crop, self.flip, augment)
         if hasattr(dataset, "data"):
             sources: Any = torch.as_tensor(dataset.data).permute(0, 3, 1, 2)
@@ -106,8 +108,12 @@ class ImageFileBatches(Batches):
         items, slices = list(zip(order.tolist(), seeds, strict=True)), self._slices(batch_size)
         targets = self.targets[order.to(self.targets.device)]  # one upload an epoch
         self._plan[:] = [items[batch] for batch in slices]
+        self._epochs += 1
+        this = self._epochs
         for batch, images in zip(slices, _read(self._loader), strict=True):
             yield self._normalised(images), targets[batch]
+            if self._epochs != this:
+                raise RuntimeError("another epoch of the same batches has started: make a second object of this class")
 
 
 def _read(loader):

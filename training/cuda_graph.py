@@ -3,7 +3,7 @@
 import collections
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,17 +27,17 @@ class StepGraph:
     A graph reads and writes fixed addresses, so the draws and metrics of the captured epoch stay in memory, and those
     of later epochs are copied there. A graph also freezes every value that Python computes. Therefore
 
-    - the step is captured again if the model, the criterion or an option of the optimizer changes, or if a number or
-      string attribute of a module changes between two epochs;
-    - a step trains without a graph if it draws from the CPU's random states (torch, numpy, random), changes a number or
-      string attribute of a module, or cannot be captured. A warning gives the reason, once.
+    - the step is captured again if the model, the criterion or an option of the optimizer changes, or if one of their
+      `host_values` changes between two epochs;
+    - a step trains without a graph if it draws from the CPU's random states (torch, numpy, random), changes one of the
+      `host_values`, or cannot be captured. A warning gives the reason, once.
 
-    Not detected: Python values outside of modules and optimizer options (globals, closures, lists), what a step does
-    for the first time after the warm-up, and a submodule that was replaced.
+    Not detected: Python values elsewhere (globals, closures, lists), and what a step does for the first time after the
+    warm-up.
     """
 
     def __init__(self) -> None:
-        self.held: tuple[Any, ...] = ()  # model, criterion, optimizer, and the numbers of the first two
+        self.held: tuple[Any, ...] = ()  # model, criterion, optimizer, and their `host_values`
         self.options: list[dict] = []  # of the optimizer's groups, without their parameters
         self.batches: Any = None  # a TrainEpoch: of the epoch whose memory the graphs read, and its metrics
         self.metrics: Any = None
@@ -55,7 +55,7 @@ class StepGraph:
         optimizer: torch.optim.Optimizer,
     ) -> MetricAccumulator:  # fmt: skip
         """Prepare an epoch, before its first step; `metrics` are new. Returns those that its steps add to."""
-        held = (model, criterion, optimizer, numbers_of([model, criterion]))
+        held = (model, criterion, optimizer, host_values(model, criterion, optimizer))
         if held == self.held and batches.source is self.batches.source:
             self.batches.take_draws(batches)
             self.metrics.reset()
@@ -99,11 +99,11 @@ class StepGraph:
         """The step as Python code; gives up graphs where it does on the host what a replayed one would not."""
         if self.failed:
             return step(*self.batches.take(size))
-        before = host_state(self.held[:2])
+        before = host_state(*self.held[:3])
         step(*self.batches.take(size))
         self.warm[size] += 1
         if self.warm[size] > 1:
-            after = host_state(self.held[:2])
+            after = host_state(*self.held[:3])
             changes = [what for what in after if after[what] != before.get(what)]
             if changes:
                 self._give_up(f"each step {changes[0]}, which a CUDA graph would freeze")
@@ -138,24 +138,32 @@ def step_graph(device: torch.device, amp: str = "none", wanted: bool = True) -> 
     return StepGraph() if can and wanted else None
 
 
-def numbers_of(modules: Iterable[torch.nn.Module]) -> dict[str, Any]:
-    """The numbers and strings among the attributes of the modules and their parts, by 'part.attribute of Module'."""
-    return {
-        f"{name}{'.' if name else ''}{attribute} of {type(module).__name__}": value
-        for module in modules
+def host_values(model: torch.nn.Module, criterion: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a graph freezes, by 'part.attribute of Class': numbers and strings among the attributes of the modules, of
+    their parts, of the optimizer and of its state, and the addresses of tensors there.
+    """
+    holders: list[tuple[str, Any, dict]] = [
+        (f"{name}." if name else "", module, {**vars(part), **part._parameters, **part._buffers})
+        for module in (model, criterion)
         for name, part in module.named_modules()
-        for attribute, value in vars(part).items()
-        if isinstance(value, (bool, int, float, str))
+    ]
+    holders.append(("", optimizer, vars(optimizer)))
+    holders += [(f"state {number}.", optimizer, state) for number, state in enumerate(optimizer.state.values())]
+    return {
+        f"{prefix}{attribute} of {type(owner).__name__}": value.data_ptr() if torch.is_tensor(value) else value
+        for prefix, owner, attributes in holders
+        for attribute, value in attributes.items()
+        if isinstance(value, (bool, int, float, str, torch.Tensor))
     }
 
 
-def host_state(modules: Iterable[torch.nn.Module]) -> dict[str, Any]:
-    """What a replayed step cannot change, by what a step does that changes it."""
+def host_state(*of_step: Any) -> dict[str, Any]:
+    """What a replayed step cannot change, by what a step does that changes it; arguments as of `host_values`."""
     numpy_state: Any = np.random.get_state()
     _, keys, *position = numpy_state
     return {
         "draws from torch's random state on the host": torch.get_rng_state().numpy().tobytes(),
         "draws from numpy's random state": (keys.tobytes(), *position),
         "draws from Python's random state": random.getstate(),
-        **{f"changes {name}": value for name, value in numbers_of(modules).items()},
+        **{f"changes {name}": value for name, value in host_values(*of_step).items()},
     }

@@ -4,11 +4,12 @@ To add one: write a function of (model, lr, the settings that it depends on by t
 `OPTIMIZERS`.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from training.registry import call, further_parameters
 
 
 def sgd(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -38,7 +39,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adam
 
 def constants_of(name: str) -> tuple[str, ...]:
     """Names of the settings on which an optimizer depends, besides the lr."""
-    return tuple(inspect.signature(OPTIMIZERS[name]).parameters)[2:]
+    return further_parameters(OPTIMIZERS[name], 2)
 
 
 def make_optimizer(name: str, model: torch.nn.Module, lr: float, constants: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -51,7 +52,7 @@ def make_optimizer(name: str, model: torch.nn.Module, lr: float, constants: Mapp
         lr: base learning rate.
         constants: hyperparameters by name, among them those of `constants_of(name)`, `vars(settings)` for example.
     """
-    optimizer = OPTIMIZERS[name](model, lr, **{constant: constants[constant] for constant in constants_of(name)})
+    optimizer = call(OPTIMIZERS[name], constants, model, lr)
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", group["lr"] / lr if lr else 1.0)
     optimizer.register_load_state_dict_pre_hook(_as_own)
@@ -72,12 +73,13 @@ def _as_own(optimizer, state):
             raise ValueError(f"{len(loaded['params'])} parameters there, {len(mine['params'])} here")
         if not {"momentum", "betas"} & set(mine) <= set(loaded):
             raise ValueError("it is the state of another optimizer")
-    values = {}
+    values, is_fused = {}, optimizer.defaults.get("fused")
     for index, parameter in enumerate(_parameters(optimizer)):
         found = {name: value for name, value in state["state"].get(index, {}).items() if value is not None}
         values[index] = {**own["state"].get(index, {}), **found}
         for name, value in found.items():
-            if torch.is_tensor(value) and value.ndim:
+            # a fused step would read beyond a state of another shape: copying it is an error
+            if torch.is_tensor(value) and value.ndim and (is_fused or value.shape == parameter.shape):
                 values[index][name] = torch.empty_like(parameter).copy_(value)
     groups = [
         {**mine, **{name: value for name, value in loaded.items() if name not in {*optimizer.defaults, *KEPT_KEYS}}}

@@ -45,7 +45,7 @@ class LossEntry:
     @property
     def constants(self) -> tuple[str, ...]:
         """Names of the constants on which the loss depends."""
-        return _further_parameters(self.build, 2)
+        return further_parameters(self.build, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,14 +148,15 @@ def all_constants() -> tuple[str, ...]:
 
 def _names(entries, functions):
     names = [name for entry in entries for name in entry.constants]
-    names += [name for function in functions for name in _further_parameters(function, 1)]
+    names += [name for function in functions for name in further_parameters(function, 1)]
     return tuple(dict.fromkeys(names))
 
 
 def call(function: Callable, constants: Mapping[str, Any], *args: Any) -> Any:
     """What an entry's function makes of `args` and of the constants that it depends on."""
-    return function(*args, **{name: constants[name] for name in _further_parameters(function, len(args))})
+    return function(*args, **{name: constants[name] for name in further_parameters(function, len(args))})
 
 
-def _further_parameters(function, skip):
+def further_parameters(function: Callable, skip: int) -> tuple[str, ...]:
+    """Names of a function's parameters after the first `skip`: those of the settings on which it depends."""
     return tuple(inspect.signature(function).parameters)[skip:]

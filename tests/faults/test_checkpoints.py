@@ -95,11 +95,13 @@ def test_a_copy_on_the_cpu_has_the_same_values_and_strides_and_training_does_not
     optimizer = make_optimizer("sgd", model, 0.1, {"momentum": 0.9, "weight_decay": 2e-4})
     model(torch.randn(4, 3, 32, 32))[0].sum().backward()
     optimizer.step()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "memory": (np.zeros(2),)}
     copied, before = checkpoint.on_cpu(state), copy.deepcopy(state)
     with torch.no_grad():
         for tensor in [*state["model"].values(), *(s["momentum_buffer"] for s in state["optimizer"]["state"].values())]:
             tensor.add_(1)
+    state["memory"][0][:] = 1
+    assert copied["memory"][0].tolist() == [0, 0]
     for name, tensor in before["model"].items():
         assert torch.equal(copied["model"][name], tensor)
         assert copied["model"][name].stride() == tensor.stride()

@@ -110,7 +110,7 @@ def compare(case=CASES[0], make=dict, **how):
 
 @pytest.mark.parametrize("case", CASES)
 def test_replayed_steps_give_the_bits_of_plain_ones(case):
-    assert compare(case) == 3, "each size, and the full one with the other lr"
+    assert compare(case) == 4, "each size, the full one with the other lr, and once more as SGD notes its first step"
 
 
 def test_what_the_optimizer_is_told_is_captured_again():
@@ -175,6 +175,7 @@ class Wrapped(torch.nn.Module):
     def __init__(self, factor):
         super().__init__()
         self.criterion, self.steps, self.factor = criterion_of("CE"), 0, factor
+        self.register_buffer("mean", torch.zeros(()))
 
     def calibrate(self, *args, **how):
         pass
@@ -189,10 +190,34 @@ def rising(criterion, loss):
     return 1 + criterion.steps / 10
 
 
-def test_a_step_that_changes_a_number_in_python_trains_without_a_graph(capsys):
-    assert compare(make=lambda: {"criterion": Wrapped(rising)}) == 0
+def replaced(criterion, loss):
+    criterion.mean = 0.5 * criterion.mean + loss.detach().mean()
+    return 1 + criterion.mean
+
+
+def counting(epoch, optimizer, criterion):
+    def rise(optimizer, *args):
+        optimizer.steps += 1
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad.mul_(1 + optimizer.steps / 10)
+
+    if epoch == 0:
+        optimizer.steps = 0
+        optimizer.register_step_pre_hook(rise)
+
+
+CHANGES = {
+    "steps of Wrapped": {"make": lambda: {"criterion": Wrapped(rising)}},
+    "mean of Wrapped": {"make": lambda: {"criterion": Wrapped(replaced)}},
+    "steps of SGD": {"before": counting},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_step_that_changes_what_a_graph_freezes_trains_without_one(what, capsys):
+    assert compare(**CHANGES[what]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: each step changes steps of Wrapped, which a CUDA graph would freeze")
+    assert line.startswith(f"warning: each step changes {what}, which a CUDA graph would freeze")
 
 
 def test_what_the_first_step_sets_up_is_no_reason(capsys):

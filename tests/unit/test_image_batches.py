@@ -143,6 +143,13 @@ def test_epoch_is_the_same_with_workers_and_in_other_batches(images):
     assert not torch.equal(first[1], other[1])
 
 
+def test_two_epochs_at_once_are_refused(images):
+    """Their images and labels would be mixed."""
+    batches = ImageFileBatches(images, 2)
+    with pytest.raises(RuntimeError, match="another epoch"):
+        list(zip(batches.train_epoch(0), batches.train_epoch(1), strict=True))
+
+
 def test_a_left_epoch_leaves_nothing_behind(images):
     batches = ImageFileBatches(images, 4, image_size=16, seed=3, workers=2)
     expected = whole(ImageFileBatches(images, 4, image_size=16, seed=3).train_epoch(2))
