@@ -5,18 +5,23 @@ Pure numpy: no torch, no files. Class 0 is the head, as published.
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from utils import UsageError
+from utils import UsageError, warn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-IMB_TYPES = ("exp", "step", "none")
+#: name -> images of class k of K, from (n_max, k, K, imb_factor)
+SHAPES: dict[str, Callable[[int, int, int, float], int]] = {
+    "exp": lambda n_max, k, classes, factor: int(n_max * factor ** (k / max(classes - 1, 1))),
+    "step": lambda n_max, k, classes, factor: n_max if k < (classes + 1) // 2 else int(n_max * factor),
+}
+IMB_TYPES = (*SHAPES, "none")
 
 #: Thresholds of the many / medium / few groups, in training images of a class.
 MANY_OVER, FEW_UNDER = 100, 20
@@ -32,7 +37,7 @@ def class_counts(available: Sequence[int], imb_type: str = "exp", imb_factor: fl
 
     Args:
         available: length-K sequence, images that each class has.
-        imb_type: 'exp', 'step' or 'none'.
+        imb_type: a key of `SHAPES`, or 'none'.
         imb_factor: f in (0, 1], smallest class over largest (the paper's 1 / rho).
 
     Returns:
@@ -51,14 +56,9 @@ def class_counts(available: Sequence[int], imb_type: str = "exp", imb_factor: fl
         raise UsageError(f"unknown imbalance type {imb_type!r}: choose from {', '.join(IMB_TYPES)}")
     if not 0 < imb_factor <= 1:
         raise UsageError(f"the imbalance factor must lie in (0, 1], got {imb_factor}")
-    n_max, num_classes = max(available), len(available)
-    if imb_type == "exp":
-        wanted = [int(n_max * imb_factor ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
-    elif imb_type == "step":
-        head = (num_classes + 1) // 2
-        wanted = [n_max] * head + [int(n_max * imb_factor)] * (num_classes - head)
-    else:
-        wanted = available
+    n_max, num_classes, wanted = max(available), len(available), available
+    if imb_type != "none":
+        wanted = [SHAPES[imb_type](n_max, k, num_classes, imb_factor) for k in range(num_classes)]
     counts = [min(n, m) for n, m in zip(wanted, available, strict=True)]
     empty = [k for k, n in enumerate(counts) if n < 1]
     if empty:
@@ -123,11 +123,6 @@ def hold_out(targets: npt.ArrayLike, fraction: float, seed: int = 0) -> tuple[np
     return np.setdiff1d(np.arange(len(targets)), validation), validation
 
 
-def count_classes(targets: npt.ArrayLike, num_classes: int) -> list[int]:
-    """Images of each class as a list of `num_classes` ints."""
-    return np.bincount(np.asarray(targets, dtype=np.int64), minlength=num_classes).tolist()
-
-
 def groups(counts: Sequence[int]) -> dict[str, list[int]]:
     """Classes of the many, medium and few groups, as a dict of lists, by training images (see GROUP_RULE).
 
@@ -177,7 +172,7 @@ class LabelledImages:
 
     def get_cls_num_list(self) -> list[int]:
         """Images of each class, K ints (the published name)."""
-        return count_classes(self.targets, self.num_classes)
+        return np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=self.num_classes).tolist()
 
     def subset(self, positions: npt.ArrayLike) -> "Self":
         """The same data set with the images at these positions only."""
@@ -191,8 +186,21 @@ class LabelledImages:
         return self.subset(kept), self.subset(held)
 
     def make_imbalanced(self, imb_type: str, imb_factor: float, rand_number: int) -> None:
-        """Keep a long-tailed choice, in place; see `class_counts` and `choose`. Raises UsageError."""
-        counts = class_counts(self.get_cls_num_list(), imb_type, imb_factor)
+        """Keep a long-tailed choice, in place; see `class_counts` and `choose`. Raises UsageError.
+
+        Where a class has a tenth less than the imbalance asks for, a warning gives the ratio that there is.
+        """
+        available = self.get_cls_num_list()
+        counts = class_counts(available, imb_type, imb_factor)
+        if imb_type != "none":
+            wanted = class_counts([max(available)] * len(available), imb_type, imb_factor)
+            short = [k for k, (n, m) in enumerate(zip(wanted, counts, strict=True)) if m < 0.9 * n]
+            if short:
+                warn(
+                    f"{len(short)} of {len(counts)} classes have fewer images than the imbalance asks for (class "
+                    f"{short[0]}: {counts[short[0]]} of {wanted[short[0]]}); the largest class has "
+                    f"{max(counts) / min(counts):.3g} times the images of the smallest"
+                )
         self._keep(choose(self.targets, counts, rand_number))
         self.tail = (imb_type, imb_factor, rand_number)
 

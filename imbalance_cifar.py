@@ -114,7 +114,7 @@ def load(
     try:
         with network_timeout(), contextlib.nullcontext() if name == "digits" else folder_lock(data_dir):
             train = dataset(data_dir, imb_type, imb_factor, rand_number, download=True)
-        return train, dataset(data_dir, train=False)
+            return train, dataset(data_dir, train=False, download=True)
     except (RuntimeError, OSError, EOFError, http.client.HTTPException) as error:
         if type(error) is RuntimeError and "corrupted" not in str(error):  # not torchvision's of a bad archive
             raise

@@ -20,6 +20,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from imbalance import IMB_TYPES
 from paper import runs
 from utils import DataError, HelpFormatter, Parser, UsageError, command, number, path
 
@@ -74,7 +75,7 @@ def _add_selection(parser):
         help=f"{', '.join(runs.SETUPS)}, a data set of your own in imbalance_cifar.DATASETS, or folder: the images in "
         "--data_dir, which stands with the other flags of folder_train.py after --",
     )  # fmt: skip
-    add("--imb_type", nargs="+", choices=("exp", "step", "none"))
+    add("--imb_type", nargs="+", choices=IMB_TYPES)
     add("--ratio", nargs="+", type=number(int, low=1), metavar="R", help="largest class over smallest")
     add(
         "--method", nargs="+", metavar="NAME",
@@ -229,9 +230,8 @@ def list_runs(options: argparse.Namespace) -> None:
         from paper import driver
 
         driver.check_extra(chosen, options.extra)
-    with contextlib.suppress(BrokenPipeError):  # `| head`
-        for run in chosen:
-            print(shlex.join(["python", *run.argv(options.out, ["--resume", "auto", *options.extra])]), flush=True)
+    for run in chosen:
+        print(shlex.join(["python", *run.argv(options.out, ["--resume", "auto", *options.extra])]), flush=True)
 
 
 def run_runs(options: argparse.Namespace) -> None:

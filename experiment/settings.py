@@ -179,15 +179,15 @@ class Settings:
         affects="optimizer")
 
     epochs: int = _training(200, "--epochs N", COUNT, "number of epochs")
-    start_epoch: int = _training(0, "--start-epoch E", EPOCH,
+    start_epoch: int = _training(0, "--start-epoch --start_epoch E", EPOCH,
         "number of the first epoch, for restarts by hand; --resume sets it")
-    batch_size: int = _training(128, "-b --batch-size N", COUNT,
+    batch_size: int = _training(128, "-b --batch-size --batch_size N", COUNT,
         "images of a batch, over all GPUs", affects="optimizer")
     optimizer: str = _training("sgd", "--optimizer", OPTIMIZERS, "the optimizer", affects="optimizer")
     lr: float = _training(0.1, "--lr --learning-rate LR", NOT_NEGATIVE,
         "learning rate, multiplied by the schedule's factors")
     momentum: float = _training(0.9, "--momentum M", NOT_NEGATIVE, "momentum of SGD", affects="optimizer")
-    weight_decay: float = _training(2e-4, "--wd --weight-decay W", NOT_NEGATIVE,
+    weight_decay: float = _training(2e-4, "--wd --weight-decay --weight_decay W", NOT_NEGATIVE,
         "weight decay of all weights", affects="optimizer")
     ema: float = _training(0.0, "--ema D", number(float, low=0, high=0.999999),
         "test an exponential moving average of the weights with this decay, 0.999 for example; 0: off", affects="model")
@@ -288,11 +288,6 @@ class Settings:
     def use_norm(self) -> bool:
         """Whether the loss wants a normalised head."""
         return LOSSES[self.loss_type].normalised_head
-
-    @property
-    def flips(self) -> bool | None:
-        """Whether training images are mirrored; None: as the data set says."""
-        return {"on": True, "off": False}.get(self.flip)
 
     @property
     def feature_norm(self) -> str:

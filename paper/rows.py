@@ -127,9 +127,12 @@ def title(where: tuple[str, str, int, str]) -> str:
     'CIFAR-10, exponential imbalance, ratio 100, short length'
     >>> title(("my_images", "none", 1, "own"))
     'my_images, as the data are'
+    >>> title(("cifar10", "pareto", 10, "full"))
+    'CIFAR-10, pareto imbalance, ratio 10, full length'
     """
     dataset, imb_type, ratio, protocol = where
-    shape = f"{IMBALANCES[imb_type]} imbalance, ratio {ratio}" if imb_type in IMBALANCES else "as the data are"
+    shape = f"{IMBALANCES.get(imb_type, imb_type)} imbalance, ratio {ratio}"
+    shape = "as the data are" if imb_type == "none" else shape
     length = {"full": ", full length", "short": ", short length", "own": ""}.get(protocol, f", {protocol}")
     return f"{DATASETS.get(dataset, dataset)}, {shape}{length}"
 

@@ -48,6 +48,24 @@ def test_an_unknown_type_and_an_empty_class_are_refused_by_name():
         imbalance.class_counts([10, 10], "exp", 0.05)
 
 
+def test_classes_that_are_too_small_for_the_imbalance_are_a_warning(capsys):
+    images = imbalance.LabelledImages()
+    images.classes, images.targets = ["a", "b", "c"], [0] * 40 + [1] * 100 + [2] * 90
+    images.chosen = np.arange(len(images.targets))
+    images.subset(range(230)).make_imbalanced("none", 1.0, 0)
+    images.make_imbalanced("exp", 0.25, 0)
+    assert images.get_cls_num_list() == [40, 50, 25]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 of 3 classes have fewer" in line
+    assert "(class 0: 40 of 100); the largest class has 2 times" in line
+
+
+def test_a_new_shape_is_a_function_of_the_class(monkeypatch):
+    monkeypatch.setitem(imbalance.SHAPES, "halved", lambda n_max, k, classes, factor: n_max // 2**k)
+    monkeypatch.setattr(imbalance, "IMB_TYPES", ("halved",))
+    assert imbalance.class_counts([100, 100, 20], "halved", 0.1) == [100, 50, 20]
+
+
 def test_the_choice_is_seeded_and_leaves_the_global_generator_alone():
     targets = np.arange(300) % 3
     np.random.seed(5)  # so that the next draw changes the key
@@ -73,11 +91,6 @@ def test_hold_out_is_a_stratified_partition_that_keeps_each_class():
     assert np.bincount(targets[validation], minlength=3).tolist() == [4, 1, 0], (
         "of small classes one, though 10 * 0.04 < 0.5"
     )
-
-
-def test_classes_are_counted_up_to_the_last_one():
-    assert imbalance.count_classes([2, 0, 2], 4) == [1, 0, 2, 0]
-    assert [type(n) for n in imbalance.count_classes(np.array([0]), 1)] == [int]
 
 
 def test_group_limits():

@@ -39,6 +39,12 @@ def test_what_settings_affect_decides_what_is_part_of_the_identity_and_shared():
     assert set(FIELDS) - set(IDENTITY) == NOT_IDENTITY
 
 
+def test_a_setting_of_the_training_has_a_flag_of_its_name():
+    """A variant of `paper/runs.py` names settings, and its command flags."""
+    trains = [name for name, field in FIELDS.items() if field.metadata["affects"] in ("schedule", "optimizer")]
+    assert [name for name in trains if f"--{name}" not in FIELDS[name].metadata["flags"]] == []
+
+
 class Watched:
     """Settings that note what is read of them."""
 
@@ -127,10 +133,6 @@ def test_constants_that_no_epoch_uses_are_named(argv, unused, capsys):
 def test_a_prior_that_is_corrected_twice_is_named(argv, warns, capsys):
     parse("cifar_train.py", argv)
     assert ("the prior counts twice" in capsys.readouterr().err) == warns
-
-
-def test_flips_are_those_of_the_flag_or_of_the_data_set():
-    assert [parse("cifar_train.py", ["--flip", flip]).flips for flip in ("on", "off", "auto")] == [True, False, None]
 
 
 def test_names_of_folders():
