@@ -47,7 +47,6 @@ class TINYIMAGENET(LabelledImages, ImageFolder):
     """
 
     mean, std, image_size = IMAGENET_MEAN, IMAGENET_STD, 64
-    cls_num = CLASSES
 
     def __init__(
         self, root: str | os.PathLike, transform: Callable | None = None, target_transform: Callable | None = None

@@ -74,7 +74,7 @@ def main(argv=None):
         mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
         graph = step_graph(run.device, settings.amp, settings.cuda_graph)
         check_last_batch(model, train_batches, settings.sync_bn)
-        run.restore(model=model, optimizer=optimizer, criterion=stages, scaler=precision, ema=ema)
+        run.restore(model=model, optimizer=optimizer, criterion=stages, scaler=precision.scaler, ema=ema)
 
         for epoch in run.epochs():
             stage = recipe.stage(epoch)

@@ -546,12 +546,6 @@ class AutoAlpha(nn.Module):
         ratio = total[0] / total[1].clamp_min(torch.finfo(total.dtype).tiny)
         self.value.copy_(ratio.where(total[2] > 0, 1.0))
 
-    @torch.no_grad()
-    def set(self, value: float) -> None:
-        """Set the alpha, a positive number, and mark it as measured."""
-        self.value.fill_(value)
-        self.sums[2] = 1
-
 
 class IBLoss(Loss):
     """Influence-balanced loss: w_y * CE * alpha / (|p - y| * |h| + epsilon) (paper, eq. 5 to 7 and Section 4.1).
@@ -643,7 +637,8 @@ class IBLoss(Loss):
         if self.auto is None or self.auto_target != "gradient":
             raise ValueError("set_alpha needs alpha='auto' and auto_target='gradient'")
         _over_0(value=value)
-        self.auto.set(value)
+        self.auto.value.fill_(value)
+        self.auto.sums[2] = 1  # it is measured
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
         """The reduced loss; with alpha 'auto' a call in training mode with gradients adds its batch first."""

@@ -57,7 +57,7 @@ def difference(
         warn(f"{path} records no settings: only its arch can be checked")
         arch = state.get("arch", settings.arch)
         return None if arch == settings.arch else f"arch is {arch!r} there and {settings.arch!r} here"
-    of_plan = differing_plan(settings, theirs, min(epoch, settings.epochs) if "epochs" in state["settings"] else 0)
+    of_plan = differing_plan(settings, theirs, min(epoch, settings.epochs))
     found = differing(settings, theirs, (*SHARED, "use_norm")), of_plan
     return "; ".join(text for text in found if text) or None
 

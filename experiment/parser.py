@@ -16,7 +16,6 @@ from experiment.settings import FIELDS, Settings, check, plain_name
 from utils import HelpFormatter, Parser, UsageError
 
 OF_FOLDERS = ("train_list", "val_list", "test_fraction", "exif", "mean", "std")
-OPTIONAL = frozenset((*OF_FOLDERS, "check_images", "skip_damaged", "image_size", "crop", "recipe"))
 
 #: Defaults that `--recipe` changes. official: those of the official code. paper: those that the paper states. ldam:
 #: those that the LDAM paper states, whose results the paper's table quotes.
@@ -74,6 +73,8 @@ SCRIPTS = {
     ),
 }  # fmt: skip
 
+#: Flags that only the scripts have which offer them.
+OPTIONAL = frozenset().union(*(script.offers for script in SCRIPTS.values()))
 #: Defaults of all scripts that differ from those of `Settings`, which are what older records mean.
 COMMON = {"auto_target": "gradient"}
 

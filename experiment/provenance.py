@@ -1,5 +1,6 @@
 """Which code, versions and machine have trained which epochs of a run."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,12 +42,7 @@ def trained_on(start: Start, process: dict[str, Any], epochs: int) -> list[dict[
 
 def lengths(parts: Sequence[dict[str, Any]], name: str, epochs: int) -> list[tuple[Any, int]]:
     """(value, epochs) for each part of `trained_on` that has another value of `name`; None where it is not recorded."""
-    starts = [0, *(part["from_epoch"] for part in parts)]
-    values = [None, *(part.get(name) for part in parts)]
-    merged: list[tuple[Any, int]] = []
-    for value, start, end in zip(values, starts, [*starts[1:], epochs], strict=True):
-        if merged and merged[-1][0] == value:
-            merged[-1] = (value, merged[-1][1] + end - start)
-        elif end > start:
-            merged.append((value, end - start))
-    return merged
+    of_epoch: list[Any] = [None] * epochs
+    for part in parts:
+        of_epoch[part["from_epoch"] :] = [part.get(name)] * (epochs - part["from_epoch"])
+    return [(value, len([*same])) for value, same in itertools.groupby(of_epoch)]

@@ -178,10 +178,7 @@ def find_evaluated(settings: Settings) -> tuple[Settings, Start]:
         there = {name: getattr(theirs, name) for name in OF_CHECKPOINT if name in state["settings"] and name not in own}
         if "val_list" in own and settings.val_list != theirs.val_list and "train_list" not in own:
             there.pop("train_list", None)
-        # older runs of folder_train.py without val/ tested on the part that --val_fraction held out
-        compared = {**there, "val_fraction": theirs.val_fraction or theirs.test_fraction}
-        wrong = {name: value for name, value in compared.items() if name in settings.given and name in there}
-        wrong = {name: value for name, value in wrong.items() if value != getattr(settings, name)}
+        wrong = {name: of for name, of in there.items() if name in settings.given and of != getattr(settings, name)}
         merged = dataclasses.replace(settings, **there, exp_str=theirs.exp_str)
     for name, value in wrong.items():
         here = getattr(settings, name)

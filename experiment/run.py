@@ -152,7 +152,8 @@ class Run:
         """What every loader is told, see `loaders.Batches`."""
         return {
             "batch_size": self.settings.batch_size, "device": self.device, "seed": self.seed,
-            "flip": self.settings.flips, "rank": distributed.rank(), "world_size": distributed.world_size(),
+            "flip": {"on": True, "off": False}.get(self.settings.flip),  # None: as the data set says
+            "rank": distributed.rank(), "world_size": distributed.world_size(),
         }  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- before training
@@ -184,11 +185,13 @@ class Run:
         The parts are saved under these names; None is skipped. Without a checkpoint the parts do not change.
 
         Raises:
-            DataError: a state that does not fit, or, with -e, one that is missing.
+            DataError: a state that does not fit, or, with -e, one that is missing. ValueError: a name that is taken.
         """
         start, model = self.start, parts["model"]
         named = {"state_dict" if name == "model" else name: part for name, part in parts.items()}  # the published name
         self.parts = {name: part for name, part in named.items() if part is not None}
+        if taken := FACTS & self.parts.keys():
+            raise ValueError(f"a part cannot be called {min(taken)!r}, which a checkpoint has already")
         if start.path is None:
             _load_pretrained(self.settings, model)
         for name, part in self.parts.items():

@@ -26,7 +26,7 @@ SECONDS_BETWEEN_LINES = 60
 OWN = (
     "dataset", "imb_type", "imb_factor", "rand_number", "arch", "loss_type", "train_rule", "seed", "exp_str",
     "root_log", "root_model", "resume", "keep_epochs", "threads", "start_epoch", "dry_run", "evaluate", "export_split",
-    "overwrite",
+    "overwrite", "gpu",
 )  # fmt: skip
 
 

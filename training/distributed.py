@@ -30,8 +30,8 @@ def start(gpu: int | None = None) -> torch.device:
         UsageError: see `utils.choose_device`; an environment that torchrun does not make. DataError: the other ranks
             cannot be reached.
     """
-    is_alone = _number("WORLD_SIZE", 1) == 1
-    local = _number("LOCAL_RANK", 0) if torch.cuda.is_available() else None
+    is_alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
+    local = int(os.environ.get("LOCAL_RANK") or 0) if torch.cuda.is_available() else None
     if gpu is not None and not is_alone:
         raise UsageError("--gpu: torchrun gives each process a card of its own; leave it out")
     if not is_alone and local is not None and local >= torch.cuda.device_count():
@@ -91,15 +91,7 @@ def is_main() -> bool:
 
 def restarts() -> int:
     """How often torchrun has started this job again after a rank died."""
-    return _number("TORCHELASTIC_RESTART_COUNT", 0)
-
-
-def _number(name, default):
-    """The number that torchrun set in the environment, or `default`. Raises UsageError for anything else."""
-    value = os.environ.get(name) or str(default)
-    if not value.isdecimal():
-        raise UsageError(f"{name} is {value!r} in the environment: torchrun sets it to a number")
-    return int(value)
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

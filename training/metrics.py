@@ -113,7 +113,7 @@ def _of_group(name):
 
 #: What an evaluation reports besides loss, top-1 and top-5. name -> a figure, or None, of (accuracy of each class in
 #: percent or None, confusion matrix or None, training images of each class). A new entry reaches the CSV files,
-#: TensorBoard, summary.json and the screen.
+#: TensorBoard, summary.json, the screen and the report.
 CLASS_FIGURES: dict[str, Callable[[Sequence, Sequence | None, Sequence[int]], float | None]] = {
     "class_mean": class_mean,
     **{name: _of_group(name) for name in ("many", "medium", "few")},

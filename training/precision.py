@@ -33,14 +33,6 @@ class Precision:
         self.scaler.step(optimizer)  # with fp16 left out where a scaled gradient overflows
         self.scaler.update()
 
-    def state_dict(self) -> dict:
-        """The scaler's state, for checkpoints; empty without fp16."""
-        return self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Load the scaler's state; ignored without fp16."""
-        self.scaler.load_state_dict(state)
-
 
 class Compiled(torch.nn.Module):
     """--compile: `model` compiled for the size of the first batch.

@@ -53,10 +53,6 @@ class Recipe:
         start = registry.RULES[self.settings.train_rule].start
         return 0 if start is None else getattr(self.settings, start)
 
-    def draws_head(self, epoch: int) -> bool:
-        """Whether this epoch starts with a new head: the first in which the head alone is trained."""
-        return epoch == self.rule_start and self.stage(epoch).trains == "head"
-
     def stages(self) -> list[Stage]:
         """The stages of all epochs."""
         return [self.stage(epoch) for epoch in range(self.settings.epochs)]

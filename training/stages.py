@@ -64,7 +64,7 @@ class Stages:
         for group in self.optimizer.param_groups:
             group["lr"] = stage.lr * group.get("lr_scale", 1.0)
         torch.manual_seed(epoch_seed(self.seed, epoch))
-        if self.recipe.draws_head(epoch):
+        if stage.trains == "head" and epoch == self.recipe.rule_start:
             redraw_head(self.model, self.optimizer, self.ema)
         torch.manual_seed(epoch_seed(self.seed, epoch) + distributed.rank())
         if before is None or (before.loss, before.class_weights) != (stage.loss, stage.class_weights):

@@ -185,8 +185,8 @@ def test_versions_say_whether_convolutions_use_tf32(numerics):
 
 def test_the_state_of_the_loss_scaler_comes_back():
     precision = Precision("fp16", "cpu")
-    precision.load_state_dict({**precision.state_dict(), "scale": 8.0})
-    assert precision.state_dict()["scale"] == 8.0
+    precision.scaler.load_state_dict({**precision.scaler.state_dict(), "scale": 8.0})
+    assert precision.scaler.state_dict()["scale"] == 8.0
 
 
 class NotDeterministic(torch.autograd.Function):
