@@ -20,10 +20,9 @@ from script_runner import (
     break_off,
     load_checkpoint,
     log_folder,
-    messages,
     model_folder,
     read_csv,
-    run_main,
+    refused,
     run_ok,
 )  # fmt: skip
 
@@ -181,11 +180,7 @@ def test_what_would_train_wrongly_is_refused_at_the_start(flags, said, registrie
     models.CIFAR_MODELS["two"] = two_layers
     registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithParameter(), first_phase_ce=True)
     registry.LOSSES["Hard"] = registry.LossEntry(lambda counts, weight: OfLabels(), first_phase_ce=True)
-    two = [*DIGITS, "--epochs", "2", "--milestones", "--start_ib_epoch", "1"]
-    status, _, err = run_main([*two, *flags], tmp_path)
-    assert status == 2
-    assert said in messages(err)[-1]
-    assert not [*tmp_path.glob("checkpoint/*/*.tar")]
+    refused([*DIGITS, "--epochs", "2", "--milestones", "--start_ib_epoch", "1", *flags], tmp_path, said)
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
@@ -195,9 +190,7 @@ def test_a_data_set_with_another_mean_is_another_one(name, tmp_path, monkeypatch
     monkeypatch.setattr(imbalance_cifar.DATASETS["digits"], name, (0.4, 0.5, 0.5))
     kept = model_folder(tmp_path) / "ckpt.epoch001.pth.tar"
     for args in ([*two, "--exp_str", "fork", "--resume", kept], ["-e", "--resume", kept]):
-        status, _, err = run_main(args, tmp_path)
-        assert status == 1
-        assert f"was trained on images with another {name} than those in ./data" in messages(err)[-1]
+        refused(args, tmp_path, f"was trained on images with another {name} than those in ./data", status=1)
 
 
 def test_an_error_of_an_own_data_set_is_its_own(monkeypatch, tmp_path):

@@ -1,12 +1,13 @@
 """inat_train.py on small real images in iNaturalist 2018's official layout: recipe, runs, what the check finds."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from image_runs import IB, IDS, TAIL, fails, make_inat, run_ok
-from script_runner import read_csv
+from image_runs import IB, IDS, TAIL, make_inat, run_ok
+from script_runner import read_csv, refused, run_script
 
 import imbalance_inat
 import inat_train
@@ -139,7 +140,8 @@ def test_what_is_only_a_warning(copy, capsys):
 
 
 def test_no_data(copy, tmp_path):
-    assert "no nowhere/train2018.json" in fails(tmp_path, "--data_dir", "nowhere", *RUN, script=inat_train)
+    run = functools.partial(run_script, inat_train)
+    refused(["--data_dir", "nowhere", *RUN], tmp_path, "no nowhere/train2018.json", status=1, run=run)
     (copy / "train2018.json").write_text("{")
     with pytest.raises(DataError, match="is not an annotation file"):
         imbalance_inat.load(str(copy))

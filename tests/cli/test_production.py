@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from image_runs import RUN, make_folder, run, run_ok
-from script_runner import load_checkpoint, messages
+from image_runs import RUN, make_folder, run_folder, run_ok
+from script_runner import load_checkpoint, refused
 
 from experiment.evaluation import path_name
 
@@ -74,7 +74,8 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
         shutil.copy(folder / "animals" / name, new / "deep" / f"{number:02d}.jpg")
     (new / "broken.jpg").write_text("<html>")
     slim = weights_script.slim(str(path), tmp_path / "weights.pth.tar")
-    status, out, err = run(tmp_path, "-e", "--resume", slim, "--predict", "new", "--top", "2", "-j", "0")
+    args = ["-e", "--resume", slim, "--predict", "new", "-j", "0"]
+    status, out, err = run_folder([*args, "--top", "2"], tmp_path)
     assert status == 0
     assert "warning: left out: new/broken.jpg cannot be decoded" in err
     assert "9 images, 1 left out" in out
@@ -89,8 +90,7 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
     state = load_checkpoint(slim)
     next(tensor for name, tensor in state["state_dict"].items() if name.endswith("bias")).fill_(math.nan)
     torch.save(state, slim)
-    status, _, err = run(tmp_path, "-e", "--resume", slim, "--predict", "new", "-j", "0")
-    assert (status, "gives logits that are not finite" in err) == (1, True)
+    refused(args, tmp_path, "gives logits that are not finite", status=1, run=run_folder)
 
 
 @pytest.mark.parametrize(("training", "flags"), [(["--ema", "0.9"], []), ([], ["--posthoc_la", "1"])])
@@ -179,6 +179,4 @@ def test_what_cannot_be_predicted_is_said_in_a_line(flags, status, words, traine
     _, path = trained
     (tmp_path / "empty").mkdir()
     (tmp_path / "one.jpg").touch()
-    got, _, err = run(tmp_path, "-e", "--resume", path, *flags)
-    (line,) = messages(err)
-    assert (got, words in line) == (status, True), line
+    refused(["-e", "--resume", path, *flags], tmp_path, words, status=status, run=run_folder)

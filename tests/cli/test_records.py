@@ -22,6 +22,7 @@ from script_runner import (
     log_folder,
     model_folder,
     read_csv,
+    refused,
     run_main,
     run_ok,
     scalars,
@@ -222,9 +223,7 @@ def test_a_published_checkpoint_is_resumed_where_the_official_code_left_it(publi
 def test_a_published_checkpoint_of_another_arch_is_refused(published, tmp_path):
     for mode in ([], ["-e"]):
         args = [*TWO_EPOCHS, "--arch", "resnet20", *mode, "--resume", published]
-        status, _, err = run_main(args, tmp_path)
-        assert status == 2
-        assert "arch is 'tiny' there and 'resnet20' here" in err
+        refused(args, tmp_path, "arch is 'tiny' there and 'resnet20' here")
 
 
 def test_pretrained_weights_are_what_training_starts_from(published, tmp_path):
@@ -375,9 +374,8 @@ def test_an_average_of_the_weights_is_tested_kept_as_the_best_and_evaluated(tmp_
     assert not torch.equal(raw["state_dict"]["conv1.weight"], raw["ema"]["module.conv1.weight"])
     del raw["ema"]
     torch.save(raw, tmp_path / "without.pth.tar")
-    status, _, err = run_main(["-e", "--resume", "without.pth.tar", "--threads", "1"], tmp_path)
-    assert status == 1
-    assert "without.pth.tar holds no state of 'ema'" in err
+    args = ["-e", "--resume", "without.pth.tar", "--threads", "1"]
+    refused(args, tmp_path, "without.pth.tar holds no state of 'ema'", status=1)
 
 
 def test_files_that_grew_are_those_made_of_the_whole_history(tmp_path):

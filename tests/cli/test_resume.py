@@ -22,6 +22,7 @@ from script_runner import (
     model_folder,
     read_csv,
     read_logs,
+    refused,
     run_main,
     run_ok,
     run_process_until,
@@ -94,10 +95,7 @@ def test_a_stopped_run_says_how_to_continue_without_starting_again(tmp_path):
 
 def test_ranks_that_see_other_files_are_stopped(tmp_path):
     with mock.patch.object(distributed, "gather", lambda value: [value, "another"]):
-        status, _, err = run_main([*FIVE, *TINY], tmp_path)
-    assert status == 1
-    assert "do not find the same files: --root_model" in messages(err)[-1]
-    assert not [*tmp_path.iterdir()]
+        refused([*FIVE, *TINY], tmp_path, "do not find the same files: --root_model", status=1)
 
 
 RESUMED = {
@@ -166,9 +164,7 @@ def test_start_epoch_numbers_the_first_epoch(tmp_path):
 def test_a_run_without_its_first_epochs_is_another_run(tmp_path):
     _, _, err = run_main([*FIVE, *TINY, "--start-epoch", "3"], tmp_path)
     assert "--start-epoch 3 without --resume: the epochs before it are left out" in err
-    status, _, err = run_main([*FIVE, *TINY], tmp_path)
-    assert status == 2
-    assert "holds a run with other settings (start_epoch is 3 there and 0 here)" in messages(err)[0]
+    refused([*FIVE, *TINY], tmp_path, "holds a run with other settings (start_epoch is 3 there and 0 here)")
 
 
 def test_resume_sets_the_start_epoch(one_epoch, tmp_path):
@@ -179,9 +175,7 @@ def test_resume_sets_the_start_epoch(one_epoch, tmp_path):
 
 def test_a_checkpoint_with_all_epochs_done_has_nothing_to_go_on_with(ce_run, tmp_path):
     args = [*FIVE, *TINY, "--loss_type", "CE", "--exp_str", "more", "--resume", ce_run / "ckpt.pth.tar"]
-    status, _, err = run_main(args, tmp_path)
-    assert status == 2
-    assert "has 5 epochs done" in err
+    refused(args, tmp_path, "has 5 epochs done")
 
 
 def test_the_same_command_on_a_trained_run_makes_its_logs_and_trains_nothing(tmp_path):
@@ -257,12 +251,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_completed(t
 def test_a_run_that_goes_back_with_force_is_the_run_from_there(ce_run, tmp_path):
     kept = load_checkpoint(ce_run / "ckpt.epoch002.best.pth.tar")["epoch"]
     args = [*FIVE, *TINY, "--resume", ce_run / "ckpt.epoch002.pth.tar"]
-    before = snapshot(tmp_path)
-    status, _, err = run_main(args, tmp_path)
-    assert status == 2
-    assert "is older than" in messages(err)[0]
-    assert "--force to train the epochs between them again" in messages(err)[0]
-    assert snapshot(tmp_path) == before
+    refused(args, tmp_path, "is older than", "--force to train the epochs between them again")
     run_ok([*FIVE, *TINY, "--exp_str", "whole"], tmp_path)
     break_off([*args, "--force"], tmp_path, after=0)
     epochs = [load_checkpoint(ce_run / f"ckpt{name}.pth.tar")["epoch"] for name in ("", ".best")]

@@ -14,7 +14,7 @@ import zipfile
 from unittest import mock
 
 import pytest
-from script_runner import snapshot
+from script_runner import refused, run_script, snapshot
 from tinyimagenet_maker import FOLDER, SUBSET, make_layout, pack
 from torchvision.datasets import ImageFolder
 
@@ -67,22 +67,14 @@ def assert_arranged(folder, source):
         assert validation.classes[label] == labels[os.path.basename(path)]
 
 
-def run(capsys, *args):
-    """imbalance_tinyimagenet.main: (status, out, err)."""
-    capsys.readouterr()
-    status = 0
-    try:
-        tiny.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
+run = functools.partial(run_script, tiny)
 
 
 # --------------------------------------------------------------------------------------------- what is right
 
 
-def test_command_arranges_an_archive_and_then_changes_nothing(archive, source, data_dir, capsys):
-    status, out, err = run(capsys, "--data_dir", data_dir, "--zip", archive)
+def test_command_arranges_an_archive_and_then_changes_nothing(archive, source, data_dir):
+    status, out, err = run(["--data_dir", data_dir, "--zip", archive], data_dir.parent)
     assert (status, err) == (0, "")
     assert "train: 12 images, 3 classes" in out
     assert "val: 6 images, 3 classes" in out
@@ -91,7 +83,7 @@ def test_command_arranges_an_archive_and_then_changes_nothing(archive, source, d
     assert os.listdir(data_dir) == [FOLDER]
     before = snapshot(data_dir)
     for again in ([], ["--zip", archive]):
-        status, out, err = run(capsys, "--data_dir", data_dir, *again)
+        status, out, err = run(["--data_dir", data_dir, *again], data_dir)
         assert (status, err) == (0, "")
         assert out.endswith("nothing to change\n")
         assert snapshot(data_dir) == before
@@ -197,19 +189,19 @@ def url(archive):
         server.shutdown()
 
 
-def test_download(archive, source, data_dir, url, capsys):
+def test_download(archive, source, data_dir, url):
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     with mock.patch.multiple(tiny, URL=url, MD5=md5):
-        assert run(capsys, "--data_dir", data_dir)[0] == 0
+        assert run(["--data_dir", data_dir], data_dir.parent)[0] == 0
     assert_arranged(data_dir / FOLDER, source / FOLDER)
     assert sorted(os.listdir(data_dir)) == [FOLDER, tiny.ARCHIVE]
 
 
 @pytest.mark.parametrize("wrong", ["md5", "no server"])
-def test_download_that_fails(data_dir, url, capsys, wrong):
+def test_download_that_fails(data_dir, url, wrong):
     wrong_url = {"md5": url, "no server": "http://localhost:9/tiny.zip"}[wrong]
     with mock.patch.multiple(tiny, URL=wrong_url):
-        status, _, err = run(capsys, "--data_dir", data_dir)
+        status, _, err = run(["--data_dir", data_dir], data_dir.parent)
     assert status == 1
     assert "cannot be downloaded" in err.splitlines()[-1]
     assert "--zip PATH" in err.splitlines()[-1]
@@ -219,11 +211,10 @@ def test_download_that_fails(data_dir, url, capsys, wrong):
 # ---------------------------------------------------------------------------------------------- bad archives
 
 
-def refused(capsys, data_dir, archive, *named):
-    """The command ends with status 1 and one line with all of `named`; nothing is left in the data folder."""
-    status, _, err = run(capsys, "--data_dir", data_dir, "--zip", archive)
-    assert status == 1
-    assert err.count("\n") == 1, err
+def refused_archive(data_dir, archive, *named):
+    """One line with all of `named`; no more than an empty data folder is left."""
+    status, _, err = run(["--data_dir", data_dir, "--zip", archive], archive.parent)
+    assert (status, err.count("\n")) == (1, 1), err
     for text in (str(archive), *named):
         assert text in err
     assert not data_dir.exists() or os.listdir(data_dir) == []
@@ -231,7 +222,7 @@ def refused(capsys, data_dir, archive, *named):
 
 
 @pytest.mark.parametrize("kind", ["empty", "cut short", "a flipped bit", "another archive", "encrypted"])
-def test_archives_that_cannot_be_used(archive, data_dir, capsys, kind):
+def test_archives_that_cannot_be_used(archive, data_dir, kind):
     bad, content = data_dir.parent / "bad.zip", bytearray(archive.read_bytes())
     with zipfile.ZipFile(archive) as file:
         member = next(m for m in file.infolist() if m.filename.endswith("_2.JPEG"))
@@ -245,11 +236,11 @@ def test_archives_that_cannot_be_used(archive, data_dir, capsys, kind):
     if kind == "another archive":
         with zipfile.ZipFile(bad, "w") as file:
             file.writestr("something/else.txt", "x")
-    refused(capsys, data_dir, bad, "not Tiny ImageNet" if kind == "another archive" else "is damaged")
+    refused_archive(data_dir, bad, "not Tiny ImageNet" if kind == "another archive" else "is damaged")
 
 
-def test_no_archive_at_the_place_that_is_named(data_dir, capsys):
-    assert "no archive at" in run(capsys, "--data_dir", data_dir, "--zip", data_dir / "none.zip")[2]
+def test_no_archive_at_the_place_that_is_named(data_dir):
+    refused(["--data_dir", data_dir, "--zip", "none.zip"], data_dir.parent, "no archive at", status=1, run=run)
 
 
 ANNOTATIONS, NAME = f"{FOLDER}/val/val_annotations.txt", "n00001001"
@@ -278,16 +269,17 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("case", CONTENTS)
-def test_incomplete_contents(source, raw, data_dir, capsys, case):
+def test_incomplete_contents(source, raw, data_dir, case):
     """Refused in an archive, of which nothing is left, and in an unpacked folder, which loses no file."""
     change, named = CONTENTS[case]
-    refused(capsys, data_dir.parent / "new" / "data", pack(source, raw.parent / "bad.zip", change), *named)
+    bad = pack(source, data_dir / "bad.zip", change)
+    refused_archive(data_dir.parent / "new" / "data", bad, *named)
     shutil.rmtree(raw)
-    with zipfile.ZipFile(raw.parent / "bad.zip") as file:
-        file.extractall(raw.parent)
+    with zipfile.ZipFile(bad) as file:
+        file.extractall(data_dir)
     names = sorted(path.name for path in raw.rglob("*.*"))
     for _ in range(2):
-        status, _, err = run(capsys, "--data_dir", raw.parent)
+        status, _, err = run(["--data_dir", data_dir], data_dir)
         assert (status, err.count("\n")) == (1, 1)
         assert all(text in err for text in named)
     assert sorted(path.name for path in raw.rglob("*.*")) == names
@@ -370,8 +362,8 @@ def test_load_arranges_and_refuses_what_cannot_be(archive, source, data_dir):
 
 
 @pytest.mark.skipif(not SUBSET.exists(), reason=f"no {SUBSET.name} in ../shared/data")
-def test_real_subset(tmp_path, capsys):
-    status, out, err = run(capsys, "--data_dir", tmp_path, "--zip", SUBSET)
+def test_real_subset(tmp_path):
+    status, out, err = run(["--data_dir", tmp_path, "--zip", SUBSET], tmp_path)
     assert (status, err) == (0, "")
     assert "train: 2,000 images, 200 classes" in out
     folder = tmp_path / FOLDER
