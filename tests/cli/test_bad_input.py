@@ -97,9 +97,6 @@ def test_a_run_that_mps_gives_no_gpu_does_not_train_on_the_cpu(tmp_path, monkeyp
     refused([*DIGITS, *TINY], tmp_path, "CUDA_MPS_PIPE_DIRECTORY is set", "no device")
 
 
-# ---------------------------------------------------------------------------------------------------- data
-
-
 def no_network(*args, **kwargs):
     raise urllib.error.URLError("[Errno -3] Temporary failure in name resolution")
 
@@ -282,9 +279,6 @@ def test_an_epoch_with_such_outputs_is_never_the_best(tmp_path):
         run_ok([*DIGITS, *TINY, "--epochs", "3", "--milestones"], tmp_path)
     best = load_checkpoint(model_folder(tmp_path) / "ckpt.best.pth.tar")
     assert best["best_acc1"] == max(epochs[0]["acc1"], epochs[2]["acc1"])
-
-
-# ----------------------------------------------------------------------------------------- as real processes
 
 
 def test_an_empty_value_is_no_path(tmp_path):

@@ -36,9 +36,6 @@ from training.metrics import MetricAccumulator
 FIGURES = ["class_accuracy.png", "confusion.png", "curves.png"]
 
 
-# ----------------------------------------------------------------------------------------------- TensorBoard
-
-
 def same(pairs, rows, column):
     """TensorBoard's (step, value) pairs are the column of the CSV rows, to float32."""
     assert [step for step, _ in pairs] == [int(row["epoch_from_0"]) for row in rows]

@@ -34,8 +34,6 @@ from experiment.records import Records, best_epoch
 from experiment.run import Run
 from training import distributed
 
-# ----------------------------------------------------------------------------------------------- killed, as processes
-
 
 def leftovers(folder):
     """Files that a run writes for a moment only."""
@@ -243,9 +241,6 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_completed(t
     assert "nothing to do" in run_ok(args, tmp_path, figures=True)
     break_off([*args, "--epochs", "6", "--resume", "auto"], tmp_path, after=0)
     assert not (log_folder(tmp_path) / "curves.png").exists(), "it would end at epoch 5"
-
-
-# --------------------------------------------------------------------------------------------- back in the own folder
 
 
 def test_a_run_that_goes_back_with_force_is_the_run_from_there(ce_run, tmp_path):

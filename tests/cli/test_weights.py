@@ -148,9 +148,6 @@ def test_no_weights_are_not_taken_for_agreement(tmp_path):
     assert (status, out, err) == (1, "", f"{NAME}: error: no weights in {tmp_path}: weights.csv names them\n")
 
 
-# ---------------------------------------------------------------------------------------- what is committed
-
-
 @pytest.mark.parametrize(
     "path", sorted((REPOSITORY / "results").glob("*/weights/phase_one.pth.tar")), ids=lambda p: p.parts[-3]
 )

@@ -203,9 +203,6 @@ def test_weights_that_do_not_fit_are_named(prefix):
     checkpoint.load_weights(model_of(5), source, "PATH")
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run of three epochs that nothing happened to."""
@@ -252,9 +249,6 @@ def test_a_file_that_may_not_grow_is_named_and_spares_the_last_one(tmp_path):
     assert raised.value.filename == str(path)
     assert os.listdir(tmp_path) == ["ckpt.pth.tar"]
     assert checkpoint.load(str(path))["epoch"] == 1
-
-
-# ------------------------------------------------------------------------------------------------- SIGTERM, SIGHUP
 
 
 @pytest.mark.parametrize(

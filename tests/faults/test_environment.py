@@ -84,9 +84,6 @@ def test_classes_that_neither_ascii_nor_utf8_can_say(tmp_path):
     image_runs.run_ok(tmp_path, *args, "--resume", "auto")
 
 
-# --------------------------------------------------------------------------------------- outputs gone, full
-
-
 def test_a_reader_that_has_gone_ends_the_run_as_it_ends_git_log(tmp_path):
     args = [*RUN_OF_TWO, "--epochs", "30"]
     command = [*map(str, [sys.executable, DRIVER, *args])]

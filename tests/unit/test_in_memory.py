@@ -254,9 +254,6 @@ def test_every_image_is_augmented_with_a_seed_of_its_own():
     assert len({image.numpy().tobytes() for image in images}) > 25
 
 
-# ------------------------------------------------------------------------------------------------- Resample
-
-
 @pytest.mark.parametrize("name", ["sampler_10.json", "sampler_100.json"])
 def test_sampler_draws_the_official_indices(name):
     expected = golden(name)
@@ -324,9 +321,6 @@ def test_digits_are_split_once_and_the_test_part_is_whole():
     assert {image.tobytes() for image in tail.data} <= {image.tobytes() for image in train.data}
     assert not test.flip
     assert test.class_names == test.classes == list("0123456789")
-
-
-# ------------------------------------------------------------------------------------------------- loading
 
 
 @pytest.mark.parametrize("images", [noise(2) / 255, noise(2)[..., :1], noise(2, width=20), noise(2)[..., 0]])

@@ -358,9 +358,6 @@ def test_load_arranges_and_refuses_what_cannot_be(archive, source, data_dir):
         tiny.load(str(data_dir), "exp", 0.25)
 
 
-# ------------------------------------------------------------------------------------------ the real subset
-
-
 @pytest.mark.skipif(not SUBSET.exists(), reason=f"no {SUBSET.name} in ../shared/data")
 def test_real_subset(tmp_path):
     status, out, err = run(["--data_dir", tmp_path, "--zip", SUBSET], tmp_path)
