@@ -1,6 +1,5 @@
 """results/weights.py: `slim` keeps the weights and no machine, `verify` evaluates them and misses no disagreement."""
 
-import csv
 import hashlib
 import json
 from unittest import mock
@@ -14,6 +13,7 @@ from script_runner import (
     load_checkpoint,
     log_folder,
     model_folder,
+    read_csv,
     run_main,
     run_ok,
     run_script,
@@ -55,8 +55,7 @@ def added(run, tmp_path):
 
 
 def rows(folder):
-    with open(folder / "weights" / "weights.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "weights" / "weights.csv")
 
 
 def test_a_slim_file_has_the_runs_weights_and_nothing_of_the_machine(added):
