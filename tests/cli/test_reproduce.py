@@ -162,22 +162,6 @@ def test_a_record_that_is_not_the_runs_is_noticed_and_made_again(damage, three_e
     assert path.read_text() == before
 
 
-REFUSED = {
-    "root_model": "--root_m X", "resume": "-e --resume X", "arch": "-a resnet44", "no_such_flag": "--no_such_flag",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_flags_that_cannot_stand_after_the_dashes_are_refused_before_anything_runs(name, tmp_path, capsys):
-    select = ["--dataset", "digits", "--ratio", "20", "--method", "CE", "IB"]
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(["run", *select, "--out", str(tmp_path / "out"), "--", *REFUSED[name].split()])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert (f"reproduce.py sets --{name} itself" if name != "no_such_flag" else "--no_such_flag") in line
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("methods", "said"),
     [
