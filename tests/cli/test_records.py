@@ -1,7 +1,6 @@
-"""What a run leaves, read back: CSV, TensorBoard, figures, evaluation, published checkpoints, the dry run."""
+"""What a run leaves, read back: CSV, TensorBoard, figures, evaluation, published checkpoints."""
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import golden
 from PIL import Image
 from script_runner import (
     DIGITS,
@@ -274,50 +272,7 @@ def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tm
     assert min(summary["class_counts"]) >= 1
 
 
-# ---------------------------------------------------------------------------------------- dry run, progress
-
-
-def test_dry_run_prints_the_official_rates_without_any_data(tmp_path):
-    rates = {key: value for key, value in golden("lr.json").items() if key.startswith("cifar/")}
-    assert {key.split("/")[1] for key in rates} == {"CE", "Focal", "LDAM", "IB", "IBFocal"}
-    for key, expected in rates.items():
-        _, loss, start, *_ = key.split("/")
-        start = int(start)
-        args = ["--dataset", "cifar100", "--loss_type", loss, "--train_rule", "IBReweight", "--start_ib_epoch", start]
-        out = run_ok([*args, "--dry_run", "--num_classes", "100", "--gpu", "0"], tmp_path)
-        assert out.startswith("epoch_from_0,lr,loss,class_weights,sampler\n")
-        rows = list(csv.DictReader(io.StringIO(out)))
-        assert [int(row["epoch_from_0"]) for row in rows] == list(range(200))
-        np.testing.assert_allclose([float(row["lr"]) for row in rows], expected, rtol=1e-12, atol=0)
-        is_ib = loss in ("IB", "IBFocal")
-        assert [row["loss"] for row in rows] == [("CE" if is_ib and e < start else loss) for e in range(200)]
-        weights = ["none" if is_ib and e < start else "IB" for e in range(200)]
-        assert [row["class_weights"] for row in rows] == weights
-        assert {row["sampler"] for row in rows} == {"none"}
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("flags", "weights", "sampler"),
-    [
-        (["--train_rule", "Resample"], ["none"] * 4, "Resample"),
-        (["--train_rule", "DRW", "--drw_epoch", "2"], ["none", "none", "CB", "CB"], "none"),
-        (["--loss_type", "IB", "--start_ib_epoch", "3", "--train_rule", "CBReweight"], ["none"] * 3 + ["CB"], "none"),
-    ],
-)
-def test_dry_run_is_what_the_run_then_does(flags, weights, sampler, tmp_path):
-    args = [*DIGITS, *TINY, "--epochs", "4", "--milestones", "2", *flags]
-    planned = list(csv.DictReader(io.StringIO(run_ok([*args, "--dry_run"], tmp_path))))
-    assert not list(tmp_path.iterdir())
-    assert [row["class_weights"] for row in planned] == weights
-    assert {row["sampler"] for row in planned} == {sampler}
-    run_ok(args, tmp_path)
-    (folder,) = (tmp_path / "log").iterdir()
-    done = read_csv(folder / "log_train.csv")
-    for one, other in zip(planned, done, strict=True):
-        assert one["lr"] == other["lr"]
-        assert one["loss"] == other["criterion"]
-        assert (one["class_weights"], one["sampler"]) == (other["class_weights"], other["sampler"])
+# ----------------------------------------------------------------------------- progress, averages, whole files
 
 
 class Terminal(io.StringIO):

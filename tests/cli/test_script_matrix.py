@@ -1,6 +1,8 @@
 """Every loss and every train rule, two epochs on long-tailed digits, through the script."""
 
+import csv
 import functools
+import io
 import itertools
 import json
 import math
@@ -100,8 +102,13 @@ def check_run(cwd, loss, rule, out):
     [*((loss, "CBReweight") for loss in LOSSES), *(("IB", rule) for rule in RULES if rule != "CBReweight")],
 )
 def test_every_loss_and_every_rule(loss, rule, tmp_path):
-    out = run_ok([*TWO_EPOCHS, *TINY, "--loss_type", loss, "--train_rule", rule], tmp_path)
-    check_run(tmp_path, loss, rule, out)
+    args = [*TWO_EPOCHS, *TINY, "--loss_type", loss, "--train_rule", rule]
+    planned = list(csv.DictReader(io.StringIO(run_ok([*args, "--dry_run"], tmp_path))))
+    assert not list(tmp_path.iterdir())
+    check_run(tmp_path, loss, rule, run_ok(args, tmp_path))
+    for plan, row in zip(planned, read_csv(log_folder(tmp_path, loss, rule) / "log_train.csv"), strict=True):
+        assert (plan["lr"], plan["loss"]) == (row["lr"], row["criterion"])
+        assert (plan["class_weights"], plan["sampler"]) == (row["class_weights"], row["sampler"])
 
 
 @pytest.fixture(scope="module")
