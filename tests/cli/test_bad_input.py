@@ -47,6 +47,8 @@ USAGE = {
     "size of IB without L1": (["--auto_target", "ib", "--ib_norm", "l2"], "--auto_target ib", "--ib_norm l2"),
     "two validation sets": (["--val_fraction", "0.1", "--val_left_out", "5"], "--val_fraction and --val_left_out"),
     "left out of all": (["--imb_type", "none", "--val_left_out", "5"], "--val_left_out", "--imb_type"),
+    "an empty path": (["--pretrained", ""], "argument --pretrained: an empty value"),
+    "shared batch norm on a CPU": (["--sync_bn"], "--sync_bn needs CUDA devices"),
 }
 
 
@@ -63,6 +65,7 @@ def test_usage_errors(case, tmp_path):
         (["--train_rule", "DRW", "--drw_epoch", "2"], "--drw_epoch 2 never comes"),
         (["--train_rule", "cRT"], "the lr milestones [1] never come: from --drw_epoch 1"),
         (["--pretrained"], "--pretrained"),
+        (["--gpu", "3"], "--gpu 3: there is no CUDA device, the run is on the CPU"),
     ],
 )
 def test_what_will_not_happen_is_a_warning(flags, warning, tmp_path):
@@ -76,11 +79,6 @@ def test_default_milestones_past_the_end_are_a_warning(tmp_path):
     status, _, err = run_main([*DIGITS, *TINY, "--epochs", "1"], tmp_path)
     assert status == 0
     assert "warning: the lr milestones [160, 180] never come in 1 epochs" in err
-
-
-def test_gpu_without_cuda_is_a_warning(tmp_path):
-    status, _, err = run_main([*DIGITS, *TINY, "--epochs", "1", "--milestones", "--gpu", "3"], tmp_path)
-    assert (status, err) == (0, "warning: --gpu 3: there is no CUDA device, the run is on the CPU\n")
 
 
 def test_a_gpu_beyond_those_that_are_there_is_an_error(tmp_path):
@@ -279,10 +277,6 @@ def test_an_epoch_with_such_outputs_is_never_the_best(tmp_path):
         run_ok([*DIGITS, *TINY, "--epochs", "3", "--milestones"], tmp_path)
     best = load_checkpoint(model_folder(tmp_path) / "ckpt.best.pth.tar")
     assert best["best_acc1"] == max(epochs[0]["acc1"], epochs[2]["acc1"])
-
-
-def test_an_empty_value_is_no_path(tmp_path):
-    refused([*ARGS, "--pretrained", ""], tmp_path, "argument --pretrained: an empty value")
 
 
 def test_an_environment_that_torchrun_does_not_make_is_one_line(tmp_path, monkeypatch):

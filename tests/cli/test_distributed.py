@@ -11,11 +11,9 @@ from script_runner import (
     TINY,
     load_checkpoint,
     log_folder,
-    messages,
     model_folder,
     read_csv,
     read_logs,
-    run_main,
     run_process,
 )
 
@@ -112,10 +110,3 @@ def test_rank_that_is_killed_is_restarted_by_torchrun_and_continues(tmp_path):
     assert [row["epoch_from_0"] for row in read_csv(log)] == ["0", "1", "2"]
     ranks = [(tmp_path / f"rank{rank}of2").read_text() for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-
-
-def test_sync_bn_needs_cuda(tmp_path):
-    status, _, err = run_main([*BASE, *TINY, "--sync_bn"], tmp_path)
-    assert status == 2
-    assert "--sync_bn needs CUDA devices" in messages(err)[0]
-    assert list(tmp_path.iterdir()) == []

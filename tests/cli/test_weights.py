@@ -136,15 +136,12 @@ def test_verify_finds_what_does_not_agree(added, wrong):
     assert err == f"{NAME}: error: 1 of 1 weight files do not agree with their records\n"
 
 
-def test_a_name_without_weights_is_an_error_beside_others_too(added):
+@pytest.mark.parametrize("named", [[".", "typo.pth.tar"], ["empty"]])
+def test_a_place_without_weights_is_an_error_beside_others_too(named, added):
     folder, _ = added
-    status, out, err = run_script(weights, ["verify", folder, "typo.pth.tar"], folder)
-    assert (status, out, err) == (1, "", f"{NAME}: error: no weights in typo.pth.tar: weights.csv names them\n")
-
-
-def test_no_weights_are_not_taken_for_agreement(tmp_path):
-    status, out, err = run_script(weights, ["verify", tmp_path], tmp_path)
-    assert (status, out, err) == (1, "", f"{NAME}: error: no weights in {tmp_path}: weights.csv names them\n")
+    (folder / "empty").mkdir()
+    status, out, err = run_script(weights, ["verify", *named], folder)
+    assert (status, out, err) == (1, "", f"{NAME}: error: no weights in {named[-1]}: weights.csv names them\n")
 
 
 @pytest.mark.parametrize(
