@@ -9,7 +9,6 @@ from script_runner import (
     DIGITS,
     TINY,
     assert_same_run,
-    break_off,
     load_checkpoint,
     model_folder,
     refused,
@@ -84,15 +83,6 @@ def test_the_head_of_crt_is_drawn_anew_from_the_seed_and_sees_the_classes_equall
     other = heads_at_start([*CRT, "--exp_str", "other", "--seed", "1"], tmp_path)
     assert torch.equal(again[0][0], weight)
     assert not torch.equal(other[0][0], weight)
-
-
-def test_crt_stopped_in_its_second_stage_is_resumed_to_the_same_end(tmp_path):
-    args = [*CRT, "--loss_type", "IB"]
-    run_ok([*args, "--exp_str", "whole"], tmp_path)
-    assert break_off(args, tmp_path, after=4)[0] == 130
-    run_ok([*args, "--resume", "auto"], tmp_path)
-    one, two = (model_folder(tmp_path, "IB", "cRT", exp=e) for e in ("0", "whole"))
-    assert_same_run(one, two)
 
 
 @pytest.mark.parametrize("flags", [["--schedule", "cosine"], ["--loss_type", "IB"]], ids=" ".join)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from image_runs import IB, RUN, make_folder, run_folder, run_ok
 from PIL import Image
-from script_runner import assert_same_run, assert_same_weights, load_checkpoint, messages, read_csv, refused
+from script_runner import assert_same_run, assert_same_weights, load_checkpoint, read_csv, refused
 
 import folder_train
 import models
@@ -20,19 +20,6 @@ import models
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images") / "digits3")
-
-
-# -------------------------------------------------------------------------------------------------- images
-
-
-def test_unreadable_image_in_a_worker_is_one_line(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    broken = copy / "train" / "class1" / "bad\x1b[31m.jpg"
-    broken.write_bytes(b"no image")
-    status, _, err = run_folder(["--data_dir", copy, *RUN, "-j", "2"], tmp_path)
-    assert status == 1
-    (line,) = messages(err)
-    assert "bad\\x1b[31m.jpg cannot be decoded" in line
 
 
 @pytest.mark.filterwarnings("error:constrained_layout", "error:Glyph")
@@ -50,9 +37,6 @@ def test_names_of_classes_reach_neither_the_terminal_nor_the_figures_raw(tmp_pat
     logs = next((tmp_path / "log").iterdir())
     assert list(read_csv(logs / "class_accuracy.csv")[0]) == ["epoch_from_0", *names]
     assert {"confusion.png", "class_accuracy.png", "curves.png"} <= {path.name for path in logs.iterdir()}
-
-
-# ------------------------------------------------------------------------------------------------ the script
 
 
 @pytest.mark.parametrize("arch", ["mobilenet_v3_small", "vit_b_16"])
@@ -102,20 +86,6 @@ def test_ldam_gets_a_normalised_head_and_is_evaluated_with_it(folder, tmp_path):
     assert "classifier.3.bias" not in state
     last = read_csv(tmp_path / "log" / path.parent.name / "log_test.csv")[-1]
     assert f"\ntop-1 {float(last['acc1']):.2f}  " in run_ok(tmp_path, *args, "-e", "--resume", path)
-
-
-def test_three_parts_of_one_folder(folder, tmp_path):
-    """--val_fraction without val/: the best epoch is that of the validation part, by class mean."""
-    shutil.copytree(folder / "train", tmp_path / "only")  # the class folders themselves
-    run_ok(tmp_path, "--data_dir", "only", *RUN, "--val_fraction", "0.3", "-b", 7)
-    (summary,) = (tmp_path / "log").glob("*/summary.json")
-    summary = json.loads(summary.read_text())
-    assert (summary["settings"]["test_fraction"], summary["settings"]["val_fraction"]) == (0.3, 0.3)
-    assert summary["class_counts"] == [10, 5, 2]
-    assert summary["last"]["seen"] == 10
-    history = load_checkpoint(next((tmp_path / "checkpoint").glob("*/ckpt.pth.tar")))["history"]
-    scores = [record["val"]["class_mean"] for record in history]
-    assert summary["best"]["epoch"] == scores.index(max(scores))
 
 
 def test_a_test_part_alone_and_a_made_imbalance(folder, tmp_path):

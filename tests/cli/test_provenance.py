@@ -81,13 +81,6 @@ def test_another_device_is_a_warning(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_lengths_join_parts_that_agree():
-    parts = [{"from_epoch": 0, "device": "cpu", "threads": 1}, {"from_epoch": 4, "device": "cpu", "threads": 2}]
-    assert provenance.lengths(parts, "device", 10) == [("cpu", 10)]
-    assert provenance.lengths(parts, "threads", 10) == [(1, 4), (2, 6)]
-    assert provenance.lengths([], "device", 10) == [(None, 10)]
-
-
 def test_what_force_has_passed_over_stays_in_the_record(tmp_path):
     break_off([*ARGS, "--keep_epochs", "2"], tmp_path, after=2)
     path = model_folder(tmp_path) / "ckpt.epoch002.pth.tar"

@@ -95,17 +95,6 @@ def test_figures_are_there_and_not_blank(with_figures):
         assert str((folder / name).relative_to(cwd)) in out
 
 
-def test_a_run_says_first_what_it_trains_on(with_figures):
-    _, out = with_figures
-    for line in (
-        "class counts: 124 76 46 27 16 9 5 3 2 1, total 309",
-        "classes by group: many 1, medium 3, few 6 (many: over 100 training images, medium: 20 to 100, few: under 20)",
-        "parameters: 766",
-        "sha256 of the chosen indices: 12baba618b5116343f3a8a984ebb26b8e7e769e349b9eb10841993a759b373e8",
-    ):
-        assert line in out
-
-
 def test_the_curves_mark_the_switch_to_ib(with_figures, tmp_path):
     # the same history with the IB epochs relabelled: the only difference is the dashed line and its legend
     from experiment import plots
@@ -160,18 +149,6 @@ def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_fi
     assert 100 * confusion.diagonal() / confusion.sum(1) == pytest.approx(result["per_class"])
     assert f"\ntop-1 {best['acc1']:.2f}  top-5 {best['acc5']:.2f}" in out
     assert "epoch 1/" not in out
-
-
-def test_evaluating_says_the_same_of_a_run_with_a_validation_part(tmp_path):
-    # 124 images of class 0 are many; without the held-out 40 % they are medium
-    args = [*TWO_EPOCHS, *TINY, "--val_fraction", "0.4"]
-    run_ok(args, tmp_path)
-    last = read_csv(log_folder(tmp_path) / "log_test.csv")[-1]
-    assert last["many"] == "n/a"
-    run_ok([*args, "-e", "--resume", model_folder(tmp_path) / "ckpt.pth.tar"], tmp_path)
-    result = json.loads((log_folder(tmp_path) / "evaluate" / "evaluation.json").read_text())
-    assert result["many"] is None
-    assert [result[n] for n in ("medium", "few")] == [float(last[n]) for n in ("medium", "few")]
 
 
 # ------------------------------------------------------------------------------------ published checkpoints

@@ -112,12 +112,13 @@ RESUMED = {
 
 @pytest.mark.parametrize("flags", RESUMED.values(), ids=RESUMED.keys())
 def test_every_kind_of_run_is_resumed_to_the_same_end(flags, tmp_path):
-    """Stopped twice: before the epoch in which IB starts, and before the one in which DRW and cRT do."""
+    """Stopped before the epoch in which IB starts, before the one in which DRW and cRT do, and after that."""
     args = [*FIVE, *TINY, *flags]
     run_ok([*args, "--root_log", "log/whole", "--root_model", "checkpoint/whole"], tmp_path)
-    assert break_off(args, tmp_path, after=2)[0] == 130
-    assert break_off([*args, "--resume", "auto"], tmp_path, after=1)[0] == 130
-    run_ok([*args, "--resume", "auto"], tmp_path)
+    for after in (2, 1, 1):
+        assert break_off(args, tmp_path, after)[0] == 130
+        args = [*args, "--resume", "auto"]
+    run_ok(args, tmp_path)
     (one,) = (tmp_path / "checkpoint").glob("digits_*")
     whole = tmp_path / "checkpoint" / "whole" / one.name
     assert_same_run(one, whole)

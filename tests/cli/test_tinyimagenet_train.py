@@ -179,15 +179,6 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS)
 
 
-def test_checkpoint_of_other_crops_is_refused(work):
-    run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "1")
-    newest = folders(work, "CE")[1] / "ckpt.pth.tar"
-    for change in (["--image_size", "24"], ["--crop", "padded"]):
-        for how in (["--exp_str", "b"], ["-e"]):
-            refused([*RUN, *NO_WEIGHTS, *change, *how, "--resume", newest], work, change[0][2:])
-    refused([*RUN, *NO_WEIGHTS, "--epochs", "1", "--image_size", "24"], work, "image_size")
-
-
 def ended_with(work, *args):
     """The last checkpoint of a run of two epochs."""
     run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "2", "--overwrite", *args)

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 FOLDER = "tiny-imagenet-200"
-SUBSET = Path(__file__).resolve().parents[3] / "shared" / "data" / "tiny-imagenet-200-subset.zip"
 
 
 @functools.cache

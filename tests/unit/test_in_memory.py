@@ -1,11 +1,8 @@
-"""Batches in memory: crop and flip against torchvision's, the draws, Resample, --augment; CIFAR and digits."""
+"""Batches in memory: crop and flip against torchvision's, the draws, Resample, --augment; digits."""
 
 import hashlib
 import itertools
-import os
 import random
-import tarfile
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,12 +16,11 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
 import losses
-from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCECIFAR10, IMBALANCEDIGITS
+from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCEDIGITS
 from loaders import batch_slices, sampled_order
 from loaders.augment import AUGMENTS, Augment
 from loaders.in_memory import InMemoryBatches, TrainEpoch, crop_and_flip
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PADDING, PLACES = 4, 9
 
 
@@ -251,49 +247,6 @@ def test_sampler_draws_the_official_indices(name):
     assert indices[: len(expected["first"])].tolist() == expected["first"]
     digest = hashlib.sha256(indices.numpy().astype("<i8").tobytes()).hexdigest()
     assert digest == expected["indices_sha256"]
-
-
-# ------------------------------------------------------------------------------------------------ real data
-
-
-@pytest.fixture(scope="session")
-def cifar_root(tmp_path_factory):
-    """A folder with the real CIFAR-10, or a skip that says where it was looked for."""
-    places = [os.environ.get("CIFAR_ROOT"), REPOSITORY / "data"]
-    for place in places:
-        if place and (Path(place) / "cifar-10-batches-py" / "test_batch").is_file():
-            return place
-    archive = REPOSITORY.parent / "shared" / "data" / "cifar-10-batches-py.tar.xz"
-    if not archive.is_file():
-        pytest.skip("no CIFAR-10: neither where CIFAR_ROOT points, nor in data/, nor in ../shared/data/")
-    root = tmp_path_factory.mktemp("cifar")
-    with tarfile.open(archive) as file:
-        file.extractall(root, filter="data")
-    return root
-
-
-def test_real_cifar10_gets_the_published_split(cifar_root):
-    np.random.seed(123)
-    before = np.random.get_state()[1].copy()
-    train = IMBALANCECIFAR10(cifar_root, "exp", 0.01)
-    assert np.array_equal(np.random.get_state()[1], before)
-    assert train.get_cls_num_list() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-    assert len(train) == train.data.shape[0] == 12406
-    assert train.data.dtype == np.uint8
-    image, label = train[0]
-    assert image.size == (32, 32)
-    assert label == train.targets[0] == 0
-
-    whole = IMBALANCECIFAR10(cifar_root, "none", 1.0)
-    assert whole.get_cls_num_list() == [5000] * 10
-    labels = np.asarray(whole.targets)[np.argsort(whole.chosen)]  # in the order of the archive
-    pixels = whole.data[np.argsort(whole.chosen)]
-    assert len(set(train.chosen.tolist())) == 12406
-    assert np.array_equal(labels[train.chosen], train.targets)
-    assert np.array_equal(pixels[train.chosen], train.data)
-
-    test = IMBALANCECIFAR10(cifar_root, train=False)
-    assert test.get_cls_num_list() == [1000] * 10
 
 
 def test_digits_are_split_once_and_the_test_part_is_whole():

@@ -1,6 +1,5 @@
 """Tiny ImageNet's archive put in order, and the data set made from it."""
 
-import collections
 import functools
 import hashlib
 import http.server
@@ -15,7 +14,7 @@ from unittest import mock
 
 import pytest
 from script_runner import refused, run_script, snapshot
-from tinyimagenet_maker import FOLDER, SUBSET, make_layout, pack
+from tinyimagenet_maker import FOLDER, make_layout, pack
 from torchvision.datasets import ImageFolder
 
 import imbalance
@@ -316,12 +315,6 @@ def test_dataset_agrees_with_imbalance(source):
         tiny.IMBALANETINYIMGNET(root, "exp", 0.01)
 
 
-def test_raw_validation_folder_is_refused(source):
-    """The official code reads it as one class of 50 images, without a word."""
-    with pytest.raises(DataError, match=r"imbalance_tinyimagenet\.py"):
-        tiny.TINYIMAGENET(source / FOLDER / "val")
-
-
 def test_left_out_images_are_not_trained_on(source):
     root = source / FOLDER / "train"
     train, whole = tiny.IMBALANETINYIMGNET(root, "exp", 0.25, 1), tiny.TINYIMAGENET(root)
@@ -356,26 +349,3 @@ def test_load_arranges_and_refuses_what_cannot_be(archive, source, data_dir):
     assert_arranged(data_dir / FOLDER, source / FOLDER)
     with pytest.raises(DataError, match="has 3 classes, Tiny ImageNet has 200"):
         tiny.load(str(data_dir), "exp", 0.25)
-
-
-@pytest.mark.skipif(not SUBSET.exists(), reason=f"no {SUBSET.name} in ../shared/data")
-def test_real_subset(tmp_path):
-    status, out, err = run(["--data_dir", tmp_path, "--zip", SUBSET], tmp_path)
-    assert (status, err) == (0, "")
-    assert "train: 2,000 images, 200 classes" in out
-    folder = tmp_path / FOLDER
-    with zipfile.ZipFile(SUBSET) as file:
-        rows = file.read(ANNOTATIONS).decode().splitlines()
-    labels = {row.split("\t")[0]: row.split("\t")[1] for row in rows}
-    for rand_number in (0, 7):
-        validation = tiny.TINYIMAGENET(folder / "val")
-        assert len(validation) == len(labels) == 600
-        for path, label in validation.samples:
-            assert validation.classes[label] == labels[os.path.basename(path)]
-        train = tiny.IMBALANETINYIMGNET(folder / "train", "exp", 0.1, rand_number)
-        whole = ImageFolder(str(folder / "train"))
-        counts = imbalance.class_counts([10] * 200, "exp", 0.1)
-        assert train.get_cls_num_list() == counts
-        assert train.chosen.tolist() == imbalance.choose(whole.targets, counts, rand_number).tolist()
-        assert train.samples == train.imgs == [whole.samples[i] for i in train.chosen]
-    assert collections.Counter(validation.targets) == dict.fromkeys(range(200), 3)
