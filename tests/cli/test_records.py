@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +126,8 @@ def test_without_matplotlib_a_run_ends_well_and_says_so(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_figures):
-    cwd, _ = with_figures
+def test_evaluating_gives_the_recorded_accuracy_and_leaves_the_run_alone(with_figures, tmp_path):
+    cwd = shutil.copytree(with_figures[0], tmp_path / "copy")
     folder = log_folder(cwd, "IB")
     before = snapshot(cwd)
     path = model_folder(cwd, "IB") / "ckpt.best.pth.tar"

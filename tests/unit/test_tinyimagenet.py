@@ -178,8 +178,9 @@ def test_ctrl_c_while_unpacking_leaves_nothing(archive, data_dir):
 
 
 @pytest.fixture
-def url(archive):
-    """The archive on a server of this machine."""
+def url(archive, monkeypatch):
+    """The archive on a server of this machine, which no proxy is asked for."""
+    monkeypatch.setenv("no_proxy", "localhost")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
     silent = mock.patch.object(http.server.SimpleHTTPRequestHandler, "log_message")
     with silent, http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
