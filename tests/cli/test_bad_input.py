@@ -8,17 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from script_runner import (
-    DIGITS,
-    TINY,
-    TWO_EPOCHS,
-    load_checkpoint,
-    messages,
-    model_folder,
-    refused,
-    run_main,
-    run_ok,
-)
+from script_runner import DIGITS, TINY, TWO_EPOCHS, load_checkpoint, messages, model_folder, refused, run_main, run_ok
 
 import cifar_train
 

@@ -5,15 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from script_runner import (
-    DIGITS,
-    TINY,
-    assert_same_run,
-    load_checkpoint,
-    model_folder,
-    refused,
-    run_ok,
-)
+from script_runner import DIGITS, TINY, assert_same_run, load_checkpoint, model_folder, refused, run_ok
 
 import cifar_train
 from utils import epoch_seed

@@ -3,18 +3,9 @@
 import json
 
 import pytest
-from script_runner import (
-    FIVE,
-    TINY,
-    assert_same_run,
-    refused,
-    run_ok,
-)
+from script_runner import FIVE, TINY, assert_same_run, refused, run_ok
 
-LONGER = {
-    "alpha auto": ["--loss_type", "IB", "--alpha", "auto"],
-    "validation part": ["--val_fraction", "0.2"],
-}
+LONGER = {"alpha auto": ["--loss_type", "IB", "--alpha", "auto"], "validation part": ["--val_fraction", "0.2"]}
 
 
 @pytest.mark.parametrize("flags", LONGER.values(), ids=LONGER.keys())

@@ -133,8 +133,7 @@ def executor_of(*flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "jobs", "cards"),
-    [([], 2, ["0", "1"]), (["--gpus", "0"], 1, []), (["--jobs", "8"], 8, ["0", "1"])],
+    ("flags", "jobs", "cards"), [([], 2, ["0", "1"]), (["--gpus", "0"], 1, []), (["--jobs", "8"], 8, ["0", "1"])]
 )
 def test_a_run_a_card_unless_a_flag_says_otherwise(flags, jobs, cards, monkeypatch):
     monkeypatch.setattr(executors, "visible_cards", lambda: ["0", "1"])

@@ -119,12 +119,7 @@ def test_runs_of_a_family_train_their_shared_epochs_alike():
 
 @pytest.mark.parametrize(
     ("method", "trunk", "fork_epoch"),
-    [
-        ("CE+DRW-IB", "CE", 160),
-        ("CE+DRS", "CE", 160),
-        ("CE+cRT", "CE", 199),
-        ("LDAM-DRW", "LDAM", 160),
-    ],
+    [("CE+DRW-IB", "CE", 160), ("CE+DRS", "CE", 160), ("CE+cRT", "CE", 199), ("LDAM-DRW", "LDAM", 160)],
 )
 def test_what_the_baselines_share(method, trunk, fork_epoch):
     run = Run("cifar100", "exp", 100, method)
@@ -136,8 +131,7 @@ def test_what_the_baselines_share(method, trunk, fork_epoch):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "protocol", "first", "second"),
-    [("digits", "short", 40, 2), ("tinyimagenet", "full", 100, 10)],
+    ("dataset", "protocol", "first", "second"), [("digits", "short", 40, 2), ("tinyimagenet", "full", 100, 10)]
 )
 def test_crt_trains_a_head_after_the_whole_ce_run(dataset, protocol, first, second):
     ce, crt = (stages(Run(dataset, "exp", 10, method, protocol=protocol)) for method in ("CE", "CE+cRT"))
