@@ -22,7 +22,10 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 def golden(name):
     """A golden file: a dict of a .json, the arrays of a .npz."""
     path = GOLDEN / name
-    return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -62,9 +62,6 @@ def test_from_the_archive_to_the_records(name, tmp_path):
     assert [float(row[of_class]) for of_class in CLASS_NAMES[name]] == pytest.approx(expected)
 
 
-# ------------------------------------------------------------------------------------ a published checkpoint
-
-
 def weights_by_hand():
     """A resnet32's state dict: the official names and shapes, numbers from numpy."""
     generator, state = np.random.RandomState(0), {}

@@ -1,8 +1,6 @@
 """Several processes, on the CPU: the single process's samples, gradients, counts and records."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,14 +9,12 @@ from script_runner import (
     DIGITS,
     REPOSITORY,
     TINY,
-    environment,
     load_checkpoint,
     log_folder,
-    messages,
     model_folder,
     read_csv,
     read_logs,
-    run_main,
+    run_process,
 )
 
 DRIVER = REPOSITORY / "tests" / "helpers" / "distributed_run.py"
@@ -38,14 +34,6 @@ INAT = [
 ]  # fmt: skip
 
 
-def launch(*command, cwd, **variables):
-    """The driver to its end, every rank with a report: (status, out, err)."""
-    command = [sys.executable, *map(str, command)]
-    variables = {**environment(), "REPORT": "1", **variables}
-    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=240)
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All cases with one and with two ranks, below <case>/1 and <case>/2; the iNaturalist ones in inat."""
@@ -62,8 +50,8 @@ def runs(tmp_path_factory):
     for ranks, flags in ((1, INAT), (1, evaluation), (2, [*evaluation, "--root_log", "log2"])):
         commands.append((str(root / "inat"), "inat", ranks, [str(flag) for flag in flags]))
     (root / "commands.json").write_text(json.dumps(commands))
-    status, _, err = launch(DRIVER, "--forked", root / "commands.json", cwd=root)
-    assert status == 0, err
+    done = run_process(["--forked", root / "commands.json"], root, DRIVER, REPORT="1")
+    assert done.returncode == 0, done.stderr
     return root
 
 
@@ -113,19 +101,12 @@ def test_the_errors_that_two_ranks_find_are_those_of_one(runs):
 
 def test_rank_that_is_killed_is_restarted_by_torchrun_and_continues(tmp_path):
     """With batch norm: both ranks end with the same bits, and every epoch is in the log once."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--max-restarts", 1, "--standalone"]
-    status, out, err = launch(*torchrun, DRIVER, *BASE, *IB, *TINY, cwd=tmp_path, DIE_AT="1")
-    assert status == 0, err
-    assert "restarted by torchrun: --resume auto" in out
-    assert out.count("epoch 3/3 done") == 1  # one rank speaks
+    torchrun = ["torch.distributed.run", "--nproc_per_node", 2, "--max-restarts", 1, "--standalone"]
+    done = run_process([*torchrun, DRIVER, *BASE, *IB, *TINY], tmp_path, "-m", REPORT="1", DIE_AT="1")
+    assert done.returncode == 0, done.stderr
+    assert "restarted by torchrun: --resume auto" in done.stdout
+    assert done.stdout.count("epoch 3/3 done") == 1  # one rank speaks
     log = log_folder(tmp_path, "IB", "IBReweight") / "log_test.csv"
     assert [row["epoch_from_0"] for row in read_csv(log)] == ["0", "1", "2"]
     ranks = [(tmp_path / f"rank{rank}of2").read_text() for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-
-
-def test_sync_bn_needs_cuda(tmp_path):
-    status, _, err = run_main([*BASE, *TINY, "--sync_bn"], tmp_path)
-    assert status == 2
-    assert "--sync_bn needs CUDA devices" in messages(err)[0]
-    assert list(tmp_path.iterdir()) == []

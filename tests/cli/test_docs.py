@@ -116,9 +116,6 @@ def test_make_targets_and_modules_exist():
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
 
-# ------------------------------------------------------------------------------------------------- flags
-
-
 def test_flags_named_on_the_pages_exist():
     """In running text and tables; commands are tested above."""
     known = {flag for script in SCRIPTS for a in build_parser(script)._actions for flag in a.option_strings}

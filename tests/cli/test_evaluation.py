@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from script_runner import DIGITS, TINY, load_checkpoint, log_folder, messages, model_folder, run_main, run_ok
+from script_runner import DIGITS, TINY, load_checkpoint, log_folder, model_folder, refused, run_ok
 
 from experiment.evaluation import expected_calibration_error, reliability
 
@@ -79,18 +79,13 @@ def test_of_several_values_the_held_out_part_picks_one(trained):
 def test_several_values_without_a_held_out_part_are_refused(flags, tmp_path):
     run_ok([*DIGITS, *TINY, "--epochs", "1", "--milestones", *flags], tmp_path)
     args = ["-e", "--resume", model_folder(tmp_path) / "ckpt.pth.tar", "--tau_norm", "0.5", "1"]
-    status, _, err = run_main(args, tmp_path)
-    assert status == 2
-    assert "--val_fraction" in messages(err)[0]
+    refused(args, tmp_path, "--val_fraction")
 
 
 @pytest.mark.parametrize("flag", [["--val_fraction", "0.1"], ["--imb_factor", "0.1"], ["--ema", "0.9"]])
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(flag, trained):
     args = ["-e", "--resume", model_folder(trained) / "ckpt.pth.tar", *flag]
-    status, _, err = run_main(args, trained)
-    assert status == 2
-    assert f"{flag[0].removeprefix('--')} is " in messages(err)[0]
-    assert "--force" in messages(err)[0]
+    refused(args, trained, f"{flag[0].removeprefix('--')} is ", "--force")
 
 
 def test_an_ib_checkpoint_is_evaluated_under_its_own_name(tmp_path):
@@ -146,31 +141,25 @@ def change(folder, **parts):
 
 def test_other_classes_than_the_models_are_refused(copied):
     path = change(copied, classes=[*map(str, range(9)), "ten"])
-    status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied)
-    assert (status, out) == (1, "")
-    (line,) = messages(err)
-    assert "has other classes than those in ./data: 'ten' there and '9' here" in line
-    assert run_main(["-e", "--resume", path, "--threads", "1", "--force"], copied)[0] == 0
+    args, why = ["-e", "--resume", path, "--threads", "1"], "'ten' there and '9' here"
+    refused(args, copied, f"has other classes than those in ./data: {why}", status=1)
+    run_ok([*args, "--force"], copied)
 
 
 def test_a_checkpoint_that_tells_no_images_chooses_no_correction(copied):
     state = load_checkpoint(model_folder(copied) / "ckpt.pth.tar")
     torch.save({name: state[name] for name in ("epoch", "arch", "state_dict")}, copied / "published.pth")
     args = ["--dataset", "digits", "-a", "tiny", "-e", "--resume", "published.pth", "--val_fraction", "0.3"]
-    status, _, err = run_main([*args, "--posthoc_la", "0", "1"], copied)
-    assert status == 2
-    assert "published.pth does not record its training images" in messages(err)[-1]
-    assert run_main([*args, "--posthoc_la", "1"], copied)[0] == 0
-    assert run_main([*args, "--posthoc_la", "0", "1", "--force"], copied)[0] == 0
+    refused([*args, "--posthoc_la", "0", "1"], copied, "published.pth does not record its training images")
+    run_ok([*args, "--posthoc_la", "1"], copied)
+    run_ok([*args, "--posthoc_la", "0", "1", "--force"], copied)
 
 
 def test_a_state_that_the_script_does_not_restore_is_refused(copied):
     """A second average, say, whose weights would be left out."""
-    path = change(copied, swa={"n_averaged": torch.tensor(3)})
-    status, _, err = run_main(["-e", "--resume", path, "--threads", "1"], copied)
-    assert status == 2
-    assert "holds a state of 'swa', which nothing restores (use --force" in messages(err)[-1]
-    run_ok(["-e", "--resume", path, "--threads", "1", "--force"], copied)
+    args = ["-e", "--resume", change(copied, swa={"n_averaged": torch.tensor(3)}), "--threads", "1"]
+    refused(args, copied, "holds a state of 'swa', which nothing restores (use --force")
+    run_ok([*args, "--force"], copied)
 
 
 def test_prior_and_groups_are_those_of_the_checkpoint(copied):
@@ -190,23 +179,18 @@ def test_prior_and_groups_are_those_of_the_checkpoint(copied):
 def test_logits_that_are_not_finite_are_no_accuracy(copied):
     weights = load_checkpoint(model_folder(copied) / "ckpt.pth.tar")["state_dict"]
     path = change(copied, state_dict={**weights, "linear.bias": torch.full((10,), float("nan"))})
-    status, out, err = run_main(["-e", "--resume", path, "--threads", "1"], copied)
-    assert status == 1
-    assert "top-1" not in out
-    assert "changed.pth gives logits that are not finite" in messages(err)[-1]
+    args = ["-e", "--resume", path, "--threads", "1"]
+    refused(args, copied, "changed.pth gives logits that are not finite", status=1)
 
 
 @pytest.mark.parametrize("flag", ["--tau_norm", "--posthoc_la"])
 def test_a_normalised_head_takes_no_correction(flag, tmp_path):
     run_ok([*DIGITS, *TINY, "--epochs", "1", "--milestones", "--loss_type", "LDAM"], tmp_path)
     path = model_folder(tmp_path, "LDAM") / "ckpt.pth.tar"
-    status, _, err = run_main(["-e", "--resume", path, "--threads", "1", flag, "1"], tmp_path)
-    assert status == 2
-    assert f"{flag} needs a linear layer with a bias" in messages(err)[-1]
+    args = ["-e", "--resume", path, "--threads", "1", flag, "1"]
+    refused(args, tmp_path, f"{flag} needs a linear layer with a bias")
 
 
 def test_an_evaluation_without_a_checkpoint_is_one_line(tmp_path):
-    status, out, err = run_main([*RUN, "-e", "--resume", "auto"], tmp_path)
-    assert (status, out) == (1, "")
-    (line,) = messages(err)
-    assert f"no checkpoint at {model_folder(tmp_path).relative_to(tmp_path)}/ckpt.pth.tar" in line
+    words = f"no checkpoint at {model_folder(tmp_path).relative_to(tmp_path)}/ckpt.pth.tar"
+    refused([*RUN, "-e", "--resume", "auto"], tmp_path, words, status=1)

@@ -20,10 +20,9 @@ from script_runner import (
     break_off,
     load_checkpoint,
     log_folder,
-    messages,
     model_folder,
     read_csv,
-    run_main,
+    refused,
     run_ok,
 )  # fmt: skip
 
@@ -63,19 +62,6 @@ def commands():
             yield pytest.param(section, shlex.split(line), id=f"{section}: {' '.join(line.split()[6:])}")
 
 
-@pytest.mark.parametrize(("section", "arguments"), list(commands()))
-def test_a_run_with_the_extension_is_stopped_and_resumed_to_the_same_bits(section, arguments, registries, tmp_path):
-    snippet(section)
-    arch = [] if "-a" in arguments else TINY
-    args = [*arguments, *arch, "--seed", "0", "--threads", "1"]
-    run_ok([*args, "--exp_str", "whole"], tmp_path)
-    assert break_off(args, tmp_path, after=1)[0] == 130
-    run_ok(args, tmp_path)
-    one, two = sorted((tmp_path / "checkpoint").iterdir())
-    states = [load_checkpoint(folder / "ckpt.pth.tar")["state_dict"] for folder in (one, two)]
-    assert all(states[0][name].equal(states[1][name]) for name in states[0])
-
-
 #: Flags that put an extension in force; of several in a command the first one here.
 FLAGS = ("-a", "--train_rule", "--augment", "--optimizer", "--ema", "--mixup", "--loss_type")
 
@@ -86,18 +72,22 @@ def weights_tested(path):
     return {name.removeprefix("module."): tensor for name, tensor in state.get("ema", state["state_dict"]).items()}
 
 
-@pytest.mark.parametrize(("section", "arguments"), [p for p in commands() if p.values[0] != "A metric"])
-def test_an_extension_gives_other_weights_than_a_run_without_it(section, arguments, registries, tmp_path):
+@pytest.mark.parametrize(("section", "arguments"), list(commands()))
+def test_an_extension_gives_other_weights_and_is_resumed_to_the_same_bits(section, arguments, registries, tmp_path):
     snippet(section)
-    at = arguments.index(next(flag for flag in FLAGS if flag in arguments))
+    at = next((arguments.index(flag) for flag in FLAGS if flag in arguments), len(arguments))  # a metric has none
     plain = arguments[:at] + arguments[at + 2 :]
-    for name, args in (("with", arguments), ("without", plain)):
-        (tmp_path / name).mkdir()
-        run_ok([*TINY, *args, "--seed", "0", "--threads", "1"], tmp_path / name)
-    one, two = (
-        weights_tested(next((tmp_path / name).glob("checkpoint/*/ckpt.pth.tar"))) for name in ("with", "without")
+    for name, args in (("whole", arguments), ("resumed", arguments), ("plain", plain)):
+        args = [*TINY, *args, "--seed", "0", "--threads", "1", "--root_log", name, "--root_model", name]
+        if name == "resumed":
+            assert break_off(args, tmp_path, after=1)[0] == 130
+        run_ok(args, tmp_path)
+    whole, resumed, other = (
+        weights_tested(next(tmp_path.glob(f"{name}/*/ckpt.pth.tar"))) for name in ("whole", "resumed", "plain")
     )
-    assert any(name not in one or not tensor.equal(one[name]) for name, tensor in two.items())
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+    differ = any(name not in whole or not tensor.equal(whole[name]) for name, tensor in other.items())
+    assert differ == (plain != arguments)
 
 
 def test_a_metric_has_a_column(registries, tmp_path):
@@ -181,11 +171,7 @@ def test_what_would_train_wrongly_is_refused_at_the_start(flags, said, registrie
     models.CIFAR_MODELS["two"] = two_layers
     registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithParameter(), first_phase_ce=True)
     registry.LOSSES["Hard"] = registry.LossEntry(lambda counts, weight: OfLabels(), first_phase_ce=True)
-    two = [*DIGITS, "--epochs", "2", "--milestones", "--start_ib_epoch", "1"]
-    status, _, err = run_main([*two, *flags], tmp_path)
-    assert status == 2
-    assert said in messages(err)[-1]
-    assert not [*tmp_path.glob("checkpoint/*/*.tar")]
+    refused([*DIGITS, "--epochs", "2", "--milestones", "--start_ib_epoch", "1", *flags], tmp_path, said)
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
@@ -195,9 +181,7 @@ def test_a_data_set_with_another_mean_is_another_one(name, tmp_path, monkeypatch
     monkeypatch.setattr(imbalance_cifar.DATASETS["digits"], name, (0.4, 0.5, 0.5))
     kept = model_folder(tmp_path) / "ckpt.epoch001.pth.tar"
     for args in ([*two, "--exp_str", "fork", "--resume", kept], ["-e", "--resume", kept]):
-        status, _, err = run_main(args, tmp_path)
-        assert status == 1
-        assert f"was trained on images with another {name} than those in ./data" in messages(err)[-1]
+        refused(args, tmp_path, f"was trained on images with another {name} than those in ./data", status=1)
 
 
 def test_an_error_of_an_own_data_set_is_its_own(monkeypatch, tmp_path):

@@ -9,9 +9,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from image_runs import IB, RUN, fails, make_folder, run, run_ok
+from image_runs import IB, RUN, make_folder, run_folder, run_ok
 from PIL import Image
-from script_runner import assert_same_run, assert_same_weights, load_checkpoint, messages, read_csv, snapshot
+from script_runner import assert_same_run, assert_same_weights, load_checkpoint, read_csv, refused
 
 import folder_train
 import models
@@ -20,19 +20,6 @@ import models
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images") / "digits3")
-
-
-# -------------------------------------------------------------------------------------------------- images
-
-
-def test_unreadable_image_in_a_worker_is_one_line(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    broken = copy / "train" / "class1" / "bad\x1b[31m.jpg"
-    broken.write_bytes(b"no image")
-    status, _, err = run(tmp_path, "--data_dir", copy, *RUN, "-j", "2")
-    assert status == 1
-    (line,) = messages(err)
-    assert "bad\\x1b[31m.jpg cannot be decoded" in line
 
 
 @pytest.mark.filterwarnings("error:constrained_layout", "error:Glyph")
@@ -50,9 +37,6 @@ def test_names_of_classes_reach_neither_the_terminal_nor_the_figures_raw(tmp_pat
     logs = next((tmp_path / "log").iterdir())
     assert list(read_csv(logs / "class_accuracy.csv")[0]) == ["epoch_from_0", *names]
     assert {"confusion.png", "class_accuracy.png", "curves.png"} <= {path.name for path in logs.iterdir()}
-
-
-# ------------------------------------------------------------------------------------------------ the script
 
 
 @pytest.mark.parametrize("arch", ["mobilenet_v3_small", "vit_b_16"])
@@ -104,20 +88,6 @@ def test_ldam_gets_a_normalised_head_and_is_evaluated_with_it(folder, tmp_path):
     assert f"\ntop-1 {float(last['acc1']):.2f}  " in run_ok(tmp_path, *args, "-e", "--resume", path)
 
 
-def test_three_parts_of_one_folder(folder, tmp_path):
-    """--val_fraction without val/: the best epoch is that of the validation part, by class mean."""
-    shutil.copytree(folder / "train", tmp_path / "only")  # the class folders themselves
-    run_ok(tmp_path, "--data_dir", "only", *RUN, "--val_fraction", "0.3", "-b", 7)
-    (summary,) = (tmp_path / "log").glob("*/summary.json")
-    summary = json.loads(summary.read_text())
-    assert (summary["settings"]["test_fraction"], summary["settings"]["val_fraction"]) == (0.3, 0.3)
-    assert summary["class_counts"] == [10, 5, 2]
-    assert summary["last"]["seen"] == 10
-    history = load_checkpoint(next((tmp_path / "checkpoint").glob("*/ckpt.pth.tar")))["history"]
-    scores = [record["val"]["class_mean"] for record in history]
-    assert summary["best"]["epoch"] == scores.index(max(scores))
-
-
 def test_a_test_part_alone_and_a_made_imbalance(folder, tmp_path):
     shutil.copytree(folder / "train", tmp_path / "only" / "train")
     args = ["--data_dir", "only", *RUN, "--epochs", "1", "--milestones", "-b", 7]
@@ -138,9 +108,8 @@ def test_the_checkpoint_keeps_how_images_are_read(folder, tmp_path):
     run_ok(tmp_path, *evaluation)
     expected = json.loads(next(tmp_path.glob("log/*/summary.json")).read_text())["last"]
     assert evaluated(tmp_path)["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-    status, _, err = run(tmp_path, *evaluation, "--mean", "0.5", "0.5", "0.5")
-    assert status == 2
-    assert "mean is (0.1, 0.2, 0.3) there and (0.5, 0.5, 0.5) here" in messages(err)[0]
+    why = "mean is (0.1, 0.2, 0.3) there and (0.5, 0.5, 0.5) here"
+    refused([*evaluation, "--mean", "0.5", "0.5", "0.5"], tmp_path, why, run=run_folder)
 
 
 def test_exif_turns_the_images_of_training_and_test(folder, tmp_path):
@@ -210,9 +179,7 @@ def test_evaluation_of_a_held_out_part_refuses_images_that_have_changed(held_out
     shutil.copy(images / "0.jpg", images / "more.jpg")
     (path,) = home.glob("checkpoint/*/ckpt.pth.tar")
     args = ["--data_dir", "images", "-e", "--resume", path, "--threads", "1", "-j", "0"]
-    status, _, err = run(home, *args)
-    assert status == 1
-    assert f"{path} was trained on other images than in images" in messages(err)[0]
+    refused(args, home, f"{path} was trained on other images than in images", status=1, run=run_folder)
     run_ok(home, *args, "--force")
 
 
@@ -255,14 +222,9 @@ def test_other_images_in_a_folder_of_the_same_name_are_not_the_finished_run(fold
         (folder / "train" / "class1" / "4.jpg").read_bytes()
     )
     run_ok(tmp_path, "--data_dir", "one/images", *RUN)
-    before = snapshot(tmp_path)
+    words = "was trained on other image files than those in two/images", "(--overwrite trains it again)"
     for more in ([], ["--resume", "auto"], ["--resume", "auto", "--force"]):
-        status, out, err = run(tmp_path, "--data_dir", "two/images", *RUN, *more)
-        assert (status, out) == (1, "")
-        (line,) = messages(err)
-        assert "was trained on other image files than those in two/images" in line
-        assert "(--overwrite trains it again)" in line
-        assert snapshot(tmp_path) == before
+        refused(["--data_dir", "two/images", *RUN, *more], tmp_path, *words, status=1, run=run_folder)
     (tmp_path / "one").rename(tmp_path / "moved")
     assert "finished: nothing to do" in run_ok(tmp_path, "--data_dir", "moved/images", *RUN)
 
@@ -284,16 +246,16 @@ def test_weights_of_another_number_of_classes_keep_the_new_head(folder, tmp_path
 
 def test_a_folder_whose_name_cannot_be_part_of_the_runs(folder, tmp_path):
     odd = shutil.copytree(folder, tmp_path / "a\nb")
-    assert "a\\nb: its name cannot be part of the run's" in fails(tmp_path, "--data_dir", odd, *RUN, status=2)
+    refused(["--data_dir", odd, *RUN], tmp_path, "a\\nb: its name cannot be part of the run's", run=run_folder)
     run_ok(tmp_path, "--data_dir", odd, *RUN, "--epochs", "1", "--milestones", "--dataset", "images")
     assert [path.name.split("_")[0] for path in (tmp_path / "log").iterdir()] == ["images"]
 
 
 def test_last_batch_of_one_image(folder, tmp_path):
-    line = fails(tmp_path, "--data_dir", folder, *RUN, "--batch-size", "11", status=2)  # 34 = 3 * 11 + 1
-    assert "--batch-size 11 leaves a last batch of one image" in line
+    args = ["--data_dir", folder, *RUN, "--batch-size", "11"]  # 34 = 3 * 11 + 1
+    refused(args, tmp_path, "--batch-size 11 leaves a last batch of one image", run=run_folder)
 
 
 def test_a_factor_without_a_shape_of_the_tail_is_refused(folder, tmp_path):
-    line = fails(tmp_path, "--data_dir", folder, *RUN, "--imb_factor", "0.1", status=2)
-    assert "--imb_factor needs --imb_type exp or step" in line
+    args = ["--data_dir", folder, *RUN, "--imb_factor", "0.1"]
+    refused(args, tmp_path, "--imb_factor needs --imb_type exp or step", run=run_folder)

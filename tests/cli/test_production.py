@@ -1,23 +1,19 @@
 """--predict, and docs/production.md: its code gives what -e gives, and its ONNX file too."""
 
-import csv
 import math
 import os
 import pathlib
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from image_runs import RUN, make_folder, run, run_ok
-from script_runner import load_checkpoint, messages
+from image_runs import RUN, make_folder, run_folder, run_ok
+from script_runner import load_checkpoint, read_csv, refused
 
 from experiment.evaluation import path_name
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "results"))
-import weights as weights_script
+from results import weights
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "production.md").read_text()
 PLAIN, ONNX = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
@@ -41,11 +37,6 @@ def saved(folder):
         return dict(content)
 
 
-def rows_of(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_logits_have_names_and_the_errors_are_listed(trained):
     folder, _ = trained
     content = saved(folder)
@@ -53,7 +44,7 @@ def test_logits_have_names_and_the_errors_are_listed(trained):
     assert content["classes"].tolist() == NAMES
     probabilities = torch.from_numpy(content["logits"]).softmax(1).numpy()
     wrong = np.flatnonzero(probabilities.argmax(1) != content["target"])
-    rows = rows_of(next(folder.glob("log/*/evaluate/errors.csv")))
+    rows = read_csv(next(folder.glob("log/*/evaluate/errors.csv")))
     assert {row["file"] for row in rows} == set(content["files"][wrong])
     believed = [float(row["probability"]) for row in rows]
     assert believed == sorted(believed, reverse=True)
@@ -73,12 +64,13 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
         (new / "deep").mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "animals" / name, new / "deep" / f"{number:02d}.jpg")
     (new / "broken.jpg").write_text("<html>")
-    slim = weights_script.slim(str(path), tmp_path / "weights.pth.tar")
-    status, out, err = run(tmp_path, "-e", "--resume", slim, "--predict", "new", "--top", "2", "-j", "0")
+    slim = weights.slim(str(path), tmp_path / "weights.pth.tar")
+    args = ["-e", "--resume", slim, "--predict", "new", "-j", "0"]
+    status, out, err = run_folder([*args, "--top", "2"], tmp_path)
     assert status == 0
     assert "warning: left out: new/broken.jpg cannot be decoded" in err
     assert "9 images, 1 left out" in out
-    rows = rows_of(next(tmp_path.glob("log/*/predict/weights/new.csv")))
+    rows = read_csv(next(tmp_path.glob("log/*/predict/weights/new.csv")))
     assert [row["file"] for row in rows[::2]] == [f"deep/{number:02d}.jpg" for number in range(9)]
     for number in range(9):
         likeliest = expected[number].argsort()[::-1][:2]
@@ -89,8 +81,7 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(trained, tmp_path):
     state = load_checkpoint(slim)
     next(tensor for name, tensor in state["state_dict"].items() if name.endswith("bias")).fill_(math.nan)
     torch.save(state, slim)
-    status, _, err = run(tmp_path, "-e", "--resume", slim, "--predict", "new", "-j", "0")
-    assert (status, "gives logits that are not finite" in err) == (1, True)
+    refused(args, tmp_path, "gives logits that are not finite", status=1, run=run_folder)
 
 
 @pytest.mark.parametrize(("training", "flags"), [(["--ema", "0.9"], []), ([], ["--posthoc_la", "1"])])
@@ -102,7 +93,7 @@ def test_predictions_are_of_the_averaged_weights_and_the_corrected_logits(traini
         (path,) = tmp_path.glob("checkpoint/*/ckpt.pth.tar")
     images = folder / "animals" / "val"
     run_ok(tmp_path, "-e", "--resume", path, "--predict", images, "--top", "3", "-j", "0", *flags)
-    rows = rows_of(next(tmp_path.glob("log/*/predict/**/*.csv")))
+    rows = read_csv(next(tmp_path.glob("log/*/predict/**/*.csv")))
 
     names: dict = {}
     exec(PLAIN.split("image = ")[0].replace("checkpoint/NAME/ckpt.best.pth.tar", str(path)), names)
@@ -179,6 +170,4 @@ def test_what_cannot_be_predicted_is_said_in_a_line(flags, status, words, traine
     _, path = trained
     (tmp_path / "empty").mkdir()
     (tmp_path / "one.jpg").touch()
-    got, _, err = run(tmp_path, "-e", "--resume", path, *flags)
-    (line,) = messages(err)
-    assert (got, words in line) == (status, True), line
+    refused(["-e", "--resume", path, *flags], tmp_path, words, status=status, run=run_folder)

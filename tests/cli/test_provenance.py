@@ -4,7 +4,7 @@ import json
 from unittest import mock
 
 import torch
-from script_runner import FIVE, TINY, break_off, load_checkpoint, log_folder, messages, model_folder, run_main, run_ok
+from script_runner import FIVE, TINY, break_off, load_checkpoint, log_folder, model_folder, refused, run_main, run_ok
 
 from experiment import provenance
 from experiment.resume import Start
@@ -81,13 +81,6 @@ def test_another_device_is_a_warning(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_lengths_join_parts_that_agree():
-    parts = [{"from_epoch": 0, "device": "cpu", "threads": 1}, {"from_epoch": 4, "device": "cpu", "threads": 2}]
-    assert provenance.lengths(parts, "device", 10) == [("cpu", 10)]
-    assert provenance.lengths(parts, "threads", 10) == [(1, 4), (2, 6)]
-    assert provenance.lengths([], "device", 10) == [(None, 10)]
-
-
 def test_what_force_has_passed_over_stays_in_the_record(tmp_path):
     break_off([*ARGS, "--keep_epochs", "2"], tmp_path, after=2)
     path = model_folder(tmp_path) / "ckpt.epoch002.pth.tar"
@@ -107,11 +100,9 @@ def test_force_over_other_images_stays_in_the_record(tmp_path):
     counts = [*state["class_counts"][:-1], state["class_counts"][-1] + 1]
     torch.save({**state, "class_counts": counts}, tmp_path / "other.pth.tar")
     args = [*ARGS, "--exp_str", "other", "--resume", "other.pth.tar"]
-    status, _, err = run_main(args, tmp_path)
-    assert status == 1
     total = sum(counts)
     message = f"other.pth.tar was trained on another part of the images ({total} there, {total - 1} here)"
-    assert message in messages(err)[-1]
+    refused(args, tmp_path, message, status=1)
     _, _, err = run_main([*args, "--force"], tmp_path)
     assert f"{message}; continuing because of --force" in err
     assert summary_of(tmp_path, "other")["forced"] == ["another part of the images"]

@@ -22,6 +22,7 @@ from script_runner import (
     model_folder,
     read_csv,
     read_logs,
+    refused,
     run_main,
     run_ok,
     run_process_until,
@@ -32,8 +33,6 @@ import cifar_train
 from experiment.records import Records, best_epoch
 from experiment.run import Run
 from training import distributed
-
-# ----------------------------------------------------------------------------------------------- killed, as processes
 
 
 def leftovers(folder):
@@ -46,7 +45,7 @@ def test_killed_in_mid_epoch_and_resumed_is_the_run_never_stopped(tmp_path):
     """A process, and a published model."""
     args = [*DIGITS, *REAL, "--epochs", "2", "--start_ib_epoch", "1", "--milestones", "1", "-p", "1"]
     args += ["--loss_type", "IB", "--train_rule", "CBReweight", "--checkpoint_seconds", "0"]
-    status, lines, _ = run_process_until(args, tmp_path, "epoch 2/2  batch 4/", signal.SIGKILL)
+    status, lines, _ = run_process_until(args, tmp_path, "epoch 2/2  batch 1/", signal.SIGKILL)
     assert status == -signal.SIGKILL
     assert "epoch 2/2 done" not in "".join(lines)
     run = {"loss": "IB", "rule": "CBReweight", "arch": "resnet20"}
@@ -94,10 +93,7 @@ def test_a_stopped_run_says_how_to_continue_without_starting_again(tmp_path):
 
 def test_ranks_that_see_other_files_are_stopped(tmp_path):
     with mock.patch.object(distributed, "gather", lambda value: [value, "another"]):
-        status, _, err = run_main([*FIVE, *TINY], tmp_path)
-    assert status == 1
-    assert "do not find the same files: --root_model" in messages(err)[-1]
-    assert not [*tmp_path.iterdir()]
+        refused([*FIVE, *TINY], tmp_path, "do not find the same files: --root_model", status=1)
 
 
 RESUMED = {
@@ -116,12 +112,13 @@ RESUMED = {
 
 @pytest.mark.parametrize("flags", RESUMED.values(), ids=RESUMED.keys())
 def test_every_kind_of_run_is_resumed_to_the_same_end(flags, tmp_path):
-    """Stopped twice: before the epoch in which IB starts, and before the one in which DRW and cRT do."""
+    """Stopped before the epoch in which IB starts, before the one in which DRW and cRT do, and after that."""
     args = [*FIVE, *TINY, *flags]
     run_ok([*args, "--root_log", "log/whole", "--root_model", "checkpoint/whole"], tmp_path)
-    assert break_off(args, tmp_path, after=2)[0] == 130
-    assert break_off([*args, "--resume", "auto"], tmp_path, after=1)[0] == 130
-    run_ok([*args, "--resume", "auto"], tmp_path)
+    for after in (2, 1, 1):
+        assert break_off(args, tmp_path, after)[0] == 130
+        args = [*args, "--resume", "auto"]
+    run_ok(args, tmp_path)
     (one,) = (tmp_path / "checkpoint").glob("digits_*")
     whole = tmp_path / "checkpoint" / "whole" / one.name
     assert_same_run(one, whole)
@@ -166,9 +163,7 @@ def test_start_epoch_numbers_the_first_epoch(tmp_path):
 def test_a_run_without_its_first_epochs_is_another_run(tmp_path):
     _, _, err = run_main([*FIVE, *TINY, "--start-epoch", "3"], tmp_path)
     assert "--start-epoch 3 without --resume: the epochs before it are left out" in err
-    status, _, err = run_main([*FIVE, *TINY], tmp_path)
-    assert status == 2
-    assert "holds a run with other settings (start_epoch is 3 there and 0 here)" in messages(err)[0]
+    refused([*FIVE, *TINY], tmp_path, "holds a run with other settings (start_epoch is 3 there and 0 here)")
 
 
 def test_resume_sets_the_start_epoch(one_epoch, tmp_path):
@@ -179,9 +174,7 @@ def test_resume_sets_the_start_epoch(one_epoch, tmp_path):
 
 def test_a_checkpoint_with_all_epochs_done_has_nothing_to_go_on_with(ce_run, tmp_path):
     args = [*FIVE, *TINY, "--loss_type", "CE", "--exp_str", "more", "--resume", ce_run / "ckpt.pth.tar"]
-    status, _, err = run_main(args, tmp_path)
-    assert status == 2
-    assert "has 5 epochs done" in err
+    refused(args, tmp_path, "has 5 epochs done")
 
 
 def test_the_same_command_on_a_trained_run_makes_its_logs_and_trains_nothing(tmp_path):
@@ -251,18 +244,10 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_completed(t
     assert not (log_folder(tmp_path) / "curves.png").exists(), "it would end at epoch 5"
 
 
-# --------------------------------------------------------------------------------------------- back in the own folder
-
-
 def test_a_run_that_goes_back_with_force_is_the_run_from_there(ce_run, tmp_path):
     kept = load_checkpoint(ce_run / "ckpt.epoch002.best.pth.tar")["epoch"]
     args = [*FIVE, *TINY, "--resume", ce_run / "ckpt.epoch002.pth.tar"]
-    before = snapshot(tmp_path)
-    status, _, err = run_main(args, tmp_path)
-    assert status == 2
-    assert "is older than" in messages(err)[0]
-    assert "--force to train the epochs between them again" in messages(err)[0]
-    assert snapshot(tmp_path) == before
+    refused(args, tmp_path, "is older than", "--force to train the epochs between them again")
     run_ok([*FIVE, *TINY, "--exp_str", "whole"], tmp_path)
     break_off([*args, "--force"], tmp_path, after=0)
     epochs = [load_checkpoint(ce_run / f"ckpt{name}.pth.tar")["epoch"] for name in ("", ".best")]

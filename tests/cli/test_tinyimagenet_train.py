@@ -12,9 +12,10 @@ from urllib.error import URLError
 
 import image_runs
 import pytest
+import script_runner
 import torch
 from conftest import golden
-from script_runner import assert_same_weights, load_checkpoint, messages, read_csv
+from script_runner import assert_same_weights, load_checkpoint, read_csv, run_script
 from tinyimagenet_maker import FOLDER, make_layout, pack
 from torch import nn
 from torchvision.models import WeightsEnum
@@ -59,14 +60,7 @@ def small_resnet18(monkeypatch):
 
 
 run_ok = functools.partial(image_runs.run_ok, script=tinyimage_train)
-
-
-def run_bad(cwd, *args, status):
-    """The one line of a command that must fail with `status`."""
-    found, _, err = image_runs.run(cwd, *args, script=tinyimage_train)
-    (line,) = messages(err)
-    assert found == status, err
-    return line
+refused = functools.partial(script_runner.refused, run=functools.partial(run_script, tinyimage_train))
 
 
 @pytest.fixture(scope="module")
@@ -185,18 +179,6 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS)
 
 
-def test_checkpoint_of_other_crops_is_refused(work):
-    run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "1")
-    newest = folders(work, "CE")[1] / "ckpt.pth.tar"
-    for change in (["--image_size", "24"], ["--crop", "padded"]):
-        line = run_bad(work, *RUN, *NO_WEIGHTS, *change, "--exp_str", "b", "--resume", newest, status=2)
-        assert change[0][2:] in line
-        line = run_bad(work, *RUN, *NO_WEIGHTS, *change, "-e", "--resume", newest, status=2)
-        assert change[0][2:] in line
-    line = run_bad(work, *RUN, *NO_WEIGHTS, "--epochs", "1", "--image_size", "24", status=2)
-    assert "image_size" in line
-
-
 def ended_with(work, *args):
     """The last checkpoint of a run of two epochs."""
     run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "2", "--overwrite", *args)
@@ -254,17 +236,12 @@ def test_weights_of_a_file(work):
     state = started_from(work, "--pretrained", "tiny.pth.tar")
     assert state["fc.weight"].equal(imagenet_like(200)["fc.weight"])
     torch.save({name: t for name, t in imagenet_like().items() if name != "conv1.weight"}, work / "bad.pth")
-    line = run_bad(work, *RUN, "--pretrained", "bad.pth", "--exp_str", "b", status=1)
-    assert "conv1.weight" in line
-    assert not folders(work, "CE", exp="b")[0].exists()
+    refused([*RUN, "--pretrained", "bad.pth", "--exp_str", "b"], work, "conv1.weight", status=1)
 
 
 def test_no_network(work):
     with mock.patch.object(WeightsEnum, "get_state_dict", side_effect=URLError("no route")):
-        line = run_bad(work, *RUN, status=1)
-    for text in ("resnet18", "no route", "--pretrained PATH", "--pretrained none"):
-        assert text in line
-    assert not (work / "log").exists()
+        refused(RUN, work, "resnet18", "no route", "--pretrained PATH", "--pretrained none", status=1)
 
 
 def test_weights_are_not_asked_for_twice(work):

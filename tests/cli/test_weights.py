@@ -1,6 +1,5 @@
 """results/weights.py: `slim` keeps the weights and no machine, `verify` evaluates them and misses no disagreement."""
 
-import csv
 import hashlib
 import json
 from unittest import mock
@@ -14,6 +13,7 @@ from script_runner import (
     load_checkpoint,
     log_folder,
     model_folder,
+    read_csv,
     run_main,
     run_ok,
     run_script,
@@ -55,8 +55,7 @@ def added(run, tmp_path):
 
 
 def rows(folder):
-    with open(folder / "weights" / "weights.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "weights" / "weights.csv")
 
 
 def test_a_slim_file_has_the_runs_weights_and_nothing_of_the_machine(added):
@@ -137,18 +136,12 @@ def test_verify_finds_what_does_not_agree(added, wrong):
     assert err == f"{NAME}: error: 1 of 1 weight files do not agree with their records\n"
 
 
-def test_a_name_without_weights_is_an_error_beside_others_too(added):
+@pytest.mark.parametrize("named", [[".", "typo.pth.tar"], ["empty"]])
+def test_a_place_without_weights_is_an_error_beside_others_too(named, added):
     folder, _ = added
-    status, out, err = run_script(weights, ["verify", folder, "typo.pth.tar"], folder)
-    assert (status, out, err) == (1, "", f"{NAME}: error: no weights in typo.pth.tar: weights.csv names them\n")
-
-
-def test_no_weights_are_not_taken_for_agreement(tmp_path):
-    status, out, err = run_script(weights, ["verify", tmp_path], tmp_path)
-    assert (status, out, err) == (1, "", f"{NAME}: error: no weights in {tmp_path}: weights.csv names them\n")
-
-
-# ---------------------------------------------------------------------------------------- what is committed
+    (folder / "empty").mkdir()
+    status, out, err = run_script(weights, ["verify", *named], folder)
+    assert (status, out, err) == (1, "", f"{NAME}: error: no weights in {named[-1]}: weights.csv names them\n")
 
 
 @pytest.mark.parametrize(

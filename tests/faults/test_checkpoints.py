@@ -4,6 +4,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import csv
 import errno
 import functools
 import os
@@ -23,11 +24,15 @@ from script_runner import (
     DIGITS,
     TINY,
     assert_same_run,
+    log_folder,
     messages,
     model_folder,
+    read_csv,
     run_main,
     run_ok,
+    scalars,
 )
+from tensorboardX.event_file_writer import EventsWriter
 
 import cifar_train
 import files
@@ -205,40 +210,7 @@ def test_weights_that_do_not_fit_are_named(prefix):
     checkpoint.load_weights(model_of(5), source, "PATH")
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run of three epochs that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
-    run_ok(THREE, folder)
-    return folder
-
-
-# --------------------------------------------------------------------------------- disks that are full or broken
-
-
-@pytest.mark.parametrize(("function", "number"), [("os.fsync", errno.ENOSPC), ("os.replace", errno.EIO)])
-def test_a_write_that_fails_spares_the_last_good_checkpoint(function, number, whole, tmp_path):
-    """The call fails while the checkpoint of the second epoch is written."""
-    save = checkpoint.save
-
-    def save_on_a_bad_disk(path, state):
-        failing = mock.patch(function, side_effect=OSError(number, os.strerror(number)))
-        with failing if state["epoch"] == 2 else contextlib.nullcontext():
-            save(path, state)
-
-    with mock.patch.object(checkpoint, "save", save_on_a_bad_disk):
-        status, _, err = run_main(THREE, tmp_path)
-    assert status == 1
-    (line,) = messages(err)
-    assert os.strerror(number) in line
-    model = model_folder(tmp_path, "IB")
-    assert checkpoint.load(str(model / "ckpt.pth.tar"))["epoch"] == 1
-    assert not [name for name in os.listdir(model) if name.endswith(".tmp") or name == ".lock"]
-    run_ok([*THREE, "--resume", "auto"], tmp_path)
-    assert_same_run(model, model_folder(whole, "IB"))
+# ------------------------------------------------------------------------- disks that are full or broken, signals
 
 
 def test_a_file_that_may_not_grow_is_named_and_spares_the_last_one(tmp_path):
@@ -256,26 +228,29 @@ def test_a_file_that_may_not_grow_is_named_and_spares_the_last_one(tmp_path):
     assert checkpoint.load(str(path))["epoch"] == 1
 
 
-# ------------------------------------------------------------------------------------------------- SIGTERM, SIGHUP
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of three epochs that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_ok(THREE, folder)
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("at", "number", "expected"),
-    [
-        ("write", signal.SIGTERM, 143),
-        ("evaluate", signal.SIGTERM, 143),
-        ("records", signal.SIGTERM, 143),
-        ("evaluate", signal.SIGHUP, 129),
-    ],
-)
-def test_a_signal_at_a_bad_moment_leaves_a_good_checkpoint(at, number, expected, whole, tmp_path):
-    """The signal comes in the second epoch, or in a write, while that function runs."""
-    place = {
-        "write": (torch, "save"),
-        "evaluate": (cifar_train, "evaluate"),
-        "records": (run.Records, "add"),
-    }[at]
-    real, calls = getattr(*place), []
+def failing(function, number, folder):
+    """That call fails while the checkpoint of the second epoch is written."""
+    save = checkpoint.save
+
+    def save_on_a_bad_disk(path, state):
+        patch = mock.patch(function, side_effect=OSError(number, os.strerror(number)))
+        with patch if state["epoch"] == 2 else contextlib.nullcontext():
+            save(path, state)
+
+    return mock.patch.object(checkpoint, "save", save_on_a_bad_disk)
+
+
+def signalled(owner, name, number, folder):
+    """A signal comes in the second call of that function."""
+    real, calls = getattr(owner, name), []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -283,13 +258,58 @@ def test_a_signal_at_a_bad_moment_leaves_a_good_checkpoint(at, number, expected,
             os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
-    with mock.patch.object(*place, interrupted):
+    return mock.patch.object(owner, name, interrupted)
+
+
+def full_disk_for_events(folder):
+    """From the second epoch on: tensorboardX's own thread would die, and the process never end."""
+    real = EventsWriter.write_event
+
+    def write_event(writer, *args):
+        if len(read_csv(log_folder(folder, "IB") / "log_train.csv")) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(writer, *args)
+
+    return mock.patch.object(EventsWriter, "write_event", write_event)
+
+
+def full_disk_for_csv(folder):
+    """The kernel refuses to write on: the second epoch's row goes to /dev/full."""
+    path, writer = log_folder(folder, "IB") / "log_test.csv", csv.writer
+
+    def on_a_full_disk(file, **how):
+        rows = read_csv(path) if path.exists() and path.resolve() == path else []
+        if len(rows) == 1:
+            path.unlink()
+            path.symlink_to("/dev/full")
+        return writer(file, **how)
+
+    return mock.patch("experiment.records.csv.writer", on_a_full_disk)
+
+
+FULL, STOPPED = f"log/{log_folder('', 'IB').name}: No space left on device", "the same command continues"
+#: What happens in the second epoch, its arguments but for the folder of the run; the status, and words of the line.
+FAULTS = {
+    "fsync": (failing, ("os.fsync", errno.ENOSPC), 1, "No space left on device"),
+    "rename": (failing, ("os.replace", errno.EIO), 1, "Input/output error"),
+    "event files": (full_disk_for_events, (), 1, FULL),
+    "CSV files": (full_disk_for_csv, (), 1, FULL),
+    "SIGTERM in a write": (signalled, (torch, "save", signal.SIGTERM), 143, STOPPED),
+    "SIGTERM in an evaluation": (signalled, (cifar_train, "evaluate", signal.SIGTERM), 143, STOPPED),
+    "SIGTERM in the records": (signalled, (run.Records, "add", signal.SIGTERM), 143, STOPPED),
+    "SIGHUP in an evaluation": (signalled, (cifar_train, "evaluate", signal.SIGHUP), 129, STOPPED),
+}
+
+
+@pytest.mark.parametrize(("fault", "of", "expected", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_in_the_second_epoch_spares_the_first_and_costs_no_bit(fault, of, expected, words, whole, tmp_path):
+    with fault(*of, tmp_path):
         status, _, err = run_main(THREE, tmp_path)
-    assert status == expected
     (line,) = messages(err)
-    assert "the same command continues" in line
-    model = model_folder(tmp_path, "IB")
+    assert (status, words in line) == (expected, True), err
+    model, log = model_folder(tmp_path, "IB"), log_folder(tmp_path, "IB")
     assert checkpoint.load(str(model / "ckpt.pth.tar"))["epoch"] == 1
-    assert not (model / ".lock").exists()
+    assert not [path for path in tmp_path.rglob(".*") if path.name.endswith((".tmp", ".lock"))]
     run_ok([*THREE, "--resume", "auto"], tmp_path)
     assert_same_run(model, model_folder(whole, "IB"))
+    assert scalars(log) == scalars(log_folder(whole, "IB"))

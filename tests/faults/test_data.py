@@ -4,22 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
+import image_runs
 import pytest
 import torch
-from image_runs import RUN, make_folder
-from script_runner import (
-    TINY,
-    TWO_EPOCHS,
-    load_checkpoint,
-    messages,
-    model_folder,
-    run_main,
-    run_ok,
-    run_script,
-    snapshot,
-)
-
-import folder_train
+from image_runs import RUN, make_folder, run_folder
+from script_runner import TINY, TWO_EPOCHS, load_checkpoint, model_folder, refused, run_ok
 
 TRAIN = ["--data_dir", "images", *RUN, "--epochs", "2", "--milestones", "1"]
 
@@ -42,27 +31,22 @@ def trained(tmp_path_factory):
     """A folder with images and a run on them, which keeps its first epoch."""
     home = tmp_path_factory.mktemp("trained")
     make_folder(home / "images")
-    assert run_script(folder_train, TRAIN, home)[0] == 0
+    image_runs.run_ok(home, *TRAIN)
     return home
 
 
-def continue_run(home, *more):
-    """The second epoch again, from the first."""
-    path = next(home.glob("checkpoint/*_0/ckpt.epoch001.pth.tar"))
-    return run_script(folder_train, [*TRAIN, "--exp_str", "again", "--resume", path, *more], home)
+def second_epoch(home):
+    """Flags of the second epoch again, from the first."""
+    return [*TRAIN, "--exp_str", "again", "--resume", next(home.glob("checkpoint/*_0/ckpt.epoch001.pth.tar"))]
 
 
 @pytest.mark.parametrize("change", [rename, grow, change_the_test_set])
 def test_changed_image_files_are_refused_at_resume(change, trained, tmp_path):
     home = Path(shutil.copytree(trained, tmp_path / "home"))
     change(home / "images" / "train")
-    before = snapshot(home)
-    status, _, err = continue_run(home)
-    assert status == 1
-    (line,) = messages(err)
-    assert "was trained on other image files than those in images" in line
-    assert snapshot(home) == before
-    assert continue_run(home, "--force")[0] == 0
+    again, why = second_epoch(home), "was trained on other image files than those in images"
+    refused(again, home, why, status=1, run=run_folder)
+    image_runs.run_ok(home, *again, "--force")
 
 
 def test_images_that_were_moved_or_touched_are_the_same(trained, tmp_path):
@@ -70,7 +54,7 @@ def test_images_that_were_moved_or_touched_are_the_same(trained, tmp_path):
     shutil.move(home / "images", tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", home / "images")
     os.utime(home / "images" / "train" / "class0" / "0.jpg", (0, 0))
-    assert continue_run(home)[0] == 0
+    image_runs.run_ok(home, *second_epoch(home))
 
 
 def test_another_choice_of_images_is_refused_at_resume(tmp_path):
@@ -79,7 +63,5 @@ def test_another_choice_of_images_is_refused_at_resume(tmp_path):
     path = model_folder(tmp_path) / "ckpt.epoch001.pth.tar"
     torch.save({**load_checkpoint(path), "split_sha256": "0" * 64}, path)
     more = [*TWO_EPOCHS, *TINY, "--exp_str", "again", "--resume", path]
-    status, _, err = run_main(more, tmp_path)
-    assert (status, len(messages(err))) == (1, 1)
-    assert "was trained on other images than in" in err
+    refused(more, tmp_path, "was trained on other images than in", status=1)
     run_ok([*more, "--force"], tmp_path)

@@ -1,19 +1,15 @@
-"""What surrounds a run: Jupyter's matplotlib, encodings, outputs that are closed or full, a full disk for the logs."""
+"""What surrounds a run: Jupyter's matplotlib, encodings, outputs that are closed or full."""
 
-import csv
-import errno
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import image_runs
 import pytest
 from image_runs import RUN, make_folder
 from script_runner import (
-    FOUR,
     REPOSITORY,
     TINY,
     TWO_EPOCHS,
@@ -29,7 +25,6 @@ from script_runner import (
     run_process,
     scalars,
 )
-from tensorboardX.event_file_writer import EventsWriter
 
 import cifar_train
 from utils import warn
@@ -84,9 +79,6 @@ def test_classes_that_neither_ascii_nor_utf8_can_say(tmp_path):
     image_runs.run_ok(tmp_path, *args, "--resume", "auto")
 
 
-# --------------------------------------------------------------------------------------- outputs gone, full
-
-
 def test_a_reader_that_has_gone_ends_the_run_as_it_ends_git_log(tmp_path):
     args = [*RUN_OF_TWO, "--epochs", "30"]
     command = [*map(str, [sys.executable, DRIVER, *args])]
@@ -105,60 +97,6 @@ def test_a_reader_that_has_gone_ends_the_run_as_it_ends_git_log(tmp_path):
     run_ok([*args, "--resume", "auto"], tmp_path)
     run_ok([*args, "--exp_str", "whole"], tmp_path)
     assert_same_run(model, model_folder(tmp_path, exp="whole"))
-
-
-# ------------------------------------------------------------------------------------ a full disk for the logs
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run of four epochs that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
-    run_ok(FOUR, folder)
-    return folder
-
-
-def check_stopped_by_a_full_disk(status, err, cwd, reference):
-    """Status 1, one line with the folder, a whole checkpoint; resumed, it is the run that nothing happened to."""
-    assert status == 1
-    (line,) = messages(err)
-    log, model = log_folder(cwd, "IB"), model_folder(cwd, "IB")
-    assert f"log/{log.name}: No space left on device" in line
-    assert load_checkpoint(model / "ckpt.pth.tar")["epoch"] == 1
-    run_ok([*FOUR, "--resume", "auto"], cwd)
-    assert_same_run(model, model_folder(reference, "IB"))
-    assert scalars(log) == scalars(log_folder(reference, "IB"))
-
-
-def test_event_files_on_a_full_disk(whole, tmp_path):
-    """The disk is full from the second epoch on: tensorboardX's own thread would die, and the process never end."""
-    real = EventsWriter.write_event
-
-    def on_a_full_disk(writer, *args):
-        if len(read_csv(log_folder(tmp_path, "IB") / "log_train.csv")) > 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(writer, *args)
-
-    with mock.patch.object(EventsWriter, "write_event", on_a_full_disk):
-        status, _, err = run_main(FOUR, tmp_path)
-    check_stopped_by_a_full_disk(status, err, tmp_path, whole)
-
-
-def test_csv_files_on_a_full_disk(whole, tmp_path):
-    """The kernel refuses to write on: the second epoch's row goes to /dev/full."""
-    path, writer = log_folder(tmp_path, "IB") / "log_test.csv", csv.writer
-
-    def on_a_full_disk(file, **how):
-        rows = read_csv(path) if path.exists() and path.resolve() == path else []
-        if len(rows) == 1:
-            path.unlink()
-            path.symlink_to("/dev/full")
-        return writer(file, **how)
-
-    with mock.patch("experiment.records.csv.writer", on_a_full_disk):
-        status, _, err = run_main(FOUR, tmp_path)
-    assert Path(path).is_symlink()
-    check_stopped_by_a_full_disk(status, err, tmp_path, whole)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

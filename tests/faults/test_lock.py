@@ -7,7 +7,7 @@ import threading
 from unittest import mock
 
 import pytest
-from script_runner import DIGITS, TINY, log_folder, messages, model_folder, run_main, run_ok
+from script_runner import DIGITS, TINY, log_folder, model_folder, refused, run_ok
 
 import files
 from files import LOCK, OWNER, folder_lock, run_lock
@@ -62,12 +62,8 @@ def test_a_second_process_is_refused_with_the_first_ones_id_and_host(holder, tmp
     monkeypatch.setattr(run_lock.__wrapped__, "__kwdefaults__", {"patience": 0.0})
     model = model_folder(tmp_path)
     first, pipe = start_holding(holder, model)
-    status, out, err = run_main(ONE, tmp_path)
-    assert status == 1
-    (line,) = messages(err)
-    assert f"checkpoint/{model.name} is in use by process {first.pid} on {os.uname().nodename}, since 20" in line
-    assert out == ""
-    assert not log_folder(tmp_path).exists(), "the refused run left something"
+    who = f"process {first.pid} on {os.uname().nodename}, since 20"
+    refused(ONE, tmp_path, f"checkpoint/{model.name} is in use by {who}", status=1)
     assert "\ntop-1" not in run_ok([*ONE, "--dry_run"], tmp_path), "a dry run does not ask"
     end(first, pipe)
     assert not {LOCK, OWNER} & {path.name for path in tmp_path.rglob("*")}

@@ -8,36 +8,24 @@ from script_runner import TINY, TWO_EPOCHS, load_checkpoint, messages, model_fol
 
 import cifar_train
 
-TOO_BIG = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-
 
 @pytest.mark.parametrize(
-    "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(TOO_BIG)],
+    "fault",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), lambda *args, **how: torch.empty(2**50)],
     ids=["python", "cuda", "torch"],
 )
-def test_out_of_memory_is_one_line(error, tmp_path):
+def test_out_of_memory_is_one_line(fault, tmp_path):
     run_ok([*TINY, *TWO_EPOCHS, "--epochs", "1", "--milestones"], tmp_path)
     path = model_folder(tmp_path) / "ckpt.pth.tar"
     before = path.read_bytes()
     again = [*TINY, *TWO_EPOCHS, "--epochs", "3", "--milestones", "--resume", "auto", "--force"]
-    with mock.patch.object(cifar_train, "train_one_epoch", side_effect=error):
+    with mock.patch.object(cifar_train, "train_one_epoch", side_effect=fault):
         status, _, err = run_main(again, tmp_path)
     assert status == 1
     (line,) = messages(err)
     assert "out of memory: a smaller --batch-size or a smaller model needs less" in line
     assert path.read_bytes() == before
     assert load_checkpoint(path)["epoch"] == 1
-
-
-def test_real_allocation_that_fails_is_one_line(tmp_path):
-    def allocate(*args, **kwargs):
-        torch.empty(2**50)
-
-    with mock.patch.object(cifar_train, "train_one_epoch", side_effect=allocate):
-        status, _, err = run_main([*TINY, *TWO_EPOCHS], tmp_path)
-    assert status == 1
-    assert "out of memory" in messages(err)[0]
 
 
 def test_other_runtime_errors_are_not_hidden(tmp_path):

@@ -1,9 +1,10 @@
 """Small folders of image files as folder_train.py and inat_train.py read them, and runs of these scripts."""
 
+import functools
 import json
 from pathlib import Path
 
-from script_runner import messages, run_script
+from script_runner import run_script
 from tinyimagenet_maker import image_of
 
 import folder_train
@@ -53,21 +54,11 @@ def make_inat(root):
     return root
 
 
-def run(cwd, *args, script=folder_train):
-    """script.main in the folder `cwd`: (status, out, err)."""
-    return run_script(script, args, cwd)
+#: Of folder_train.py: run_folder(args, cwd) -> (status, out, err).
+run_folder = functools.partial(run_script, folder_train)
 
 
-def run_ok(cwd, *args, **how):
-    status, out, err = run(cwd, *args, **how)
+def run_ok(cwd, *args, script=folder_train):
+    status, out, err = run_script(script, args, cwd)
     assert status == 0, err
     return out
-
-
-def fails(cwd, *args, status=1, **how):
-    """The one line of a run that must fail and leave nothing."""
-    got, _, err = run(cwd, *args, **how)
-    lines = messages(err)
-    assert (got, len(lines)) == (status, 1), err
-    assert not any((Path(cwd) / name).exists() for name in ("log", "checkpoint"))
-    return lines[0]

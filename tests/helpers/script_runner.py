@@ -117,6 +117,17 @@ def run_ok(args, cwd, **how):
     return out
 
 
+def refused(args, cwd, *words, status=2, run=run_main, **how):
+    """The one line of a command that is refused: with these words, and no accuracy; nothing in `cwd` changes."""
+    before = snapshot(cwd)
+    code, out, err = run(args, cwd, **how)
+    (line,) = messages(err)
+    assert (code, line.isprintable(), "error: " in line, "top-1" in out) == (status, True, True, False), err
+    assert all(word in line for word in words), line
+    assert snapshot(cwd) == before
+    return line
+
+
 def break_off(args, cwd, after):
     """Run until the first batch of the epoch after `after` completed ones, and break off there."""
     train_one_epoch = cifar_train.train_one_epoch

@@ -1,4 +1,4 @@
-"""Small real images in Tiny ImageNet's official layout, from scikit-learn's digits and sample photographs."""
+"""Small real images in Tiny ImageNet's official layout, from scikit-learn's digits."""
 
 import functools
 import zipfile
@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 FOLDER = "tiny-imagenet-200"
-SUBSET = Path(__file__).resolve().parents[3] / "shared" / "data" / "tiny-imagenet-200-subset.zip"
 
 
 @functools.cache
@@ -17,18 +16,6 @@ def digits():
 
     data = load_digits()
     return [np.round(data.images[data.target == label] * (255 / 16)).astype(np.uint8) for label in range(10)]
-
-
-@functools.cache
-def tiles(side=64):
-    """(N, side, side, 3) uint8: the tiles of scikit-learn's two photographs."""
-    from sklearn.datasets import load_sample_images
-
-    cut = []
-    for image in load_sample_images().images:
-        for top in range(0, image.shape[0] - side + 1, side):
-            cut += [image[top : top + side, left : left + side] for left in range(0, image.shape[1] - side + 1, side)]
-    return np.stack(cut)
 
 
 def image_of(label, number):

@@ -1,4 +1,4 @@
-"""IMBALANCECIFAR10 and IMBALANCECIFAR100 on archives in the official form (real images: test_in_memory.py)."""
+"""IMBALANCECIFAR10 and IMBALANCECIFAR100 on archives in the official form, of made images."""
 
 import urllib.error
 from unittest import mock
@@ -55,16 +55,6 @@ def test_an_item_is_the_image_and_its_label_and_the_rand_number_chooses(name, tm
     assert set(known(one)) != set(known(other))
     image, label = one[5]
     assert np.array_equal(image, image_of(label, np.asarray(image)[0, 0, 1]))
-
-
-def test_left_out_images_are_never_trained_on(name, tmp_path):
-    train = imbalance_cifar.load(name, tmp_path, "exp", 0.1, 3)[0]
-    before, counts = imbalance.split_sha256(train.chosen), train.get_cls_num_list()
-    part = train.left_out(5)
-    assert part.get_cls_num_list() == [min(5, TRAIN[name] - n) for n in counts]
-    assert not set(known(part)) & set(known(train))
-    assert (imbalance.split_sha256(train.chosen), len(train.data)) == (before, sum(counts))
-    assert train.subset(range(10)).left_out(5).chosen.tolist() == part.chosen.tolist()
 
 
 def test_nothing_is_left_out_where_no_imbalance_is_made():

@@ -18,10 +18,11 @@ from script_runner import (
     REPOSITORY,
     TINY,
     TWO_EPOCHS,
+    assert_same_weights,
     log_folder,
     messages,
     model_folder,
-    read_logs,
+    read_csv,
     run_main,
     run_ok,
     tiny,
@@ -259,6 +260,7 @@ def test_compile_makes_one_graph_for_all_epochs_and_changes_no_figure():
     """Torch's tracing, run by eager operators. An evaluation comes between; the last batch is smaller."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
     counter, figures, compile_ = CompileCounterWithBackend("aot_eager"), [], torch.compile
     batches = [(torch.randn(size, 3, 32, 32), torch.randint(2, (size,))) for size in (8, 8, 3)]
     for compiles in (False, True):
@@ -360,16 +362,36 @@ def test_gpu_step_never_waits_for_the_device(loss, amp):
             torch.cuda.set_sync_debug_mode("default")
 
 
+IB = ["--loss_type", "IB", "--train_rule", "IBReweight"]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [["--compile"], ["--batch_norm", "native"]])
-def test_gpu_run_is_close_to_the_plain_one(flags, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "flags", "cuda"),
+    [([], ["--compile"], True), ([], ["--batch_norm", "native"], True), (IB, [], False)],
+    ids=["compiled", "native batch norm", "on the CPU"],
+)
+def test_gpu_run_is_close_to_the_plain_one(method, flags, cuda, tmp_path):
     """309 images in batches of 64, as a CUDA graph: the last one has 53."""
     losses = []
-    for name, extra in (("plain", []), ("changed", flags)):
-        run_ok([*TWO_EPOCHS, *TINY, *extra, "--gpu", "0", "--exp_str", name], tmp_path, cuda=True)
-        rows = read_logs(log_folder(tmp_path, exp=name))["log_train.csv"]
+    for name, extra, where in (("plain", [], True), ("changed", flags, cuda)):
+        run_ok([*TWO_EPOCHS, *TINY, *method, *extra, "--gpu", "0", "--exp_str", name], tmp_path, cuda=where)
+        rows = read_csv(next(tmp_path.glob(f"log/*_{name}/log_train.csv")))
         losses.append([float(row["loss"]) for row in rows])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("extra", [[], ["--amp", "fp16"], ["--amp", "bf16"]], ids=["float32", "fp16", "bf16"])
+def test_gpu_runs_with_deterministic_are_equal_and_resume_to_the_same_bits(tmp_path, extra):
+    args = [*TWO_EPOCHS, *TINY, *IB, *extra, "--deterministic", "--gpu", "0"]
+    run_ok([*args, "--exp_str", "a"], tmp_path, cuda=True)
+    run_ok([*args, "--exp_str", "b"], tmp_path, cuda=True)
+    folders = [model_folder(tmp_path, "IB", "IBReweight", exp) for exp in ("a", "b", "c")]
+    assert_same_weights(*(folder / "ckpt.pth.tar" for folder in folders[:2]))
+    fork = ["--exp_str", "c", "--resume", str(folders[0] / "ckpt.epoch001.pth.tar")]
+    run_ok([*args, *fork], tmp_path, cuda=True)
+    assert_same_weights(folders[0] / "ckpt.pth.tar", folders[2] / "ckpt.pth.tar")
 
 
 def run_python(code):

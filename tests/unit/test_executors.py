@@ -8,7 +8,6 @@ import sys
 from unittest import mock
 
 import pytest
-from reproduce_command import refused
 from script_runner import REPOSITORY, wait_for
 
 import reproduce
@@ -134,27 +133,13 @@ def executor_of(*flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "jobs", "cards"),
-    [([], 2, ["0", "1"]), (["--gpus", "0"], 1, []), (["--jobs", "8"], 8, ["0", "1"])],
+    ("flags", "jobs", "cards"), [([], 2, ["0", "1"]), (["--gpus", "0"], 1, []), (["--jobs", "8"], 8, ["0", "1"])]
 )
 def test_a_run_a_card_unless_a_flag_says_otherwise(flags, jobs, cards, monkeypatch):
     monkeypatch.setattr(executors, "visible_cards", lambda: ["0", "1"])
     executor = executor_of(*flags)
     assert (executor.jobs, executor.cards) == (jobs, cards)
     assert executor.variables == ({"CUDA_VISIBLE_DEVICES": ""} if "--gpus" in flags else {})
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--gpus", "3"], "--gpus 3: this machine has 2"),
-        (["--gpus", "1", "--executor", "ray"], "--gpus is for this machine"),
-        (["--part", "3/2"], "the first part of five is 1/5"),
-    ],
-)
-def test_cards_and_parts_that_are_not_there_are_refused(flags, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(executors, "visible_cards", lambda: ["0", "1"])
-    assert message in refused("run", "--table", 4, "--out", tmp_path / "out", *flags, capsys=capsys)
 
 
 def test_parts_are_all_runs_once_and_no_family_is_in_two():

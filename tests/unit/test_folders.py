@@ -375,15 +375,6 @@ def test_a_part_of_the_training_list_for_testing(listed):
     assert (train.get_cls_num_list(), test.get_cls_num_list()) == ([6, 3, 2], [6, 4, 2])
 
 
-def test_images_of_both_lists_and_classes_without_a_test_image_are_named(listed, capsys):
-    rows = (listed / "train.txt").read_text().splitlines(keepends=True)
-    (listed / "val.txt").write_text("".join([rows[0], rows[1]]))
-    assert of_lists(listed)[1].get_cls_num_list() == [0, 0, 2]
-    err = capsys.readouterr().err
-    assert "2 of the 2 images of" in err
-    assert "no test image of 2 classes, whose accuracy is n/a: 0, 1\n" in err
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -443,15 +434,6 @@ def test_16_bit_images_are_scaled(tmp_path, name):
     assert found.shape == (8, 8, 3)
     assert np.array_equal(found[..., 1], levels // 256)
     assert len(np.unique(found)) == 64
-
-
-def test_orientation_is_applied_on_request_only(tmp_path):
-    levels = np.arange(96, dtype=np.uint8).reshape(8, 4, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: the image is to be turned by 90 degrees clockwise
-    Image.fromarray(levels).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png")), levels)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png", exif=True)), np.rot90(levels, -1))
 
 
 LEVELS = np.random.RandomState(0).randint(0, 255, (8, 6, 4)).astype(np.uint8)

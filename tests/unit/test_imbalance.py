@@ -66,17 +66,27 @@ def test_a_new_shape_is_a_function_of_the_class(monkeypatch):
     assert imbalance.class_counts([100, 100, 20], "halved", 0.1) == [100, 50, 20]
 
 
-def test_the_choice_is_seeded_and_leaves_the_global_generator_alone():
-    targets = np.arange(300) % 3
+def chosen(*seed):
+    return imbalance.choose(np.arange(300) % 3, [50, 20, 5], *seed)
+
+
+def held_out(*seed):
+    return imbalance.hold_out([0] * 100, 0.3, *seed)[1]
+
+
+@pytest.mark.parametrize("draw", [chosen, held_out])
+def test_a_choice_is_seeded_and_leaves_the_global_generator_alone(draw):
     np.random.seed(5)  # so that the next draw changes the key
     before = np.random.get_state()[1].copy()
-    first = imbalance.choose(targets, [50, 20, 5], 1)
-    assert np.array_equal(first, imbalance.choose(targets, [50, 20, 5], 1))
-    assert not np.array_equal(first, imbalance.choose(targets, [50, 20, 5], 2))
-    assert np.array_equal(imbalance.choose(targets, [50, 20, 5]), imbalance.choose(targets, [50, 20, 5], 0))
+    assert np.array_equal(draw(1), draw(1))
+    assert not np.array_equal(draw(1), draw(2))
+    assert np.array_equal(draw(), draw(0))
     assert np.array_equal(before, np.random.get_state()[1])
-    assert targets[first].tolist() == [0] * 50 + [1] * 20 + [2] * 5
-    assert len(set(first.tolist())) == 75
+
+
+def test_a_choice_is_of_different_images_by_class():
+    assert (chosen() % 3).tolist() == [0] * 50 + [1] * 20 + [2] * 5
+    assert len(set(chosen().tolist())) == 75
 
 
 def test_hold_out_is_a_stratified_partition_that_keeps_each_class():
@@ -103,16 +113,6 @@ def test_hold_out_refuses_what_cannot_be():
             imbalance.hold_out([0, 0, 1], fraction)
     with pytest.raises(ValueError, match="no class has two images"):
         imbalance.hold_out([0, 1, 2], 0.9)
-
-
-def test_hold_out_is_seeded_and_leaves_the_global_generator_alone():
-    np.random.seed(5)  # so that the next draw changes the key
-    before = np.random.get_state()[1].copy()
-    first = imbalance.hold_out([0] * 100, 0.3, seed=1)[1]
-    assert np.array_equal(first, imbalance.hold_out([0] * 100, 0.3, seed=1)[1])
-    assert not np.array_equal(first, imbalance.hold_out([0] * 100, 0.3, seed=2)[1])
-    assert np.array_equal(imbalance.hold_out([0] * 100, 0.3)[1], imbalance.hold_out([0] * 100, 0.3, seed=0)[1])
-    assert np.array_equal(before, np.random.get_state()[1])
 
 
 class Numbers(imbalance.LabelledImages):
@@ -158,3 +158,4 @@ def test_left_out_images_are_the_next_ones_of_the_shuffle(imb_type):
     assert part.chosen.tolist() == part.data.tolist() == expected
     assert part.targets == targets[expected].tolist()
     assert not set(part.chosen) & set(train.chosen)
+    assert train.subset(range(10)).left_out(3).chosen.tolist() == expected

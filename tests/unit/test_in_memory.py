@@ -1,11 +1,8 @@
-"""Batches in memory: crop and flip against torchvision's, the draws, Resample, --augment; CIFAR and digits."""
+"""Batches in memory: crop and flip against torchvision's, the draws, Resample, --augment; digits."""
 
 import hashlib
 import itertools
-import os
 import random
-import tarfile
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,12 +16,11 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
 import losses
-from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCECIFAR10, IMBALANCEDIGITS
-from loaders import batch_slices, normalise, sampled_order
+from imbalance_cifar import CIFAR_MEAN, CIFAR_STD, IMBALANCEDIGITS
+from loaders import batch_slices, sampled_order
 from loaders.augment import AUGMENTS, Augment
 from loaders.in_memory import InMemoryBatches, TrainEpoch, crop_and_flip
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PADDING, PLACES = 4, 9
 
 
@@ -41,29 +37,14 @@ def batches_of(images, targets=None, batch_size=32, **how):
 # ------------------------------------------------------------------------------------------- crop and flip
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_crop_and_flip_is_torchvisions_bit_for_bit_at_every_offset(flip):
-    image = noise(1)[0]
-    offsets = torch.cartesian_prod(torch.arange(PLACES), torch.arange(PLACES))
-    images = torch.as_tensor(image).expand(len(offsets), -1, -1, -1)
-    source, flips = batches_of(images), torch.full((len(offsets),), flip)
-    ours = normalise(crop_and_flip(images, offsets, flips, PADDING), source.mean, source.std)
-    padded = tv.pad(Image.fromarray(image), [PADDING] * 4)
-    for (top, left), tensor in zip(offsets.tolist(), ours, strict=True):
-        crop = tv.crop(padded, top, left, 32, 32)
-        crop = tv.hflip(crop) if flip else crop
-        theirs = tv.normalize(tv.to_tensor(crop), CIFAR_MEAN, CIFAR_STD)
-        assert torch.equal(tensor, theirs), (top, left)
-
-
-def test_every_image_has_its_own_draw_and_need_not_be_square():
-    images = noise(6, 20, 28)
-    offsets = torch.tensor([[0, 0], [8, 8], [4, 4], [0, 8], [3, 5], [4, 4]])
-    flips = torch.tensor([False, True, False, True, False, True])
-    together = crop_and_flip(torch.as_tensor(images), offsets, flips, PADDING)
-    for ours, image, (top, left), flip in zip(together, images, offsets.tolist(), flips, strict=True):
+def test_crop_and_flip_is_torchvisions_bit_for_bit_at_every_offset():
+    """Each image, which need not be square, has a draw of its own: the 81 offsets, flipped or not."""
+    draws = torch.cartesian_prod(torch.arange(PLACES), torch.arange(PLACES), torch.arange(2))
+    images = noise(len(draws), 20, 28)
+    together = crop_and_flip(torch.as_tensor(images), draws[:, :2], draws[:, 2].bool(), PADDING)
+    for ours, image, (top, left, flip) in zip(together, images, draws.tolist(), strict=True):
         theirs = tv.crop(tv.pad(Image.fromarray(image), [PADDING] * 4), top, left, 20, 28)
-        assert np.array_equal(ours.numpy(), np.asarray(tv.hflip(theirs) if flip else theirs))
+        assert np.array_equal(ours.numpy(), np.asarray(tv.hflip(theirs) if flip else theirs)), (top, left, flip)
 
 
 def test_evaluation_sees_the_images_as_they_are():
@@ -254,9 +235,6 @@ def test_every_image_is_augmented_with_a_seed_of_its_own():
     assert len({image.numpy().tobytes() for image in images}) > 25
 
 
-# ------------------------------------------------------------------------------------------------- Resample
-
-
 @pytest.mark.parametrize("name", ["sampler_10.json", "sampler_100.json"])
 def test_sampler_draws_the_official_indices(name):
     expected = golden(name)
@@ -271,49 +249,6 @@ def test_sampler_draws_the_official_indices(name):
     assert digest == expected["indices_sha256"]
 
 
-# ------------------------------------------------------------------------------------------------ real data
-
-
-@pytest.fixture(scope="session")
-def cifar_root(tmp_path_factory):
-    """A folder with the real CIFAR-10, or a skip that says where it was looked for."""
-    places = [os.environ.get("CIFAR_ROOT"), REPOSITORY / "data"]
-    for place in places:
-        if place and (Path(place) / "cifar-10-batches-py" / "test_batch").is_file():
-            return place
-    archive = REPOSITORY.parent / "shared" / "data" / "cifar-10-batches-py.tar.xz"
-    if not archive.is_file():
-        pytest.skip("no CIFAR-10: neither where CIFAR_ROOT points, nor in data/, nor in ../shared/data/")
-    root = tmp_path_factory.mktemp("cifar")
-    with tarfile.open(archive) as file:
-        file.extractall(root, filter="data")
-    return root
-
-
-def test_real_cifar10_gets_the_published_split(cifar_root):
-    np.random.seed(123)
-    before = np.random.get_state()[1].copy()
-    train = IMBALANCECIFAR10(cifar_root, "exp", 0.01)
-    assert np.array_equal(np.random.get_state()[1], before)
-    assert train.get_cls_num_list() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-    assert len(train) == train.data.shape[0] == 12406
-    assert train.data.dtype == np.uint8
-    image, label = train[0]
-    assert image.size == (32, 32)
-    assert label == train.targets[0] == 0
-
-    whole = IMBALANCECIFAR10(cifar_root, "none", 1.0)
-    assert whole.get_cls_num_list() == [5000] * 10
-    labels = np.asarray(whole.targets)[np.argsort(whole.chosen)]  # in the order of the archive
-    pixels = whole.data[np.argsort(whole.chosen)]
-    assert len(set(train.chosen.tolist())) == 12406
-    assert np.array_equal(labels[train.chosen], train.targets)
-    assert np.array_equal(pixels[train.chosen], train.data)
-
-    test = IMBALANCECIFAR10(cifar_root, train=False)
-    assert test.get_cls_num_list() == [1000] * 10
-
-
 def test_digits_are_split_once_and_the_test_part_is_whole():
     train, tail, test = IMBALANCEDIGITS(imb_type="none"), IMBALANCEDIGITS(imb_factor=0.1), IMBALANCEDIGITS(train=False)
     assert len(train) + len(test) == 1797
@@ -324,9 +259,6 @@ def test_digits_are_split_once_and_the_test_part_is_whole():
     assert {image.tobytes() for image in tail.data} <= {image.tobytes() for image in train.data}
     assert not test.flip
     assert test.class_names == test.classes == list("0123456789")
-
-
-# ------------------------------------------------------------------------------------------------- loading
 
 
 @pytest.mark.parametrize("images", [noise(2) / 255, noise(2)[..., :1], noise(2, width=20), noise(2)[..., 0]])

@@ -24,14 +24,10 @@ def batches(size):
         (3, 2, False, True), (12, 5, False, False),
     ],
 )  # fmt: skip
-def test_batch_of_one_image_on_any_rank(size, ranks, sync_bn, refused, monkeypatch):
+@pytest.mark.parametrize("kernels", ["cudnn", "native"])
+def test_batch_of_one_image_on_any_rank(size, ranks, sync_bn, refused, kernels, monkeypatch):
     monkeypatch.setattr("experiment.checks.distributed.world_size", lambda: ranks)
-    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
+    layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
+    model = on_device(layers, torch.device("cpu"), kernels)
     with pytest.raises(UsageError, match="of one image of 34") if refused else contextlib.nullcontext():
         check_last_batch(model, batches(size), sync_bn)
-
-
-def test_batch_norm_of_pytorchs_own_kernels_refuses_it_too():
-    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
-    with pytest.raises(UsageError, match="of one image of 34"):
-        check_last_batch(on_device(model, torch.device("cpu"), "native"), batches(11))

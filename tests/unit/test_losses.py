@@ -131,10 +131,7 @@ def test_gradients_are_those_of_the_plain_formulas_to_the_bit(classes):
         factor = 1000.0 / (error.abs().sum(1) * h.reshape(-1) + 1e-3)
         return (F.cross_entropy(z, target, reduction="none") * weight[target] * factor).mean()
 
-    for criterion, plain in (
-        (CrossEntropyLoss(), lambda z, h: F.cross_entropy(z, target)),
-        (IBLoss(weight), plain_ib),
-    ):
+    for criterion, plain in ((CrossEntropyLoss(), lambda z, h: F.cross_entropy(z, target)), (IBLoss(weight), plain_ib)):
         (z, h), (z2, h2) = ([x.clone().requires_grad_() for x in (logits, norms)] for _ in range(2))
         loss, count = criterion.per_sample(z, target, h)
         (loss.sum() / count.sum()).backward()

@@ -58,10 +58,7 @@ def test_how_far_two_runs_are_apart(monkeypatch, tmp_path):
 
 
 def test_a_column_tells_the_data_apart(monkeypatch):
-    folders = {
-        "here": {"CE": (row("CE"), [record([1.0])])},
-        "there": {"CE": (row("CE", "cifar100"), [record([2.0])])},
-    }
+    folders = {"here": {"CE": (row("CE"), [record([1.0])])}, "there": {"CE": (row("CE", "cifar100"), [record([2.0])])}}
     monkeypatch.setattr(pages, "of_folder", folders.get)
     made = pages.made_again("<!-- table accuracy\nhere: CE\nthere: CE\n-->\n")
     assert "| CIFAR-10, CPU | CE | 70.87 | 1 | 1.00 | 1.00 | 1.00 |" in made

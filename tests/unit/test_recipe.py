@@ -79,27 +79,25 @@ def test_phase_one_is_plain_ce_without_weights():
         assert [(s.loss, s.class_weights) for s in made.stages()] == [("CE", "none")] * 2 + [(loss, weights)] * 2
 
 
-def test_other_losses_have_one_phase_with_their_weights_throughout():
+#: (class weights, sampler) before drw_epoch and from it on.
+RULES = {
+    "None": [("none", "none")] * 2,
+    "CBReweight": [("CB", "none")] * 2,
+    "IBReweight": [("IB", "none")] * 2,
+    "Resample": [("none", "Resample")] * 2,
+    "DRW": [("none", "none"), ("CB", "none")],
+    "DRW-IB": [("none", "none"), ("IB", "none")],
+    "DRS": [("none", "none"), ("none", "Resample")],
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_losses_of_one_phase_keep_their_rule_and_deferred_ones_begin_at_drw_epoch(rule):
+    before, after = RULES[rule]
     for loss in ("CE", "Focal", "LDAM", "BS", "LA", "VS"):
-        stages = recipe(loss_type=loss, train_rule="CBReweight", epochs=4, start_ib_epoch=2).stages()
-        assert {(s.loss, s.class_weights) for s in stages} == {(loss, "CB")}
-
-
-def test_drw_weights_begin_at_drw_epoch_in_a_run_of_any_length():
-    for rule, weights in (("DRW", "CB"), ("DRW-IB", "IB")):
-        stages = recipe(loss_type="LDAM", train_rule=rule, epochs=400, drw_epoch=320).stages()
-        assert [s.class_weights for s in stages] == ["none"] * 320 + [weights] * 80
-        assert {s.sampler for s in stages} == {"none"}
-
-
-def test_resample_is_a_sampler_and_no_weight():
-    assert {(s.sampler, s.class_weights) for s in recipe(train_rule="Resample").stages()} == {("Resample", "none")}
-
-
-def test_deferred_resampling_begins_at_drw_epoch():
-    stages = recipe(train_rule="DRS", epochs=10, drw_epoch=7).stages()
-    assert [s.sampler for s in stages] == ["none"] * 7 + ["Resample"] * 3
-    assert {s.class_weights for s in stages} == {"none"}
+        stages = recipe(loss_type=loss, train_rule=rule, epochs=400, drw_epoch=320, start_ib_epoch=2).stages()
+        assert {stage.loss for stage in stages} == {loss}
+        assert [(stage.class_weights, stage.sampler) for stage in stages] == [before] * 320 + [after] * 80
 
 
 def slow_crt_lr(epoch, loss="CE", cosine=False):

@@ -365,11 +365,7 @@ NOT_THE_PAPERS = {
     "a piece of Tiny ImageNet": (TINY, {"class_counts": [10] * 200}, "data 2000 training images of 200 classes"),
     "a part of iNaturalist": (INAT, {"class_counts": [5] * 8142}, "data 40710 training images of 8142 classes"),
     "a part of the test images": (IB, {"test_images": 600}, "data 600 test images"),
-    "forced": (
-        IB,
-        {"forced": ["other images"]},
-        "IB, but --force other images",
-    ),
+    "forced": (IB, {"forced": ["other images"]}, "IB, but --force other images"),
 }
 
 

@@ -15,7 +15,7 @@ import imbalance_cifar
 import reproduce
 from experiment.parser import parse
 from experiment.settings import recorded
-from paper import records, runs
+from paper import executors, records, runs
 from paper.driver import Driver
 from paper.runs import Run
 from training import registry
@@ -119,12 +119,7 @@ def test_runs_of_a_family_train_their_shared_epochs_alike():
 
 @pytest.mark.parametrize(
     ("method", "trunk", "fork_epoch"),
-    [
-        ("CE+DRW-IB", "CE", 160),
-        ("CE+DRS", "CE", 160),
-        ("CE+cRT", "CE", 199),
-        ("LDAM-DRW", "LDAM", 160),
-    ],
+    [("CE+DRW-IB", "CE", 160), ("CE+DRS", "CE", 160), ("CE+cRT", "CE", 199), ("LDAM-DRW", "LDAM", 160)],
 )
 def test_what_the_baselines_share(method, trunk, fork_epoch):
     run = Run("cifar100", "exp", 100, method)
@@ -136,8 +131,7 @@ def test_what_the_baselines_share(method, trunk, fork_epoch):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "protocol", "first", "second"),
-    [("digits", "short", 40, 2), ("tinyimagenet", "full", 100, 10)],
+    ("dataset", "protocol", "first", "second"), [("digits", "short", 40, 2), ("tinyimagenet", "full", 100, 10)]
 )
 def test_crt_trains_a_head_after_the_whole_ce_run(dataset, protocol, first, second):
     ce, crt = (stages(Run(dataset, "exp", 10, method, protocol=protocol)) for method in ("CE", "CE+cRT"))
@@ -226,52 +220,78 @@ def test_table_5_has_the_official_lr_and_the_papers(capsys):
 # ------------------------------------------------------------------------------------------------ selections
 
 
+#: On a machine with two GPUs.
 BAD = {
-    "list --ratio 0": "at least 1", "list --ratio x": "invalid", "list --table 9": "invalid choice",
+    "list --ratio 0": "at least 1",
+    "list --ratio x": "invalid",
+    "list --table 9": "invalid choice",
     "list --table 2 --dataset cifar100": "leave out one",
     "list --dataset inaturalist --imb_type exp": "--imb_type none",
-    "list --seeds 2147483648": "at most 2147483647", "list --table 2 -- --seed 5": "reproduce.py sets --seed itself",
-    "list --method XE": "--method XE: choose from CE", "list --dataset svhn": "--dataset svhn: choose from",
+    "list --seeds 2147483648": "at most 2147483647",
+    "list --table 2 -- --seed 5": "reproduce.py sets --seed itself",
+    "list --method XE": "--method XE: choose from CE",
+    "list --dataset svhn": "--dataset svhn: choose from",
+    "list --dataset folder": "needs -- --data_dir",
+    "list --dataset folder -- --data_dir x/cifar10": "cifar10 is a data set of the paper: name this one with",
+    "list --dataset folder cifar10 -- --data_dir x": "another data set",
+    "list --dataset folder -- --data_dir x --imb_type exp": "give --imb_type and --ratio before --",
+    "list --dataset folder --ratio 50 -- --data_dir x": "--ratio needs --imb_type",
+    "list --dataset inaturalist --ratio 100": "--ratio needs --imb_type",
+    "list --dataset digits --control ib-lr -- --schedule cosine": "--control ib-lr lowers the lr at a milestone",
+    "list --dataset folder --control ib-lr -- --data_dir x --schedule cosine": "--control ib-lr lowers the lr at a",
+    "list --dataset digits --control ib-lr -- --milestones 120 150 160": "CE (ib-lr) sets --milestones itself",
+    "list --figure 3 -- --start_ib_epoch 30": "IB (start000) sets --start_ib_epoch itself",
     "run --table 2 --out=": "argument --out: an empty value",
     "run --table 2 --address 1.2.3.4:5": "--address and --gpus_per_run need --executor ray",
-}  # fmt: skip
+    "run --table 2 -- --root_m X": "reproduce.py sets --root_model itself",
+    "run --table 2 -- --gpu 1": "reproduce.py sets --gpu itself",
+    "run --table 2 -- -e --resume X": "reproduce.py sets --resume itself",
+    "run --table 2 -- -a resnet44": "reproduce.py sets --arch itself",
+    "run --table 2 -- --no_such_flag": "--no_such_flag",
+    "run --table 2 --gpus 3": "--gpus 3: this machine has 2",
+    "run --table 2 --gpus 1 --executor ray": "--gpus is for this machine",
+    "run --table 2 --part 3/2": "the first part of five is 1/5",
+}
 
 
 @pytest.mark.parametrize("words", BAD)
 def test_a_bad_command_is_one_line_and_writes_nothing(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    monkeypatch.setattr(executors, "visible_cards", lambda: ["0", "1"])
     assert BAD[words] in refused(*words.split(), capsys=capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_milestones_after_the_dashes_need_no_factors(capsys):
-    select = ("--ratio", 100, "--method", "CE", "--")
-    for flags, factors in (("--milestones 9 30 80", (0.01,) * 3), ("--milestones 9 --lr_factors 0.5", (0.5,))):
-        (line,) = listed(*select, *flags.split(), capsys=capsys)
-        assert parse("cifar_train.py", line[2:]).lr_factors == factors
+#: Flags of `list`, and settings of the lines: the value in each.
+LISTED = {
+    "--ratio 100 --method CE -- --milestones 9 30 80": {"lr_factors": [(0.01,) * 3]},
+    "--ratio 100 --method CE -- --milestones 9 --lr_factors 0.5": {"lr_factors": [(0.5,)]},
+    "--imb_type none --method CE IB --dataset cifar10 inaturalist": {"imb_factor": [1.0] * 4},  # one line a method
+    "--dataset digits --method CE": {"imb_factor": [0.01, 0.02, 0.05, 0.1]},  # at 200 a class would be empty
+    "--ratio 100 --method CE --seeds 1 0 1 --subsets 2 2": {"exp_str": ["full_s1_r2", "full_s0_r2"]},
+    "--ratio 100 --method CE --dataset digits -- --schedule cosine": {"schedule": ["cosine"]},  # parsed: no milestones
+    "--control weights-only --method CE IB": {"exp_str": ["full_s0", "full_s0", "full_s0_weights-only"]},
+    "--dataset folder --imb_type exp --ratio 10 --method CE -- --data_dir x": {
+        "imb_type": ["exp"], "imb_factor": [0.1],
+    },
+    "--dataset folder --method CE --protocol short -- --data_dir x --epochs 20": {  # one fall where two meet
+        "milestones": [(3,)], "lr_factors": [(pytest.approx(1e-4),)],
+    },
+}  # fmt: skip
 
 
-def test_what_is_not_imbalanced_is_listed_once(capsys):
-    lines = listed("--imb_type", "none", "--method", "CE", "IB", "--dataset", "cifar10", "inaturalist", capsys=capsys)
-    assert len(lines) == 4
-    assert {flag(line, "--imb_factor") for line in lines} == {"1.0"}
-
-
-def test_a_ratio_beyond_the_largest_class_is_left_out(capsys):
-    lines = listed("--dataset", "digits", "--method", "CE", capsys=capsys)
-    assert [flag(line, "--imb_factor") for line in lines] == ["0.01", "0.02", "0.05", "0.1"]
+@pytest.mark.parametrize("words", LISTED)
+def test_a_command_lists_each_run_once_with_its_settings(words, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "OWN_SETUPS", {})
+    found = [parse(line[1], line[2:]) for line in listed(*words.split(), capsys=capsys)]
+    assert {name: [getattr(of, name) for of in found] for name in LISTED[words]} == LISTED[words]
 
 
 def test_list_is_quick_and_imports_no_torch():
     code = "import sys, reproduce; reproduce.main(['list', '--table', '4']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 116
-
-
-def test_each_seed_and_subset_counts_once(capsys):
-    select = ("--ratio", 100, "--method", "CE")
-    lines = listed(*select, "--seeds", 1, 0, 1, "--subsets", 2, 2, capsys=capsys)
-    assert [flag(line, "--exp_str") for line in lines] == ["full_s1_r2", "full_s0_r2"]
 
 
 # ------------------------------------------------------------------------------------ own methods, own data, a folder
@@ -283,6 +303,8 @@ def test_each_seed_and_subset_counts_once(capsys):
         ("cRT", "CE+cRT", ("CE", "cRT")),
         ("IBFocal+IBReweight", "IB+Focal", ("IBFocal", "IBReweight")),
         ("LA+cRT", "LA+cRT", ("LA", "cRT")),
+        ("IB+None", "IB+None", ("IB", "None")),
+        ("IB+IBReweight", "IB", ("IB", "IBReweight")),
     ],
 )
 def test_a_method_is_any_loss_and_rule_of_the_registry(asked, method, pair, capsys):
@@ -337,73 +359,10 @@ def test_a_folders_lengths_follow_its_epochs_unless_given(extra, lengths, capsys
     assert (crt.drw_epoch, crt.epochs) == (settings.epochs, settings.epochs + 10)
 
 
-def test_a_folder_needs_its_place_and_stands_alone(capsys):
-    assert "needs -- --data_dir" in refused("list", "--dataset", "folder", capsys=capsys)
-    line = refused("list", "--dataset", "folder", "--", "--data_dir", "x/cifar10", capsys=capsys)
-    assert "cifar10 is a data set of the paper: name this one with --dataset NAME after --" in line
-    line = refused("list", "--dataset", "folder", "cifar10", "--", "--data_dir", "x", capsys=capsys)
-    assert "another data set" in line
-    line = refused("list", "--dataset", "folder", "--", "--data_dir", "x", "--imb_type", "exp", capsys=capsys)
-    assert "give --imb_type and --ratio before --" in line
-
-
-def test_a_folders_long_tail_stands_before_the_dashes(capsys, monkeypatch):
-    monkeypatch.setattr(runs, "OWN_SETUPS", {})
-    argv = ["--dataset", "folder", "--imb_type", "exp", "--ratio", "10", "--method", "CE", "--", "--data_dir", "x"]
-    (line,) = listed(*argv, capsys=capsys)
-    settings = parse("folder_train.py", line[2:])
-    assert (settings.imb_type, settings.imb_factor) == ("exp", 0.1)
-
-
-def test_another_schedule_has_no_milestones(capsys):
-    (line,) = listed(
-        "--dataset", "digits", "--method", "CE", "--ratio", "100", "--", "--schedule", "cosine", capsys=capsys
-    )
-    settings = parse("cifar_train.py", line[2:])
-    assert settings.schedule == "cosine"
-    assert not settings.given & {"milestones", "lr_factors"}
-
-
-@pytest.mark.parametrize(
-    ("argv", "reason"),
-    [
-        ("--dataset digits --control ib-lr -- --schedule cosine", "--control ib-lr lowers the lr at a milestone"),
-        ("--dataset folder --control ib-lr -- --data_dir x --schedule cosine", "--control ib-lr lowers the lr at a"),
-        ("--dataset digits --control ib-lr -- --milestones 120 150 160", "CE (ib-lr) sets --milestones itself"),
-        ("--figure 3 -- --start_ib_epoch 30", "IB (start000) sets --start_ib_epoch itself"),
-        ("--dataset folder --ratio 50 -- --data_dir x", "--ratio needs --imb_type"),
-        ("--dataset inaturalist --ratio 100", "--ratio needs --imb_type"),
-    ],
-)
-def test_what_would_be_ignored_is_refused(argv, reason, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "OWN_SETUPS", {})
-    assert reason in refused("list", *argv.split(), capsys=capsys)
-
-
-def test_a_control_stands_beside_the_methods_that_are_named(capsys):
-    lines = listed("--control", "weights-only", "--method", "CE", "IB", capsys=capsys)
-    assert [flag(line, "--exp_str") for line in lines] == ["full_s0", "full_s0", "full_s0_weights-only"]
-
-
-def test_ib_without_its_rule_is_a_method_of_its_own(capsys):
-    (line,) = listed("--method", "IB+None", "--ratio", "100", capsys=capsys)
-    settings = parse("cifar_train.py", line[2:])
-    assert (settings.train_rule, runs.name_of_method("IB", "None")) == ("None", "IB+None")
-    assert runs.name_of_method("IB", "IBReweight") == "IB"
-
-
 def test_a_sampler_from_the_first_epoch_on_shares_no_epochs_with_ce():
     run = Run("cifar10", "exp", 100, "IB+Resample")
     assert run.trunk == run
     assert stages(run)[0].sampler == "Resample"
-
-
-def test_a_short_run_on_a_folder_has_one_fall_where_two_meet(capsys, monkeypatch):
-    monkeypatch.setattr(runs, "OWN_SETUPS", {})
-    argv = ["--dataset", "folder", "--method", "CE", "--protocol", "short", "--", "--data_dir", "x", "--epochs", "20"]
-    (line,) = listed(*argv, capsys=capsys)
-    settings = parse("folder_train.py", line[2:])
-    assert (settings.milestones, settings.lr_factors) == ((3,), (pytest.approx(1e-4),))
 
 
 def test_a_fork_starts_from_a_run_that_has_not_left_the_common_epochs(tmp_path):

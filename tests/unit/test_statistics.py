@@ -116,11 +116,7 @@ def test_the_seeds_that_would_decide():
 
 
 REPEATS = 1000
-CASES = [
-    {"what": "level"},
-    {"what": "gain", "correlation": 0.0},
-    {"what": "gain", "correlation": 0.9, "spread": 1.0},
-]
+CASES = [{"what": "level"}, {"what": "gain", "correlation": 0.0}, {"what": "gain", "correlation": 0.9, "spread": 1.0}]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,6 +1,5 @@
 """Tiny ImageNet's archive put in order, and the data set made from it."""
 
-import collections
 import functools
 import hashlib
 import http.server
@@ -14,8 +13,8 @@ import zipfile
 from unittest import mock
 
 import pytest
-from script_runner import snapshot
-from tinyimagenet_maker import FOLDER, SUBSET, make_layout, pack
+from script_runner import refused, run_script, snapshot
+from tinyimagenet_maker import FOLDER, make_layout, pack
 from torchvision.datasets import ImageFolder
 
 import imbalance
@@ -67,22 +66,14 @@ def assert_arranged(folder, source):
         assert validation.classes[label] == labels[os.path.basename(path)]
 
 
-def run(capsys, *args):
-    """imbalance_tinyimagenet.main: (status, out, err)."""
-    capsys.readouterr()
-    status = 0
-    try:
-        tiny.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
+run = functools.partial(run_script, tiny)
 
 
 # --------------------------------------------------------------------------------------------- what is right
 
 
-def test_command_arranges_an_archive_and_then_changes_nothing(archive, source, data_dir, capsys):
-    status, out, err = run(capsys, "--data_dir", data_dir, "--zip", archive)
+def test_command_arranges_an_archive_and_then_changes_nothing(archive, source, data_dir):
+    status, out, err = run(["--data_dir", data_dir, "--zip", archive], data_dir.parent)
     assert (status, err) == (0, "")
     assert "train: 12 images, 3 classes" in out
     assert "val: 6 images, 3 classes" in out
@@ -91,7 +82,7 @@ def test_command_arranges_an_archive_and_then_changes_nothing(archive, source, d
     assert os.listdir(data_dir) == [FOLDER]
     before = snapshot(data_dir)
     for again in ([], ["--zip", archive]):
-        status, out, err = run(capsys, "--data_dir", data_dir, *again)
+        status, out, err = run(["--data_dir", data_dir, *again], data_dir)
         assert (status, err) == (0, "")
         assert out.endswith("nothing to change\n")
         assert snapshot(data_dir) == before
@@ -187,8 +178,9 @@ def test_ctrl_c_while_unpacking_leaves_nothing(archive, data_dir):
 
 
 @pytest.fixture
-def url(archive):
-    """The archive on a server of this machine."""
+def url(archive, monkeypatch):
+    """The archive on a server of this machine, which no proxy is asked for."""
+    monkeypatch.setenv("no_proxy", "localhost")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
     silent = mock.patch.object(http.server.SimpleHTTPRequestHandler, "log_message")
     with silent, http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
@@ -197,19 +189,19 @@ def url(archive):
         server.shutdown()
 
 
-def test_download(archive, source, data_dir, url, capsys):
+def test_download(archive, source, data_dir, url):
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     with mock.patch.multiple(tiny, URL=url, MD5=md5):
-        assert run(capsys, "--data_dir", data_dir)[0] == 0
+        assert run(["--data_dir", data_dir], data_dir.parent)[0] == 0
     assert_arranged(data_dir / FOLDER, source / FOLDER)
     assert sorted(os.listdir(data_dir)) == [FOLDER, tiny.ARCHIVE]
 
 
 @pytest.mark.parametrize("wrong", ["md5", "no server"])
-def test_download_that_fails(data_dir, url, capsys, wrong):
+def test_download_that_fails(data_dir, url, wrong):
     wrong_url = {"md5": url, "no server": "http://localhost:9/tiny.zip"}[wrong]
     with mock.patch.multiple(tiny, URL=wrong_url):
-        status, _, err = run(capsys, "--data_dir", data_dir)
+        status, _, err = run(["--data_dir", data_dir], data_dir.parent)
     assert status == 1
     assert "cannot be downloaded" in err.splitlines()[-1]
     assert "--zip PATH" in err.splitlines()[-1]
@@ -219,11 +211,10 @@ def test_download_that_fails(data_dir, url, capsys, wrong):
 # ---------------------------------------------------------------------------------------------- bad archives
 
 
-def refused(capsys, data_dir, archive, *named):
-    """The command ends with status 1 and one line with all of `named`; nothing is left in the data folder."""
-    status, _, err = run(capsys, "--data_dir", data_dir, "--zip", archive)
-    assert status == 1
-    assert err.count("\n") == 1, err
+def refused_archive(data_dir, archive, *named):
+    """One line with all of `named`; no more than an empty data folder is left."""
+    status, _, err = run(["--data_dir", data_dir, "--zip", archive], archive.parent)
+    assert (status, err.count("\n")) == (1, 1), err
     for text in (str(archive), *named):
         assert text in err
     assert not data_dir.exists() or os.listdir(data_dir) == []
@@ -231,7 +222,7 @@ def refused(capsys, data_dir, archive, *named):
 
 
 @pytest.mark.parametrize("kind", ["empty", "cut short", "a flipped bit", "another archive", "encrypted"])
-def test_archives_that_cannot_be_used(archive, data_dir, capsys, kind):
+def test_archives_that_cannot_be_used(archive, data_dir, kind):
     bad, content = data_dir.parent / "bad.zip", bytearray(archive.read_bytes())
     with zipfile.ZipFile(archive) as file:
         member = next(m for m in file.infolist() if m.filename.endswith("_2.JPEG"))
@@ -245,11 +236,11 @@ def test_archives_that_cannot_be_used(archive, data_dir, capsys, kind):
     if kind == "another archive":
         with zipfile.ZipFile(bad, "w") as file:
             file.writestr("something/else.txt", "x")
-    refused(capsys, data_dir, bad, "not Tiny ImageNet" if kind == "another archive" else "is damaged")
+    refused_archive(data_dir, bad, "not Tiny ImageNet" if kind == "another archive" else "is damaged")
 
 
-def test_no_archive_at_the_place_that_is_named(data_dir, capsys):
-    assert "no archive at" in run(capsys, "--data_dir", data_dir, "--zip", data_dir / "none.zip")[2]
+def test_no_archive_at_the_place_that_is_named(data_dir):
+    refused(["--data_dir", data_dir, "--zip", "none.zip"], data_dir.parent, "no archive at", status=1, run=run)
 
 
 ANNOTATIONS, NAME = f"{FOLDER}/val/val_annotations.txt", "n00001001"
@@ -278,16 +269,17 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("case", CONTENTS)
-def test_incomplete_contents(source, raw, data_dir, capsys, case):
+def test_incomplete_contents(source, raw, data_dir, case):
     """Refused in an archive, of which nothing is left, and in an unpacked folder, which loses no file."""
     change, named = CONTENTS[case]
-    refused(capsys, data_dir.parent / "new" / "data", pack(source, raw.parent / "bad.zip", change), *named)
+    bad = pack(source, data_dir / "bad.zip", change)
+    refused_archive(data_dir.parent / "new" / "data", bad, *named)
     shutil.rmtree(raw)
-    with zipfile.ZipFile(raw.parent / "bad.zip") as file:
-        file.extractall(raw.parent)
+    with zipfile.ZipFile(bad) as file:
+        file.extractall(data_dir)
     names = sorted(path.name for path in raw.rglob("*.*"))
     for _ in range(2):
-        status, _, err = run(capsys, "--data_dir", raw.parent)
+        status, _, err = run(["--data_dir", data_dir], data_dir)
         assert (status, err.count("\n")) == (1, 1)
         assert all(text in err for text in named)
     assert sorted(path.name for path in raw.rglob("*.*")) == names
@@ -324,12 +316,6 @@ def test_dataset_agrees_with_imbalance(source):
         tiny.IMBALANETINYIMGNET(root, "exp", 0.01)
 
 
-def test_raw_validation_folder_is_refused(source):
-    """The official code reads it as one class of 50 images, without a word."""
-    with pytest.raises(DataError, match=r"imbalance_tinyimagenet\.py"):
-        tiny.TINYIMAGENET(source / FOLDER / "val")
-
-
 def test_left_out_images_are_not_trained_on(source):
     root = source / FOLDER / "train"
     train, whole = tiny.IMBALANETINYIMGNET(root, "exp", 0.25, 1), tiny.TINYIMAGENET(root)
@@ -364,29 +350,3 @@ def test_load_arranges_and_refuses_what_cannot_be(archive, source, data_dir):
     assert_arranged(data_dir / FOLDER, source / FOLDER)
     with pytest.raises(DataError, match="has 3 classes, Tiny ImageNet has 200"):
         tiny.load(str(data_dir), "exp", 0.25)
-
-
-# ------------------------------------------------------------------------------------------ the real subset
-
-
-@pytest.mark.skipif(not SUBSET.exists(), reason=f"no {SUBSET.name} in ../shared/data")
-def test_real_subset(tmp_path, capsys):
-    status, out, err = run(capsys, "--data_dir", tmp_path, "--zip", SUBSET)
-    assert (status, err) == (0, "")
-    assert "train: 2,000 images, 200 classes" in out
-    folder = tmp_path / FOLDER
-    with zipfile.ZipFile(SUBSET) as file:
-        rows = file.read(ANNOTATIONS).decode().splitlines()
-    labels = {row.split("\t")[0]: row.split("\t")[1] for row in rows}
-    for rand_number in (0, 7):
-        validation = tiny.TINYIMAGENET(folder / "val")
-        assert len(validation) == len(labels) == 600
-        for path, label in validation.samples:
-            assert validation.classes[label] == labels[os.path.basename(path)]
-        train = tiny.IMBALANETINYIMGNET(folder / "train", "exp", 0.1, rand_number)
-        whole = ImageFolder(str(folder / "train"))
-        counts = imbalance.class_counts([10] * 200, "exp", 0.1)
-        assert train.get_cls_num_list() == counts
-        assert train.chosen.tolist() == imbalance.choose(whole.targets, counts, rand_number).tolist()
-        assert train.samples == train.imgs == [whole.samples[i] for i in train.chosen]
-    assert collections.Counter(validation.targets) == dict.fromkeys(range(200), 3)
