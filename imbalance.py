@@ -212,9 +212,7 @@ class LabelledImages:
         """
         imb_type, imb_factor, rand_number = self.tail or ("none", 1.0, 0)
         if imb_type == "none":
-            raise UsageError(
-                "no image was left out: the imbalance is the data's own (--imb_type exp or step makes one)"
-            )
+            raise UsageError("no image was left out: the imbalance is the data's own (another --imb_type makes one)")
         # class after class, each in the order of the choice: what is kept comes first
         whole = type(self)(self.root, "none", rand_number=rand_number)  # type: ignore[attr-defined, call-arg]
         available = whole.get_cls_num_list()

@@ -357,7 +357,7 @@ def check(settings: Settings) -> Settings:
     _check_method(settings)
     given = settings.given
     if "imb_factor" in given and "imb_type" not in given and settings.imb_type == "none":
-        raise UsageError("--imb_factor needs --imb_type exp or step: without it the images stay as they are")
+        raise UsageError("--imb_factor needs an --imb_type: without it the images stay as they are")
     if settings.val_fraction and settings.val_left_out:
         raise UsageError("--val_fraction and --val_left_out cannot be used together")
     if settings.evaluate and not settings.resume:

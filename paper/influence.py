@@ -53,7 +53,7 @@ def of_checkpoint(path: str, data_dir: str) -> dict[str, Any]:
 def trained(path: str, data_dir: str) -> tuple[dict[str, Any], Settings, torch.nn.Module, Any]:
     """(checkpoint, its settings, model in evaluation mode, training set) of a run of cifar_train.py.
 
-    As the script builds them, with --ema the average, with the L1 norm for the features whatever the loss wanted.
+    As the script builds them, with the L1 norm for the features whatever the loss wanted.
     """
     state = checkpoint.load(path)
     settings = settings_of_checkpoint(state, path)
@@ -63,7 +63,7 @@ def trained(path: str, data_dir: str) -> tuple[dict[str, Any], Settings, torch.n
         settings.dataset, data_dir, settings.imb_type, settings.imb_factor, settings.rand_number
     )
     model = models.CIFAR_MODELS[settings.arch](train_set.num_classes, use_norm=settings.use_norm, feature_norm="l1")
-    checkpoint.load_weights(model, state.get("ema", state["state_dict"]), path)
+    checkpoint.load_weights(model, checkpoint.load_foreign(path), path)  # with --ema the average
     return state, settings, model.eval(), train_set
 
 

@@ -33,8 +33,8 @@ NOT_KNOWN, ONE_SEED = "not known", "one seed"
 class Contrast(NamedTuple):
     """What differences show: seeds, mean, its 95 % interval, and a verdict, see `against` and `family`.
 
-    p: of 'no difference', of `family` alone; NaN for one seed. seeds: how many would decide, where `against` says 'not
-    known'; None where that is more than MOST_SEEDS.
+    p: of 'no difference', of `family` alone; NaN below LEAST_SEEDS. seeds: how many would decide, where `against`
+    says 'not known'; None where that is more than MOST_SEEDS.
     """
 
     n: int
@@ -134,9 +134,9 @@ def family(
 
 
 def _p_value(differences, resolution):
-    """Of the paired t-test, its error no smaller than that of the 95 % interval; NaN for one seed."""
+    """Of the paired t-test, its error no smaller than that of the 95 % interval; NaN below LEAST_SEEDS."""
     n, (mean, _, half, _) = len(differences), _summary(differences, resolution)
-    if n < 2:
+    if n < LEAST_SEEDS:
         return math.nan
     error = half / quantile(n, LEVEL)
     return float(2 * student.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)

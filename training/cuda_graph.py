@@ -115,7 +115,7 @@ class StepGraph:
         try:
             with side, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._watched(step, size)
-        except RuntimeError as error:
+        except Exception as error:
             cause = error.__context__ or error  # what broke the step; ending the capture then fails, too
             if not isinstance(cause, Exception):  # Ctrl-C, SIGTERM
                 raise cause from None
@@ -140,8 +140,15 @@ def step_graph(device: torch.device, amp: str = "none", wanted: bool = True) -> 
 
 def host_values(model: torch.nn.Module, criterion: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What a graph freezes, by 'part.attribute of Class': numbers and strings among the attributes of the modules, of
-    their parts, of the optimizer and of its state, and the addresses of tensors there.
+    their parts, of the optimizer and of its state; of tensors there the address, and the value of one on the host.
     """
+    device = next(model.parameters()).device
+
+    def fixed(value):
+        if not torch.is_tensor(value):
+            return value
+        return value.item() if value.ndim == 0 and value.device != device else value.data_ptr()
+
     holders: list[tuple[str, Any, dict]] = [
         (f"{name}." if name else "", module, {**vars(part), **part._parameters, **part._buffers})
         for module in (model, criterion)
@@ -150,7 +157,7 @@ def host_values(model: torch.nn.Module, criterion: torch.nn.Module, optimizer: t
     holders.append(("", optimizer, vars(optimizer)))
     holders += [(f"state {number}.", optimizer, state) for number, state in enumerate(optimizer.state.values())]
     return {
-        f"{prefix}{attribute} of {type(owner).__name__}": value.data_ptr() if torch.is_tensor(value) else value
+        f"{prefix}{attribute} of {type(owner).__name__}": fixed(value)
         for prefix, owner, attributes in holders
         for attribute, value in attributes.items()
         if isinstance(value, (bool, int, float, str, torch.Tensor))

@@ -27,8 +27,7 @@ def start(gpu: int | None = None) -> torch.device:
         the device: number LOCAL_RANK with several ranks, else that of `utils.choose_device(gpu)`.
 
     Raises:
-        UsageError: see `utils.choose_device`; an environment that torchrun does not make. DataError: the other ranks
-            cannot be reached.
+        UsageError: see `utils.choose_device`. DataError: the other ranks cannot be reached.
     """
     is_alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
     local = int(os.environ.get("LOCAL_RANK") or 0) if torch.cuda.is_available() else None

@@ -85,10 +85,10 @@ FAULTS = [
     ("CB and IB weights swapped", "training/registry.py", "losses.inverse_frequency_weights(counts),\n}",
      "losses.effective_number_weights(counts),\n}", REGISTRY),
     # splits
-    ("counts rounded", "imbalance.py", "int(n_max * imb_factor ** (k", "round(n_max * imb_factor ** (k", IMBALANCE),
+    ("counts rounded", "imbalance.py", "int(n_max * factor ** (k", "round(n_max * factor ** (k", IMBALANCE),
     ("classes reversed", "imbalance.py", "for label in range(len(counts))]\n    for", "for label in range(len(counts))][::-1]"
      "\n    for", IMBALANCE),
-    ("step: head rounded down", "imbalance.py", "(num_classes + 1) // 2", "num_classes // 2", IMBALANCE),
+    ("step: head rounded down", "imbalance.py", "(classes + 1) // 2", "classes // 2", IMBALANCE),
     ("left out: images that are kept", "imbalance.py", "indices[n : n + limit]", "indices[:limit]", IMBALANCE),
     ("held out: in training too", "imbalance.py", "np.setdiff1d(np.arange(len(targets)), validation), validation",
      "np.arange(len(targets)), validation", IMBALANCE),

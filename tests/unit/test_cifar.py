@@ -47,6 +47,9 @@ def test_the_training_part_has_the_published_counts_and_the_test_part_is_whole(n
     assert len(test) == len(test.data) == len(whole)
     assert train.class_names == test.class_names == CLASS_NAMES[name]
     assert (train.num_classes, train.cls_num) == (classes, classes)
+    spare = known(train.left_out(5))
+    assert spare
+    assert not set(spare) & set(images)
 
 
 def test_an_item_is_the_image_and_its_label_and_the_rand_number_chooses(name, tmp_path):

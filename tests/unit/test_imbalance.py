@@ -5,6 +5,7 @@ import pytest
 from conftest import golden
 
 import imbalance
+from imbalance_cifar import IMBALANCEDIGITS
 
 SPLITS = golden("splits.json")
 
@@ -58,6 +59,12 @@ def test_classes_that_are_too_small_for_the_imbalance_are_a_warning(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "1 of 3 classes have fewer" in line
     assert "(class 0: 40 of 100); the largest class has 2 times" in line
+
+
+@pytest.mark.parametrize("imb_type", ["exp", "step"])
+def test_the_digits_have_enough_images_for_the_imbalance(imb_type, capsys):
+    assert IMBALANCEDIGITS(imb_type=imb_type).tail == (imb_type, 0.01, 0)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_new_shape_is_a_function_of_the_class(monkeypatch):

@@ -15,6 +15,7 @@ from experiment.parser import parse
 from experiment.settings import recorded
 from loaders.in_memory import InMemoryBatches
 from paper import influence
+from training.ema import Ema
 
 ARGV = ["--dataset", "digits", "-a", "resnet20", "--imb_factor", "0.1", "--rand_number", "2", "--ib_norm", "l2"]
 
@@ -24,11 +25,8 @@ def trained(tmp_path_factory):
     """A checkpoint of a digits run whose loss wants another norm than Fig. 2; its weights are drawn, not trained."""
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
-    state = {
-        "epoch": 1,
-        "state_dict": models.resnet20(10).state_dict(),
-        "settings": recorded(parse("cifar_train.py", ARGV)),
-    }
+    settings = recorded(parse("cifar_train.py", ARGV))
+    state = {"epoch": 1, "state_dict": models.resnet20(10).state_dict(), "settings": settings}
     checkpoint.save(str(folder / checkpoint.NEWEST), state)
     return str(folder / checkpoint.NEWEST)
 
@@ -49,6 +47,14 @@ def test_the_influence_is_the_l1_norm_of_the_gradient_in_the_last_layers_weights
         loss = torch.nn.functional.cross_entropy(logits, label[None])
         (gradient,) = torch.autograd.grad(loss, model.linear.weight)
         assert value.item() == pytest.approx(gradient.abs().sum().item(), rel=1e-3)
+
+
+def test_a_run_with_ema_is_read_by_its_average(trained, tmp_path):
+    average = models.resnet20(10)
+    path = str(tmp_path / "ema.pth.tar")
+    checkpoint.save(path, {**checkpoint.load(trained), "ema": Ema(average, 0.9).state_dict()})
+    *_, model, _ = influence.trained(path, "nowhere")
+    assert model.linear.weight.equal(average.linear.weight)
 
 
 def test_the_most_influential_images_of_the_first_and_the_last_class(trained):

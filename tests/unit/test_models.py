@@ -21,6 +21,9 @@ from torchvision.models import WeightsEnum
 
 import losses
 import models
+from benchmarks import plain
+from imbalance_cifar import IMBALANCEDIGITS
+from loaders.in_memory import InMemoryBatches
 from models import NormedLinear
 from training.loop import train_one_epoch
 from training.optimizer import sgd
@@ -415,3 +418,23 @@ def test_images_are_scaled_as_googlenets_weights_of_imagenet_want_them():
     with torch.no_grad():
         model((raw - mean) / std)
     torch.testing.assert_close(seen[0], (raw - 0.5) / 0.5)
+
+
+def test_a_float32_step_is_that_of_the_benchmarks_plain_loop():
+    """Its update is off by half a percent: torch's batch norm adds up a channels-last tensor number after number."""
+    images, target = next(InMemoryBatches(IMBALANCEDIGITS(imb_factor=1), 8).train_epoch(0))
+    torch.manual_seed(0)
+    ours = models.resnet20()
+    theirs, before = plain.out_of_place(copy.deepcopy(ours)).train(), flat(ours)
+    ours.to(memory_format=torch.channels_last)
+    optimizer = sgd(ours, 0.02, 0.9, 2e-4)
+    other = torch.optim.SGD(theirs.parameters(), 0.02, momentum=0.9, weight_decay=2e-4)
+    loss, *_ = plain.train_step(theirs, images.contiguous(), target, other)
+    found = train_one_epoch(ours, [(images, target)], losses.CrossEntropyLoss(), optimizer, 10)
+    assert found["loss"] == pytest.approx(loss, rel=1e-4)
+    assert (flat(ours) - flat(theirs)).norm() < 2e-2 * (flat(theirs) - before).norm()
+
+
+def flat(model):
+    """A copy of all parameters, one after the other."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

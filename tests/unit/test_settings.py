@@ -7,9 +7,12 @@ import os
 import pathlib
 
 import pytest
+import torch
 
 from experiment import flags, settings
 from experiment.parser import SCRIPTS, build_parser, parse
+from experiment.resume import Start
+from experiment.run import Run
 from experiment.settings import FIELDS, IDENTITY, SHARED, from_record, recorded
 from training.recipe import READS, Recipe
 from training.registry import LOSSES, RULES, all_constants
@@ -128,6 +131,14 @@ def test_constants_that_no_epoch_uses_are_named(argv, unused, capsys):
 def test_a_prior_that_is_corrected_twice_is_named(argv, warns, capsys):
     parse("cifar_train.py", argv)
     assert ("the prior counts twice" in capsys.readouterr().err) == warns
+
+
+def test_flips_are_those_of_the_flag_or_of_the_data_set():
+    flips = {}
+    for flip in ("on", "off", "auto"):
+        run = Run(parse("cifar_train.py", ["--flip", flip]), Start(), torch.device("cpu"))
+        flips[flip] = run.loading["flip"]
+    assert flips == {"on": True, "off": False, "auto": None}
 
 
 def test_help_fits_80_columns(monkeypatch):

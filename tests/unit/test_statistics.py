@@ -81,9 +81,9 @@ def test_verdicts_of_a_level_are_those_of_the_t_tests(level):
 
 
 def test_no_p_is_smaller_than_that_of_the_printed_interval():
-    (found,) = statistics.family({"": [0.4445, 0.4444]}, resolution=0.22).values()
-    error = 0.22 / stats.t.ppf(0.975, 1)
-    assert found.p == pytest.approx(2 * stats.t.sf(0.44445 / error, 1))
+    (found,) = statistics.family({"": [0.4445, 0.4444, 0.4444]}, resolution=0.22).values()
+    error = 0.22 / stats.t.ppf(0.975, 2)
+    assert found.p == pytest.approx(2 * stats.t.sf(0.44443333 / error, 2))
 
 
 def test_holm_against_his_rule_by_hand():
@@ -97,7 +97,7 @@ def test_holm_against_his_rule_by_hand():
 def test_a_family_needs_the_adjusted_p():
     clear = [0.9, 1.1, 1.9, 1.0]
     assert paired(clear).verdict == "adds"
-    found = statistics.family({"clear": clear, **{str(i): WIDE for i in range(9)}})
+    found = statistics.family({"clear": clear, **{str(i): WIDE for i in range(9)}, "two": clear[:2]})
     assert found["clear"].p == pytest.approx(10 * paired(clear).p)
     assert found["clear"].verdict == "not known"
 
