@@ -72,7 +72,7 @@ def verify(paths: list[pathlib.Path], data_dir: pathlib.Path) -> None:
         wrong += not agrees
         print(f"{folder.parent.name}/{row['file']}: {line}", flush=True)
     if wrong:
-        raise DataError(f"{wrong} of {len(rows)} weight files do not agree with their records")
+        raise DataError(f"{wrong} of {len(rows)} weight files do not agree with their records, or were not checked")
     print(f"{len(rows)} of {len(rows)} weight files agree with their records")
 
 
