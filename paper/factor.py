@@ -16,6 +16,7 @@ from fractions import Fraction
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from experiment import plots
@@ -140,15 +141,20 @@ def choose(found: Found) -> dict[str, float]:
     return {arm: max(of, key=lambda ratio: of[ratio]) for arm, of in whole.items()}
 
 
-def differences(found: Found, one: tuple[str, float], other: tuple[str, float], epochs: int) -> list[float]:
-    """Plateau of `one` minus that of `other`, (arm, ratio) each, after `epochs` epochs, for each seed that has both in
-    one precision and from one first phase."""
+def pairs(found: Found, one: tuple[str, float], other: tuple[str, float], epochs: int) -> list[tuple[Any, Any]]:
+    """The records of `one` and `other`, (arm, ratio) each, for each seed that has both after `epochs` epochs, in one
+    precision and from one first phase."""
     values = []
     for seed in sorted({place.seed for place in found}):
         pair = [found[place] for place in (Place(*one, seed), Place(*other, seed)) if place in found]
         if len(pair) == 2 and min(record["epochs_done"] for record in pair) >= epochs and _may_be_compared(*pair):
-            values.append(top1(pair[0], epochs) - top1(pair[1], epochs))
+            values.append((pair[0], pair[1]))
     return values
+
+
+def differences(found: Found, one: tuple[str, float], other: tuple[str, float], epochs: int) -> list[float]:
+    """The plateau of `one` minus that of `other`, see `pairs`."""
+    return [top1(a, epochs) - top1(b, epochs) for a, b in pairs(found, one, other, epochs)]
 
 
 def contrasts(found: Found) -> dict[str, statistics.Contrast]:
@@ -164,7 +170,7 @@ def contrasts(found: Found) -> dict[str, statistics.Contrast]:
         if ratios != (1.0, 1.0) or not whole:
             named[f"{a} - {b}, at ratio 1, to epoch {PILOT}"] = differences(found, (a, 1.0), (b, 1.0), PILOT)
         planned += 1 if ratios == (1.0, 1.0) else 2
-    published = PUBLISHED_GAIN[next(iter(found.values()))["settings"]["dataset"]]
+    published = _published_gain(found)
     gains = differences(found, ("IB", 0.0), ("CE", 0.0), FULL)
     gain = f"IB - CE, {fmean(gains or [0.0]):+.2f}, minus the published {published}"
     named[gain] = [value - published for value in gains]
@@ -182,6 +188,15 @@ def contrasts(found: Found) -> dict[str, statistics.Contrast]:
     return results
 
 
+def _published_gain(found):
+    return PUBLISHED_GAIN[next(iter(found.values()))["settings"]["dataset"]]
+
+
+def _best_plateau_last(record):
+    """Test top-1 in percent; the best epoch is the test set's own."""
+    return np.array([max(epoch["test"]["acc1"] for epoch in record["history"]), top1(record), record["last"]["acc1"]])
+
+
 def _text(ratio):
     """As a fraction: 1/3, 1 or 3."""
     return str(Fraction(ratio).limit_denominator(3))
@@ -191,6 +206,7 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
     """Heads and lines by name.
 
     'runs', what each reached; 'published', the same of IB with left-out images, mean and standard deviation;
+    'gain', that of IB over CE at full length;
     'gradients', how they are matched; 'ratios', mean differences of the plateau to epoch `PILOT`, and of how many
     seeds; 'contrasts'.
 
@@ -217,14 +233,18 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
         whole.append(["mean", "", *(mean_and_spread([float(row[k]) for row in whole]) for k in range(2, 6))])
     by_ratio = []
     for ratio in runs.GRADIENTS.values():
-        pairs = [differences(found, (a, ratio), (b, ratio), PILOT) for a, b in CONTRASTS]
-        texts = [f"{fmean(values):+.2f} ({len(values)})" if values else "" for values in pairs]
+        of_ratio = [differences(found, (a, ratio), (b, ratio), PILOT) for a, b in CONTRASTS]
+        texts = [f"{fmean(values):+.2f} ({len(values)})" if values else "" for values in of_ratio]
         by_ratio.append([_text(ratio), *texts])
+    gains = [_best_plateau_last(a) - _best_plateau_last(b) for a, b in pairs(found, ("IB", 0.0), ("CE", 0.0), FULL)]
+    gain = ["IB", f"{_published_gain(found):+.2f}", len(gains)]
+    gain += [mean_and_spread(of, sign="+") for of in np.transpose(gains).tolist()]
     heads, reached = ["arm", "ratio", "seed"], ["left-out", "their epoch", "test there", "best"]
     reached += [f"to {PILOT}", "plateau", "last"]
     return {
         "runs": ([*heads, "epochs", "precision", *reached], of_runs),
         "published": (["seed", *reached[1:4], *reached[5:]], whole),
+        "gain": (["minus CE", "published", "n", *rows.WHEN], [gain] if gains else []),
         "gradients": ([*heads, "of CE", "of the loss", "ratio", "next"], gradients),
         "ratios": (["ratio", *(f"{a} - {b}" for a, b in CONTRASTS)], by_ratio),
         "contrasts": (

@@ -258,4 +258,4 @@ def test_last_batch_of_one_image(folder, tmp_path):
 
 def test_a_factor_without_a_shape_of_the_tail_is_refused(folder, tmp_path):
     args = ["--data_dir", folder, *RUN, "--imb_factor", "0.1"]
-    refused(args, tmp_path, "--imb_factor needs --imb_type exp or step", run=run_folder)
+    refused(args, tmp_path, "--imb_factor needs an --imb_type", run=run_folder)

@@ -159,7 +159,10 @@ def test_a_verdict_counts_all_contrasts_of_the_plan_and_the_gain_has_its_own_wor
     for seed, value in enumerate((80.0, 80.1, 80.2)):
         made += pilot({"attached-grad1": (value, 60), "weights-grad1": (70, 60)}, seed)
         made += [record(dataclasses.replace(IB, seed=seed), value - 5), record(dataclasses.replace(CE, seed=seed), 70)]
-    found = factor.contrasts(read(*made))
+    of_files = read(*made)
+    _, (gain,) = factor.tables(of_files)["gain"]
+    assert gain == ["IB", "+7.39", 3, *["+5.10 ± 0.10"] * 3]
+    found = factor.contrasts(of_files)
     adds = found["A - W, at ratio 1, to epoch 160"]
     assert (adds.verdict, adds.p) == ("adds", pytest.approx(7 * 3.27e-5, rel=0.02))
     assert found["IB - CE, +5.10, minus the published 7.39"].verdict == "below the published"
