@@ -188,6 +188,25 @@ def contrasts(found: Found) -> dict[str, statistics.Contrast]:
     return results
 
 
+def unplanned(found: Found) -> dict[str, list[float]]:
+    """Differences of top-1 that are no contrast of the plan, by name, one a seed: IB's to CE, to the published figure
+    and to the arms at their chosen ratios, at full length."""
+    ib, named = ("IB", 0.0), {}
+    gains = [_best_plateau_last(a) - _best_plateau_last(b) for a, b in pairs(found, ib, ("CE", 0.0), FULL)]
+    named |= {f"IB - CE, {when}": [float(gain[k]) for gain in gains] for k, when in enumerate(rows.WHEN)}
+    whole = [r for place, r in found.items() if place.arm == "IB" and r["epochs_done"] >= FULL]
+    with_left_out = [r for r in whole if r["history"][-1].get("val")]
+    published = rows.published(rows.Row(records.identify(whole[0])[0])) if whole else None
+    if published is not None:
+        title = f"IB - the published {published:.2f}, "
+        named[title + "epoch of the left-out images"] = [r["best"]["acc1"] - published for r in with_left_out]
+        for k, when in enumerate(rows.WHEN):
+            named[title + when] = [float(_best_plateau_last(r)[k]) - published for r in whole]
+    for arm, ratio in choose(found).items():
+        named[f"{arm} at ratio {_text(ratio)} - IB, plateau"] = differences(found, (arm, ratio), ib, FULL)
+    return {name: values for name, values in named.items() if values}
+
+
 def _published_gain(found):
     return PUBLISHED_GAIN[next(iter(found.values()))["settings"]["dataset"]]
 
@@ -208,7 +227,7 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
     'runs', what each reached; 'published', the same of IB with left-out images, mean and standard deviation;
     'gain', that of IB over CE at full length;
     'gradients', how they are matched; 'ratios', mean differences of the plateau to epoch `PILOT`, and of how many
-    seeds; 'contrasts'.
+    seeds; 'contrasts'; 'unplanned', intervals of the differences that are none.
 
     'left-out': `left_out_mean`; 'their epoch', counted from 0, is the one that the left-out images choose, 'best' the
     test set's own; 'to 160': the plateau of the first `PILOT` epochs; 'next': the ratio on the batches after those that
@@ -250,6 +269,13 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
         "contrasts": (
             ["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"],
             [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found).items()],
+        ),
+        "unplanned": (
+            ["difference", "seeds", "mean", "95 % interval"],
+            [
+                [name, c.n, f"{c.mean:+.2f}", c.texts[0]]
+                for name, c in statistics.family(unplanned(found), resolution=0.01).items()
+            ],
         ),
     }
 

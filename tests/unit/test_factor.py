@@ -190,6 +190,17 @@ def test_the_epoch_that_the_left_out_images_choose_is_not_the_best_of_the_test_s
     assert (mean[0], mean[2], mean[4]) == ("mean", "75.50 ± 0.71", "70.50 ± 0.71")
 
 
+def test_differences_beside_the_plan_have_their_mean_and_interval(read):
+    """Of 1 and 2: Student's t with 1 degree of freedom, 12.706 times 0.5. One run without left-out images."""
+    made = [record(dataclasses.replace(CE, seed=seed), 70.0) for seed in (0, 1)]
+    made += [record(dataclasses.replace(IB, seed=0), 71.0, val=60.0, best=75.0)]
+    made += [record(dataclasses.replace(IB, seed=1), 72.0)]
+    lines = {name: line for name, *line in factor.tables(read(*made))["unplanned"][1]}
+    assert lines["IB - CE, plateau"] == [2, "+1.50", "-4.85 to +7.85"]
+    assert lines["IB - the published 78.26, epoch of the left-out images"] == [1, "-3.26", ""]
+    assert lines["IB - the published 78.26, last"] == [2, "-6.76", "-13.11 to -0.41"]
+
+
 def test_two_runs_of_one_place_and_an_incomplete_record_are_named(read, tmp_path, capsys):
     (tmp_path / "cut.json").write_text('{"settings": ')
     with pytest.raises(DataError, match="two runs of A, ratio 1, seed 0"):
