@@ -10,7 +10,7 @@ from training.ema import Ema
 from training.precision import Compiled
 from training.recipe import Recipe
 from training.registry import LOSSES, RULES, Stage
-from utils import UsageError, epoch_seed
+from utils import DataError, UsageError, epoch_seed
 
 
 class Stages:
@@ -72,7 +72,10 @@ class Stages:
                 self._state = self._criterion.state_dict() if before.loss == stage.loss else {}
             criterion = self.recipe.criterion(stage, self.class_counts)
             if self._state:
-                criterion.load_state_dict(self._state)
+                try:
+                    criterion.load_state_dict(self._state)
+                except RuntimeError as error:  # the loss has been changed since
+                    raise DataError(f"the saved state of --loss_type {stage.loss} does not fit it: {error}") from None
             self._criterion = criterion.to(next(self.model.parameters()).device)
         if before is None or before.trains != stage.trains:
             self.part = models.HeadOnly(self.model) if stage.trains == "head" else self.model

@@ -20,9 +20,11 @@ from script_runner import (
     break_off,
     load_checkpoint,
     log_folder,
+    messages,
     model_folder,
     read_csv,
     refused,
+    run_main,
     run_ok,
 )  # fmt: skip
 
@@ -142,6 +144,12 @@ class WithParameter(losses.CrossEntropyLoss):
         self.shift = torch.nn.Parameter(torch.zeros(10))
 
 
+class WithBuffer(losses.CrossEntropyLoss):
+    def __init__(self, name):
+        super().__init__()
+        self.register_buffer(name, torch.zeros(10))
+
+
 class OfLabels(losses.CrossEntropyLoss):
     accepts_soft_targets = False
 
@@ -172,6 +180,18 @@ def test_what_would_train_wrongly_is_refused_at_the_start(flags, said, registrie
     registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithParameter(), first_phase_ce=True)
     registry.LOSSES["Hard"] = registry.LossEntry(lambda counts, weight: OfLabels(), first_phase_ce=True)
     refused([*DIGITS, "--epochs", "2", "--milestones", "--start_ib_epoch", "1", *flags], tmp_path, said)
+
+
+def test_a_loss_whose_buffers_have_changed_does_not_continue(registries, tmp_path):
+    args = [*DIGITS, *TINY, "--loss_type", "Own", "--milestones", "--epochs"]
+    registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithBuffer("seen"))
+    run_ok([*args, "1"], tmp_path)
+    registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithBuffer("shift"))
+    code, _, err = run_main([*args, "2", "--resume", "auto"], tmp_path)
+    (line,) = messages(err)
+    assert code == 1
+    assert "the saved state of --loss_type Own does not fit it: " in line
+    assert '"shift"' in line
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
