@@ -63,12 +63,13 @@ def errors_name(path: str | os.PathLike) -> Iterator[None]:
 def files_sha256(samples: Iterable[tuple[str, int]]) -> str:
     """Hex sha256 of a line for each (image file, class): folder and name, class, size in bytes.
 
-    An image that was renamed, replaced by one of another size, added or cut short changes it; moving the whole folder
-    does not.
+    An image that was renamed, replaced by one of another size, added or cut short changes it; moving or renaming the
+    folder that holds them all does not.
     """
-    digest = hashlib.sha256()
-    for path, label in samples:
-        name = "/".join(os.path.normpath(path).split(os.sep)[-2:])
+    images, digest = [(os.path.abspath(path), label) for path, label in samples], hashlib.sha256()
+    root = os.path.commonpath([os.path.dirname(path) for path, _ in images])
+    for path, label in images:
+        name = "/".join(path.removeprefix(root).strip(os.sep).split(os.sep)[-2:])
         digest.update(f"{name}\0{label}\0{os.path.getsize(path)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

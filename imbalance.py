@@ -180,9 +180,9 @@ class LabelledImages:
         part._keep(np.asarray(positions, dtype=np.int64))
         return part
 
-    def hold_out(self, fraction: float) -> "tuple[Self, Self]":
-        """(training part, held-out part) of the function `hold_out` with seed 0, not the run's. Raises UsageError."""
-        kept, held = hold_out(self.targets, fraction)
+    def hold_out(self, fraction: float, rand_number: int = 0) -> "tuple[Self, Self]":
+        """(training part, held-out part) of the function `hold_out`; its seed is not the run's. Raises UsageError."""
+        kept, held = hold_out(self.targets, fraction, rand_number)
         return self.subset(kept), self.subset(held)
 
     def make_imbalanced(self, imb_type: str, imb_factor: float, rand_number: int) -> None:

@@ -130,7 +130,7 @@ def load(
         if not train.targets:
             raise DataError(f"no training images in {data_dir} (images end in {' '.join(EXTENSIONS)})")
         if test_fraction and not val_list:
-            own, (train, test) = None, train.hold_out(test_fraction)
+            own, (train, test) = None, train.hold_out(test_fraction, rand_number)
         else:
             test = read_list(val_list, data_dir, train.classes) if val_list else read_folder(own, train.classes)
     for part in (train, test):
@@ -237,9 +237,12 @@ def check_all(train: ImageSet, test: ImageSet, workers: int, skip_damaged: bool)
     if not problems:
         return train, test
     damaged, which = f"{len(problems)} of {len(paths)} images are damaged", named([*problems.values()], "; ")
+    is_error = not skip_damaged or len(problems) > MAX_DAMAGED * len(paths)
+    for text in problems.values() if is_error else ():
+        warn(text)
     if not skip_damaged:
         raise DataError(f"{damaged} (--skip_damaged leaves them out): {which}")
-    if len(problems) > MAX_DAMAGED * len(paths):
+    if is_error:
         raise DataError(f"{damaged}, --skip_damaged leaves out {MAX_DAMAGED:.0%} at most: {which}")
     warn(f"{damaged} and left out: {which}")
     n = len(train.paths)
@@ -333,6 +336,10 @@ def _check_names(folder, names):
     alike = [look for look, count in looks.items() if count > 1]
     if alike:
         raise DataError(f"{folder}: classes whose names differ in Unicode normal form only: {named(alike)}; rename one")
+    cases = Counter(name.casefold() for name in set(names))
+    differ = sorted(name for name in set(names) if cases[name.casefold()] > 1)
+    if differ:
+        warn(f"{folder}: two classes whose names differ in upper and lower case only: {named(differ)}")
 
 
 # --------------------------------------------------------------------------------------------------- lists
@@ -431,7 +438,10 @@ def _classes_of(path, labels):
         return sorted(names)
     gap = next((k for k in range(len(names)) if str(k) not in names), None)
     if gap is not None:
-        raise DataError(f"{path}: labels must be 0 to K - 1 without gaps, none of its {len(labels)} images has {gap}")
+        way = " (labels from 1 on: subtract 1)" if gap == 0 else ""
+        raise DataError(
+            f"{path}: labels must be 0 to K - 1 without gaps, none of its {len(labels)} images has {gap}{way}"
+        )
     return [str(k) for k in range(len(names))]
 
 

@@ -3,11 +3,11 @@ Compare methods on your own images.
 
     python reproduce.py list --table 4
     python reproduce.py run --dataset digits --ratio 100 --method CE IB --protocol short --threads 1
-    python reproduce.py run --dataset folder --method CE BS LA cRT IB --seeds 0 1 -- --data_dir DIR -a resnet18
+    python reproduce.py run --dataset folder --method CE BS cRT IB --seeds 0 1 -- --data_dir DIR -a resnet18
     python reproduce.py report reproduced/results
 
 The first prints the 116 commands of the main table; the second trains two short runs on the digits, which need no
-download, in some minutes, their first half once; the third trains five methods with two seeds each on a folder of
+download, in some minutes, their first half once; the third trains four methods with two seeds each on a folder of
 images, as folder_train.py does; the last writes report.md and figures. The selection is the same for list and run;
 flags after `--` go to the training scripts. --method also takes the name of any registered loss or rule, or LOSS+RULE.
 """

@@ -92,7 +92,8 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 def _is_out_of_memory(error):
     import torch
 
-    says_so = "can't allocate memory" in str(error)  # torch's allocator on the CPU
+    # of torch's allocator on the CPU, of CUDA where a context or cuBLAS needs memory
+    says_so = any(text in str(error) for text in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or says_so
 
 

@@ -52,7 +52,7 @@ def split_validation(train_set: Any, settings: Settings) -> tuple[Any, Any]:
         if settings.val_left_out:
             val_set = train_set.left_out(settings.val_left_out)
         else:
-            train_set, val_set = train_set.hold_out(settings.val_fraction)
+            train_set, val_set = train_set.hold_out(settings.val_fraction, settings.rand_number)
     except ValueError as error:
         flag = "--val_left_out" if settings.val_left_out else "--val_fraction"
         raise UsageError(f"{flag}: {error}") from None
@@ -131,6 +131,8 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
             what += _first_difference(there, here)
         if start.is_finished or not settings.force:
             way = "--overwrite trains it again" if start.is_finished else "use --force to continue anyway"
+            if settings.evaluate and settings.test_fraction:  # --force would test a part of these images
+                way = "to test on new images put their class folders into NEW/val/, and give --data_dir NEW"
             raise DataError(f"{start.path} {what} ({way})")
         warn(f"{start.path} {what}; continuing because of --force")
         forced.append(kind)

@@ -19,7 +19,7 @@ from losses import log_prior
 from training import distributed
 from training.loop import evaluate
 from training.precision import Precision
-from training.registry import LOSSES
+from training.registry import LOSSES, RULES
 from utils import DataError, UsageError, format_metric, warn
 
 #: What -e writes: a folder below the run's logs, in it the file of --save_logits, and the test images it got wrong.
@@ -105,7 +105,7 @@ def path_name(path: str) -> str:
     """
     path = os.path.abspath(path)
     here = os.path.join(os.getcwd(), "")
-    name = path.removeprefix(here).strip(os.sep).replace(os.sep, "__")
+    name = path.removeprefix(here).strip(os.sep).replace(os.sep, "__").replace(":", "")  # Windows' D:
     return os.fsencode(name)[-200:].decode(errors="ignore")  # a file's name has at most 255 bytes
 
 
@@ -167,8 +167,11 @@ def correct_head(run: Run, model: torch.nn.Module, val_batches: Any, precision: 
             head.bias.copy_(bias)
             apply(head, value, run.class_counts)
 
-    if name == "posthoc_la" and LOSSES[settings.loss_type].corrects_prior:
-        warn(f"--posthoc_la: --loss_type {settings.loss_type} has corrected for the class prior already")
+    rule = RULES[settings.train_rule]
+    is_corrected = LOSSES[settings.loss_type].corrects_prior or (rule.class_weights, rule.sampler) != ("none", "none")
+    if name == "posthoc_la" and is_corrected:
+        method = f"--loss_type {settings.loss_type} --train_rule {settings.train_rule}"
+        warn(f"--posthoc_la: {method} has corrected for rare classes already, and the prior counts twice")
     if len(values) > 1:
         if settings.predict:
             raise UsageError(f"--{name} takes one value with --predict: -e without --predict finds the best of several")

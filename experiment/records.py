@@ -157,6 +157,7 @@ class Records:
         for part, names in (("train", ()), ("test", CLASS_FIGURES)):
             for name in ("loss", "acc1", "acc5", *names):
                 add(f"{part}/{name}", record[part].get(name))
+        add("val/class_mean", (record.get("val") or {}).get("class_mean"))
         add("lr", record["stage"]["lr"])
         if len(self.class_names) <= MAX_CLASSES_IN_TENSORBOARD:
             for tag, values in (("class_accuracy", record["test"]["per_class"]), ("ib_factor", record["ib_factor"])):

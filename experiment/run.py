@@ -28,7 +28,7 @@ from training import distributed
 from training.loop import NonFiniteLoss, OnBatch, evaluate
 from training.precision import Precision, set_determinism
 from training.registry import Stage
-from utils import DataError, NothingToDo, UsageError, one_line, warn
+from utils import DataError, NothingToDo, UsageError, format_metric, one_line, warn
 
 
 @contextlib.contextmanager
@@ -373,7 +373,10 @@ class Run:
         self.progress.close()
         print_classes(self.data.class_names, self.class_counts, best["test"], last["test"])
         for name, record in (("best", best), ("last", last)):
-            print(f"{name} (epoch {record['epoch'] + 1}): {summary_line(record['test'])}")
+            chosen_by = f"  (val class mean {format_metric(record['val']['class_mean'])})" if record.get("val") else ""
+            print(f"{name} (epoch {record['epoch'] + 1}): {summary_line(record['test'])}{chosen_by}")
+        if {**best["stage"], "lr": 0} != {**last["stage"], "lr": 0}:
+            print(f"the best epoch ({best['stage']['loss']}) is from before the last stage of this recipe")
         print(f"({GROUP_RULE}; accuracies in percent of the test set)")
         folder = settings.log_folder
         drawn = plots.of_evaluation(final, self.data.class_names, self.class_counts, folder, settings.name)

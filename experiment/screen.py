@@ -72,6 +72,7 @@ def epoch_line(record: dict, history: Sequence[dict], epochs: int) -> str:
         f"{record['stage']['loss']} loss {record['train']['loss']:.4f}",
         f"test acc1 {test['acc1']:.2f} acc5 {test['acc5']:.2f}",
         " ".join(f"{name} {format_metric(test.get(name))}" for name in ("many", "medium", "few")),
+        *([f"val class mean {format_metric(record['val']['class_mean'])}"] if record.get("val") else []),
         f"best {best['test']['acc1']:.2f} (epoch {best['epoch'] + 1})",
     ]
     return "  ".join(parts)

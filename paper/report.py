@@ -36,7 +36,13 @@ METRICS = {"top1": "acc1", "top5": "acc5"}
 #: What a published figure may be: the paper does not say. Each has a verdict of its own.
 JUDGED = ("best", "plateau")
 SHOWN = ("acc1", *CLASS_FIGURES)
-NAMES = {"acc1": "top-1", "acc5": "top-5", "class_mean": "class mean", "macro_f1": "macro-F1"}
+NAMES = {
+    "acc1": "top-1",
+    "acc5": "top-5",
+    "class_mean": "class mean",
+    "macro_f1": "macro-F1",
+    "val": "validation class mean",
+}
 
 RULE = """Figures are mean ± sample standard deviation over the seeds. **Plateau** is the mean over the last tenth of
 the epochs (180 to 199 of 200, counted from 0); comparisons rest on it. The paper does not say whether its figures are
@@ -268,7 +274,8 @@ def _said(of_all):
 def _metrics(here):
     """What is shown beside top-1: what a record has a value of; groups without a class have none."""
     records_of_all = [record for found in here.values() for record in found]
-    return [name for name in SHOWN[1:] if any(record["last"].get(name) is not None for record in records_of_all)]
+    shown = [name for name in SHOWN[1:] if any(record["last"].get(name) is not None for record in records_of_all)]
+    return shown + ["val"] * any(record["history"][-1].get("val") for record in records_of_all)
 
 
 def _reached(label, found, metrics):

@@ -138,8 +138,10 @@ def title(where: tuple[str, str, int, str]) -> str:
 
 
 def values(found: Iterable[dict[str, Any]], when: str, metric: str) -> list[Any]:
-    """A figure of each record, None where it has none; when: one of WHEN."""
-    return [(plateau(record["history"]) if when == "plateau" else record[when]).get(metric) for record in found]
+    """A figure of each record, None where it has none; when: one of WHEN. 'val' is the class mean of the validation
+    images, of the plateau alone."""
+    tests = [plateau(record["history"]) if when == "plateau" else record[when] for record in found]
+    return [(of.get("val") or {}).get("class_mean") if metric == "val" else of.get(metric) for of in tests]
 
 
 def gaps(both: Sequence[tuple[dict[str, Any], dict[str, Any]]], when: str, metric: str) -> list[float]:

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from script_runner import DIGITS, TINY, load_checkpoint, log_folder, model_folder, refused, run_ok
+from script_runner import DIGITS, TINY, load_checkpoint, log_folder, model_folder, refused, run_main, run_ok
 
 from experiment.evaluation import expected_calibration_error, reliability
 
@@ -94,6 +94,13 @@ def test_an_ib_checkpoint_is_evaluated_under_its_own_name(tmp_path):
     run_ok(["-e", "--resume", model_folder(tmp_path, "IB") / "ckpt.pth.tar"], tmp_path)
     assert (log_folder(tmp_path, "IB") / "evaluate" / "evaluation.json").exists()
     assert [path.name for path in (tmp_path / "log").iterdir()] == [log_folder(tmp_path, "IB").name]
+
+
+def test_a_correction_of_a_model_that_is_corrected_already_is_named(tmp_path):
+    run_ok([*DIGITS, *TINY, "--epochs", "1", "--milestones", "--train_rule", "CBReweight"], tmp_path)
+    path = model_folder(tmp_path, rule="CBReweight") / "ckpt.pth.tar"
+    _, _, err = run_main(["-e", "--resume", path, "--threads", "1", "--posthoc_la", "1"], tmp_path)
+    assert "--train_rule CBReweight has corrected for rare classes already" in err
 
 
 def test_export_split_writes_the_indices_and_trains_nothing(tmp_path):

@@ -179,7 +179,8 @@ def test_evaluation_of_a_held_out_part_refuses_images_that_have_changed(held_out
     shutil.copy(images / "0.jpg", images / "more.jpg")
     (path,) = home.glob("checkpoint/*/ckpt.pth.tar")
     args = ["--data_dir", "images", "-e", "--resume", path, "--threads", "1", "-j", "0"]
-    refused(args, home, f"{path} was trained on other images than in images", status=1, run=run_folder)
+    words = f"{path} was trained on other images than in images", "to test on new images put their class folders into"
+    refused(args, home, *words, status=1, run=run_folder)
     run_ok(home, *args, "--force")
 
 

@@ -226,11 +226,13 @@ def test_empty_groups_read_na_everywhere(tmp_path):
 def test_val_fraction_picks_the_best_epoch_by_class_mean_without_the_test_set(tmp_path):
     epochs = 6
     args = [*DIGITS, *TINY, "--epochs", epochs, "--milestones", "--val_fraction", "0.3", "--imb_factor", "0.1"]
-    run_ok(args, tmp_path)
+    out = run_ok(args, tmp_path)
     folder = log_folder(tmp_path, imb="exp_0.1")
     rows = read_csv(folder / "log_test.csv")
     scores = [float(row["val_class_mean"]) for row in rows]
+    assert [value for _, value in scalars(folder)["val/class_mean"]] == pytest.approx(scores)
     best = scores.index(max(scores))
+    assert out.count(f"val class mean {scores[best]:.2f}") >= 2, "in the line of the epoch and in the last lines"
     summary = json.loads((folder / "summary.json").read_text())
     assert [record["score"] for record in summary["history"]] == scores
     assert summary["best"]["epoch"] == best

@@ -11,8 +11,14 @@ import cifar_train
 
 @pytest.mark.parametrize(
     "fault",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), lambda *args, **how: torch.empty(2**50)],
-    ids=["python", "cuda", "torch"],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        lambda *args, **how: torch.empty(2**50),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
+    ids=["python", "cuda", "torch", "context", "cublas"],
 )
 def test_out_of_memory_is_one_line(fault, tmp_path):
     run_ok([*TINY, *TWO_EPOCHS, "--epochs", "1", "--milestones"], tmp_path)

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import imbalance
+from files import files_sha256
 from imbalance_folder import ImageSet, load, open_image, read_folder, read_list, share_to_test
 from utils import DataError, UsageError
 
@@ -312,6 +313,39 @@ def test_damaged_images_are_found_at_the_start(data, capsys):
         DataError, match=r"^2 of 29 images are damaged, --skip_damaged leaves out 5% at most: .*class1/0"
     ):
         load(str(data), skip_damaged=True, workers=workers)
+    named = [line for line in capsys.readouterr().err.splitlines() if "cannot be decoded" in line]
+    assert [f"{cut} " in named[0], "class1" in named[1]] == [True, True], "each on a line of its own"
+
+
+def test_classes_that_differ_in_case_only_are_named(data, capsys):
+    (data / "train.csv").write_text("image,label\nval/class0/0.jpg,Rust\nval/class1/0.jpg,rust\n")
+    assert read_list(data / "train.csv", data).classes == ["Rust", "rust"]
+    assert "differ in upper and lower case only: Rust, rust" in capsys.readouterr().err
+
+
+def test_other_images_are_held_out_with_another_rand_number(data):
+    shutil.rmtree(data / "val")
+    tested = [set(load(str(data), rand_number=n, test_fraction=0.25)[1].paths) for n in (0, 0, 1)]
+    assert tested[0] == tested[1] != tested[2]
+
+
+@pytest.mark.parametrize("listed", [["a.jpg", "b.jpg"], ["x/a.jpg", "y/b.jpg"], ["train/x/a.jpg", "val/x/b.jpg"]])
+def test_the_hash_of_images_follows_a_folder_that_is_moved(listed, tmp_path, monkeypatch):
+    for name in listed:
+        path = tmp_path / "one" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+
+    def of(folder):
+        return files_sha256([(os.path.join(folder, name), 0) for name in listed])
+
+    before = of(tmp_path / "one")
+    monkeypatch.chdir(tmp_path / "one")
+    assert of(".") == before
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert of(tmp_path / "two") == before
+    (tmp_path / "two" / listed[0]).write_bytes(b"of another size")
+    assert of(tmp_path / "two") != before
 
 
 def test_a_class_of_damaged_images_is_an_error(data):
@@ -360,7 +394,7 @@ def test_other_forms_of_lists(listed):
     assert [pathlib.Path(path).exists() for path in of_lists(listed)[0].paths] == [True] * 23
     assert of_lists(listed)[0].targets == [2] * 4 + [1] * 7 + [0] * 12
     (listed / "train.csv").write_text("label,image\n1,val/class0/0.jpg\n10,val/class1/0.jpg\n")
-    with pytest.raises(DataError, match="labels must be 0 to K - 1 without gaps, none of its 2 images has 0"):
+    with pytest.raises(DataError, match=r"without gaps, none of its 2 images has 0 \(labels from 1 on: subtract 1\)"):
         read_list(listed / "train.csv", listed / "data")
     (listed / "train.csv").write_text("label,image\n01,val/class0/0.jpg\n00,val/class1/0.jpg\n")
     assert read_list(listed / "train.csv", listed / "data").classes == ["00", "01"], "padded numbers are names"

@@ -128,6 +128,16 @@ def test_the_margin_is_an_option(write_record, tmp_path, capsys):
     assert "inside ± 3" in text
 
 
+def test_the_class_mean_of_the_validation_images_has_a_column(tmp_path, capsys):
+    record = record_of(CE, 70.0, 60.0)
+    for i, epoch in enumerate(record["history"]):
+        epoch["val"] = {"class_mean": 50.0 + (i >= 180), "acc1": 99.0, "loss": 1.0, "seen": 5}
+    (tmp_path / "one.json").write_text(json.dumps(record))
+    text = written(tmp_path, capsys)
+    heads, line = cells(text, "method"), cells(text[text.index("## CIFAR-10") :], "CE", "1")
+    assert dict(zip(heads, line, strict=True))["validation class mean, plateau"] == "51.00"
+
+
 def test_the_gain_over_ce_is_judged_seed_by_seed(write_record, tmp_path, capsys):
     for seed, ce in enumerate([70.0, 72.0, 74.0]):
         write_record(dataclasses.replace(CE, seed=seed), ce, ce)
