@@ -316,8 +316,9 @@ class Loss(nn.Module):
             self._check_probabilities(target)
             target, kept = target.to(logits.dtype), torch.ones((), dtype=torch.bool, device=logits.device)
         else:
+            target = target.long()  # first: in uint8 an ignore_index of -100 is class 156
             kept = target != self.ignore_index
-            target = target.long().where(kept, 0)
+            target = target.where(kept, 0)
         weight = None if self.weight is None else _by_class(self.weight, logits, "class weights")
         if weight is not None:
             weight = (target * weight).sum(1) if soft else weight.flatten()[target]

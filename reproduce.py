@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from imbalance import IMB_TYPES
 from paper import runs
-from utils import DataError, HelpFormatter, Parser, UsageError, command, number, path
+from utils import DataError, HelpFormatter, Parser, UsageError, command, named, number, path
 
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
 #: The largest --seed and --rand_number that the scripts take.
@@ -138,6 +138,9 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
     cells = [run for run in cells if not options.ratio or run.ratio in options.ratio]
     for figure in options.figure:
         cells += runs.cells_of_figure(figure, datasets, options.ratio or ())
+    foreign = sorted({*(options.method or ())} - {run.method for run in cells}) if cells and not options.control else []
+    if foreign:
+        raise UsageError(f"--method {named(foreign)}: the table or figure has no such run")
     cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
     if not (options.table or options.figure) and (options.method or not options.control):
         is_one = options.control or set(datasets) & runs.OWN_SETUPS.keys()
@@ -183,6 +186,8 @@ def _method(name):
         runs.TWO_PHASES.add(loss)
     if registry.RULES[rule].sampler != "none" and registry.RULES[rule].start is None:
         runs.SAMPLED.add(rule)
+    if registry.RULES[rule].start == "drw_epoch":
+        runs.DEFERRED.add(rule)
     return runs.name_of_method(loss, rule)
 
 

@@ -5,6 +5,7 @@ torch is imported where it is used: `reproduce.py list` needs the errors only, a
 
 import argparse
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -73,8 +74,10 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails again
             raise SystemExit(141) from None
         except OSError as error:
-            where = os.fspath(error.filename) if error.filename else "standard output, or an open file"
-            status, message = 1, f"error: {one_line(f'{where}: {error.strerror}' if error.strerror else error)}"
+            is_disk = error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+            where = error.filename or ("standard output, or an open file" if is_disk else None)
+            text = f"{os.fspath(where)}: {error.strerror}" if where and error.strerror else error
+            status, message = 1, f"error: {one_line(text)}"
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

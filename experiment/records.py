@@ -132,6 +132,7 @@ class Records:
     def _write_events(self):
         if self._events is not None:
             self._write_scalars(self.history[-1])
+            self._events.flush()
             return
         # the first epoch of this process: write all epochs, then remove the older files. The writer of the main thread:
         # a SummaryWriter's own thread dies unseen when the disk is full, and the process then waits for it for ever

@@ -82,7 +82,9 @@ def open_run(settings: Settings) -> Iterator["Run"]:
         stop.args = (f": {hint}",)
         raise
     finally:
-        distributed.stop()
+        # after an error this rank ends at once: NCCL would wait for the others, which wait for it
+        if sys.exc_info()[0] in (None, NothingToDo):
+            distributed.stop()
 
 
 def _prepared(settings, device):

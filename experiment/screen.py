@@ -18,7 +18,7 @@ class Progress:
     """One bar for the run on a terminal, with the time left; a plain line every `print_freq` batches elsewhere."""
 
     def __init__(self, first: int, epochs: int, print_freq: int, stream: IO[str] | None = None) -> None:
-        self.epochs, self.print_freq = epochs, max(print_freq, 1)
+        self.epochs, self.print_freq = epochs, print_freq
         self.stream = stream or sys.stdout
         self.number, self.seconds = first, 0.0  # of the epoch before
         self.bar: Any = None

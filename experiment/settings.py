@@ -9,7 +9,7 @@ and what may be compared with a published result are derived from `affects`:
     optimizer       the optimizer, the batch and how batches are mixed
     selection       which epoch counts as the best, and nothing of the training
     numerics        precision: the same experiment with other rounding errors, large enough to be named
-    rounding        the same run, but not bit for bit: threads, ranks, compilation
+    rounding        the same run, but not bit for bit: threads, compilation, ranks (with a batch norm over all of them)
     nothing         places, progress, what to do
 
 `python -m experiment.flags` writes the tables of docs/flags.md.
@@ -221,7 +221,7 @@ class Settings:
     compile: bool = _run(False, "--compile", None, "torch.compile", affects="rounding")
     cuda_graph: bool = _run(True, "--no_cuda_graph", None,
         "do not replay training steps as a CUDA graph; without the flag a GPU does so for images in memory, except "
-        "with --mixup, --amp fp16 or torchrun", affects="rounding")
+        "with --mixup, --augment, --amp fp16 or torchrun", affects="rounding")
     batch_norm: str = _run("cudnn", "--batch_norm", ("cudnn", "native"),
         "batch norm on a GPU: cudnn: by cuDNN where torch uses it; native: always by PyTorch's own kernels",
         affects="rounding")

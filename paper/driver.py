@@ -40,7 +40,8 @@ def check_extra(runs: Iterable[Run], extra: Sequence[str]) -> None:
         own, asked = records.command_settings(run), records.command_settings(run, tuple(extra))
         if run.variant == "ib-lr" and asked.schedule != "step":
             raise UsageError(f"--control ib-lr lowers the lr at a milestone, which --schedule {asked.schedule} has not")
-        for name in (*OWN, *sorted(run.changes.keys() - {"epochs"})):
+        of_ib = ("start_ib_epoch", "ib_lr_factor") if run.variant == "ib-lr" else ()  # its milestone is made of them
+        for name in (*OWN, *of_ib, *sorted(run.changes.keys() - {"epochs"})):
             if getattr(own, name) != getattr(asked, name):
                 who = "reproduce.py" if name in OWN else run.title
                 raise UsageError(f"{who} sets --{name} itself: the flags after -- may not change it")
@@ -180,6 +181,8 @@ class Driver:
         """Script and flags of `run`, as it can be started now."""
         script, *flags = run.argv(self.out, self.extra)
         shared = {self.fork_epoch(other) for other in self.families[run.family]}
+        if run == run.trunk:  # for methods that a later command adds: DRW and others, cRT
+            shared |= {self._settings(run).drw_epoch, self.epochs(run) - 1}
         keep = sorted(epoch for epoch in shared if 0 < epoch <= self.fork_epoch(run) and epoch < self.epochs(run))
         flags += ["--keep_epochs", *map(str, keep)] if keep else []
         fork = None if self._is_begun(run) else self.fork_point(run)

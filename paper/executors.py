@@ -1,6 +1,6 @@
 """Where runs are trained: child processes of this machine, or Ray's workers.
 
-No child outlives what started it.
+No child outlives what started it (on macOS: unless that is killed).
 """
 
 import collections
@@ -81,6 +81,7 @@ def start_child(
         return subprocess.Popen(
             [sys.executable, *command], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, preexec_fn=die_with_parent,
+            start_new_session=True,  # Ctrl-C is the parent's: a second signal would end the child's last write
         )  # fmt: skip
 
 

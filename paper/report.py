@@ -291,11 +291,12 @@ def _chosen_pairs(here, all_pairs):
         return [(one, other) for i, other in enumerate(listed) for one in listed[i + 1 :]]
     _, of_all = labels(here)
     plain = {
-        (row.run.method, row.run.variant): row
+        (row.run.method, row.run.variant, row.run.subset): row
         for row in reversed(listed)  # of own data the first of a method, which has the fewest constants of its own
-        if (row.difference == of_all or row.run.protocol == "own") and not row.run.subset
+        if row.difference == of_all or row.run.protocol == "own"
     }
-    found = [(row, plain[base]) for base in (("CE", ""), ("IB", "")) if base in plain for row in listed]
+    bases = [(row, (base, "", row.run.subset)) for base in ("CE", "IB") for row in listed]
+    found = [(row, plain[base]) for row, base in bases if base in plain]
     found += [(row, Row(row.run)) for row in listed if row.difference and Row(row.run) in here]
     unique = {frozenset(pair): pair for pair in reversed(found) if pair[0] != pair[1]}
     return list(unique.values())[::-1]

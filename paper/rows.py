@@ -193,11 +193,23 @@ def _is_plain(epoch):
 
 
 def pairs(found: Rows, one: Row, other: Row) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Records of the two rows for every seed that both have, without those of two first phases; these count where the
-    rows are one Run with other settings."""
+    """Records of the two rows for every seed that both have: of one choice of images, one precision, one first phase,
+    and of settings that differ in constants of the methods alone. Rows of one Run may differ in all but the images."""
+    if one.run.subset != other.run.subset:
+        return []
     mine, theirs = by_seed(found[one]), by_seed(found[other])
     both = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
-    return both if one.run == other.run else [pair for pair in both if share_first_phase(*pair)]
+    if one.run == other.run:
+        return both
+    if _conditions(one) != _conditions(other):
+        return []
+    return [p for p in both if share_first_phase(*p) and records.precision(p[0]) == records.precision(p[1])]
+
+
+def _conditions(row):
+    """The settings of a row that are no constants of its method; of own data a method brings its lengths, too."""
+    own = {*all_constants(), *(records.SCHEDULE if row.run.protocol == "own" else ())}
+    return {one for one in row.difference if one[0] not in own}
 
 
 def first_phases(here: Rows) -> dict[Row, str]:

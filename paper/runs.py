@@ -83,8 +83,8 @@ IB_LOSSES = ("IB", "IBFocal")
 TWO_PHASES = {*IB_LOSSES}
 #: Rules with a sampler that is in force from the first epoch on, in a first phase too; reproduce.py adds own ones.
 SAMPLED = {"Resample"}
-#: Rules that change nothing before `drw_epoch`.
-DEFERRED = ("DRW", "DRW-IB", "DRS", "cRT")
+#: Rules that change nothing before `drw_epoch`; reproduce.py adds own ones.
+DEFERRED = {"DRW", "DRW-IB", "DRS", "cRT"}
 #: Epochs of cRT's second stage, which follows a whole run: those of Kang et al. on ImageNet-LT.
 HEAD_EPOCHS = 10
 
@@ -259,9 +259,9 @@ class Run:
         settings = settings or self.settings
         epoch = settings["drw_epoch" if settings["train_rule"] in DEFERRED else "epochs"]
         if settings["loss_type"] in TWO_PHASES:
+            epoch = min(epoch, settings["start_ib_epoch"])
+        elif self.variant == "ib-lr":
             epoch = settings["start_ib_epoch"]
-        elif self.variant == "ib-lr":  # its lr falls where the setup says
-            epoch = min(settings["start_ib_epoch"], self.settings["start_ib_epoch"])
         elif settings["train_rule"] == "cRT":  # a run keeps no copy of its last checkpoint: an epoch is trained twice
             epoch = settings["drw_epoch"] - 1
         return min(epoch, settings["epochs"])

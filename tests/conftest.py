@@ -1,6 +1,7 @@
 """Fixtures of all tests, and the marker `gpu`."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from script_runner import FIVE, TINY, model_folder, run_ok
+
+for variable in ("CUDA_MPS_PIPE_DIRECTORY", "LOCAL_RANK", "RANK", "TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"):
+    os.environ.pop(variable, None)  # of a job that the tests run in
 
 #: `make test` draws the same examples every time; `make soak` (--hypothesis-profile soak) draws many, other ones.
 settings.register_profile(

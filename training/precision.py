@@ -86,7 +86,7 @@ def set_determinism(deterministic: bool, tf32: bool = True) -> None:
         tf32: convolutions on a GPU may use TF32. Matrix products never do.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(deterministic)
     # nothing here reads memory that nobody wrote
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

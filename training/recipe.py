@@ -103,4 +103,4 @@ class Recipe:
 
 def _half_cosine(done, epochs):
     """The factor of the lr after `done` of `epochs` epochs, 1 at the first."""
-    return 0.5 * (1 + math.cos(math.pi * done / max(epochs, 1)))
+    return 0.5 * (1 + math.cos(math.pi * done / epochs))

@@ -127,7 +127,7 @@ def test_a_checkpoint_of_the_official_code_reaches_what_its_weights_reach(tmp_pa
         logits, target = torch.from_numpy(saved["logits"]).double(), torch.from_numpy(saved["target"])
     found = json.loads((folder / "evaluation.json").read_text())
     assert torch.equal(target, labels)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     assert found["acc1"] == pytest.approx(100 * (expected.argmax(1) == labels).double().mean().item()) == 68
     assert found["per_class"] == pytest.approx(accuracy_of_classes(expected.argmax(1), labels))
     assert (found["seen"], found["epoch"]) == (len(labels), 200)

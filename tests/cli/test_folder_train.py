@@ -104,7 +104,7 @@ def test_the_checkpoint_keeps_how_images_are_read(folder, tmp_path):
     path = next((tmp_path / "checkpoint").glob("*/ckpt.pth.tar"))
     kept = load_checkpoint(path)["preprocessing"]
     assert (kept["mean"], kept["std"], kept["exif"]) == ([0.1, 0.2, 0.3], [0.5, 0.5, 1.0], True)
-    evaluation = ["--data_dir", folder, "-e", "--resume", path, "--threads", "1", "-j", "0"]
+    evaluation = ["--data_dir", folder, "-e", "--resume", path, "--threads", "1", "-j", "0", "-b", "8"]
     run_ok(tmp_path, *evaluation)
     expected = json.loads(next(tmp_path.glob("log/*/summary.json")).read_text())["last"]
     assert evaluated(tmp_path)["loss"] == pytest.approx(expected["loss"], rel=1e-6)

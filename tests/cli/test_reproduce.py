@@ -22,7 +22,7 @@ import reproduce
 from files import run_lock
 from paper import driver, executors, records, runs
 from paper.runs import Run
-from utils import duration
+from utils import UsageError, duration
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 #: Flags after a run's own: three epochs.
@@ -112,13 +112,15 @@ def test_shared_epochs_are_trained_once_with_the_same_bits(with_ce, separate, tm
 
 def test_forks_follow_the_flags_for_every_script(tmp_path, three_epochs):
     extra = ["--start_ib_epoch", "1"]  # 2 without them
-    chosen = [*cell(["CE", "IB"]), *cell(["CE"], ["ib-lr"])]
+    chosen = cell(["CE", "IB"])
     executor = InProcess()
     work, failed, _ = drive(chosen, tmp_path, executor, extra)
     assert failed == []
     forked = [command[command.index("--resume") + 1] for _, command in executor.commands]
-    assert [pathlib.Path(path).name for path in forked] == ["auto", *["ckpt.epoch001.pth.tar"] * 2]
-    assert [sum("done in" in line for line in work.output(run).read_text().splitlines()) for run in chosen] == [3, 2, 2]
+    assert [pathlib.Path(path).name for path in forked] == ["auto", "ckpt.epoch001.pth.tar"]
+    assert [sum("done in" in line for line in work.output(run).read_text().splitlines()) for run in chosen] == [3, 2]
+    with pytest.raises(UsageError, match=r"CE \(ib-lr\) sets --start_ib_epoch itself"):
+        driver.check_extra(cell(["CE"], ["ib-lr"]), extra)
 
 
 def test_finished_runs_are_skipped_and_their_records_are_small_and_complete(three_epochs, tmp_path):

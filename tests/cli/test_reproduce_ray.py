@@ -19,6 +19,7 @@ def cluster():
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TMPDIR", "/tmp")  # a socket's path has at most 107 bytes
         small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
         cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=small)
         cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)

@@ -116,8 +116,11 @@ def test_a_copy_on_the_cpu_has_the_same_values_and_strides_and_training_does_not
 
 def test_a_file_is_written_beside_its_place_where_it_can_be_renamed(tmp_path):
     """A rename between file systems is a copy, which may be cut short. Others may read it."""
-    seen = []
-    files.write_atomically(tmp_path / "a.json", lambda file: seen.extend(os.listdir(tmp_path)))
+    seen, before = [], os.umask(0o022)
+    try:
+        files.write_atomically(tmp_path / "a.json", lambda file: seen.extend(os.listdir(tmp_path)))
+    finally:
+        os.umask(before)
     (name,) = seen
     assert re.fullmatch(r"\.a\.json\..+\.tmp", name)
     assert os.listdir(tmp_path) == ["a.json"]
@@ -303,8 +306,10 @@ FAULTS = {
 
 @pytest.mark.parametrize(("fault", "of", "expected", "words"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_in_the_second_epoch_spares_the_first_and_costs_no_bit(fault, of, expected, words, whole, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     with fault(*of, tmp_path):
         status, _, err = run_main(THREE, tmp_path)
+    signal.signal(signal.SIGHUP, before)
     (line,) = messages(err)
     assert (status, words in line) == (expected, True), err
     model, log = model_folder(tmp_path, "IB"), log_folder(tmp_path, "IB")

@@ -46,7 +46,7 @@ def test_changed_image_files_are_refused_at_resume(change, trained, tmp_path):
     change(home / "images" / "train")
     again, why = second_epoch(home), "was trained on other image files than those in images"
     refused(again, home, why, status=1, run=run_folder)
-    image_runs.run_ok(home, *again, "--force")
+    assert "resumes from" in image_runs.run_ok(home, *again, "--force")
 
 
 def test_images_that_were_moved_or_touched_are_the_same(trained, tmp_path):

@@ -110,6 +110,9 @@ def test_neither_the_daemon_nor_a_child_outlives_a_killed_driver(tmp_path, monke
 def test_without_mps_there_is_one_line_and_the_runs_start(daemon, tmp_path, monkeypatch, capsys):
     if daemon:
         install(tmp_path, monkeypatch, daemon)
+    else:  # a GPU's driver brings it
+        script = executors.MPS_SCRIPT.replace(executors.MPS, "not-installed")
+        monkeypatch.setattr(executors, "MPS_SCRIPT", script)
     executor = executors.Local(2, 1, ["3"], tmp_path / "out")
     (line,) = capsys.readouterr().err.splitlines()
     assert "no MPS" in line

@@ -99,7 +99,8 @@ def test_initial_values(num_classes):
     torch.manual_seed(0)
     state = models.resnet32(num_classes).state_dict()
     sums = [tensor.double().sum().item() for tensor in state.values()]
-    assert sums == golden(f"models_{num_classes}.npz")["init/resnet32/sums"].tolist()
+    expected = golden(f"models_{num_classes}.npz")["init/resnet32/sums"].tolist()
+    assert sums == pytest.approx(expected, rel=1e-5, abs=1e-3)  # processors round the draws otherwise
 
 
 LR, IB_LR, IB_START = 0.05, 0.0005, 12

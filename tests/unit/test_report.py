@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import itertools
 import json
 import pathlib
 import statistics
@@ -154,6 +155,18 @@ def test_the_gain_is_over_the_ce_with_the_same_lr(write_record, tmp_path, capsys
     table = section(written(tmp_path, capsys), "### Table 5")
     for row, gain in (("IB minus CE", "+3.00"), ("IB (paper-lr) minus CE", "+1.00")):
         assert cells(table, "tinyimagenet", "exp", "100", row)[6] == gain
+
+
+def test_rows_of_other_images_or_another_precision_are_not_compared(write_record, tmp_path, capsys):
+    for method, subset in itertools.product(("CE", "IB", "BS"), (0, 1)):
+        write_record(Run("cifar10", "exp", 100, method, subset=subset), 70.0, 70.0)
+    write_record(Run("cifar10", "exp", 100, "LA"), 70.0, 70.0, amp="bf16")
+    text = section(written(tmp_path, capsys, "--all_pairs"), "## CIFAR-10")
+    compared = {line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if " minus " in line}
+    of_subset = {
+        f"{one}, subset 1 minus {other}, subset 1" for one, other in (("IB", "CE"), ("BS", "CE"), ("BS", "IB"))
+    }
+    assert compared == {"IB minus CE", "BS minus CE", "BS minus IB", *of_subset}
 
 
 def test_a_row_of_another_first_phase_is_marked_and_not_compared(write_record, tmp_path, capsys):

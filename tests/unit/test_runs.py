@@ -227,6 +227,7 @@ BAD = {
     "list --table 9": "invalid choice",
     "list --table 2 --dataset cifar100": "leave out one",
     "list --dataset inaturalist --imb_type exp": "--imb_type none",
+    "list --table 4 --method CE VS": "--method VS: the table or figure has no such run",
     "list --seeds 2147483648": "at most 2147483647",
     "list --table 2 -- --seed 5": "reproduce.py sets --seed itself",
     "list --method XE": "--method XE: choose from CE",
@@ -384,3 +385,17 @@ def test_a_loss_of_the_registry_with_a_first_phase_shares_that_of_ce(monkeypatch
     ce, own = Run("cifar10", "exp", 100, "CE"), Run("cifar10", "exp", 100, "Own")
     assert own.family == ce.family
     assert (own.fork_epoch(own.settings), own.trunk) == (100, ce)
+
+
+def test_an_own_deferred_rule_shares_the_epochs_of_ce_before_it(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "DEFERRED", {*runs.DEFERRED})
+    monkeypatch.setitem(registry.RULES, "OwnDRW", registry.RULES["DRW"])
+    listed("--dataset", "cifar10", "--method", "CE", "OwnDRW", "--ratio", "100", capsys=capsys)
+    ce, own = Run("cifar10", "exp", 100, "CE"), Run("cifar10", "exp", 100, "CE+OwnDRW")
+    assert (own.family, own.fork_epoch(own.settings), own.trunk) == (ce.family, 160, ce)
+
+
+def test_ce_keeps_what_methods_of_a_later_command_start_from(tmp_path):
+    ce = Run("cifar10", "exp", 100, "CE")
+    command = Driver([ce], tmp_path, tmp_path / "results", SimpleNamespace()).command(ce)
+    assert command[command.index("--keep_epochs") + 1 :][:2] == ["160", "199"]

@@ -58,7 +58,8 @@ def assert_arranged(folder, source):
     expected = {f"val/{label}/{name}": (source / "val/images" / name).read_bytes() for name, label in labels.items()}
     for path in source.glob("train/*/images/*"):
         expected[str(path.relative_to(source))] = path.read_bytes()
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.JPEG") if "test" not in p.parts}
+    images = {path.relative_to(folder): path for path in folder.rglob("*.JPEG")}
+    found = {str(name): path.read_bytes() for name, path in images.items() if "test" not in name.parts}
     assert found == expected
     assert not (folder / "val" / "images").exists()
     validation = ImageFolder(str(folder / "val"))
