@@ -157,11 +157,9 @@ def differences(found: Found, one: tuple[str, float], other: tuple[str, float], 
     return [top1(a, epochs) - top1(b, epochs) for a, b in pairs(found, one, other, epochs)]
 
 
-def contrasts(found: Found) -> dict[str, statistics.Contrast]:
-    """The contrasts of docs/factor.md that have runs, by name; what two of them share counts once.
-
-    Holm's p are over all contrasts of the plan, those without runs too. There are p and verdict at `LOOKS` seeds only.
-    """
+def _planned(found):
+    """(differences, one a seed, of the contrasts of the plan that have runs, by name; how many are planned; the name of
+    the gain over CE). What two contrasts share counts once."""
     chosen, named, planned = choose(found), {}, 1
     for a, b in CONTRASTS:
         ratios = chosen.get(a, 0.0), chosen.get(b, 0.0)
@@ -174,9 +172,19 @@ def contrasts(found: Found) -> dict[str, statistics.Contrast]:
     gains = differences(found, ("IB", 0.0), ("CE", 0.0), FULL)
     gain = f"IB - CE, {fmean(gains or [0.0]):+.2f}, minus the published {published}"
     named[gain] = [value - published for value in gains]
-    named = {name: values for name, values in named.items() if values}
-    judged = {name: values for name, values in named.items() if len(values) in LOOKS}
-    results = statistics.family(named, resolution=0.01)
+    return {name: values for name, values in named.items() if values}, planned, gain
+
+
+def contrasts(found: Found) -> dict[str, statistics.Contrast]:
+    """The contrasts of docs/factor.md that have runs, by name.
+
+    Holm's p are over all contrasts of the plan, those without runs too. There are p and verdict at `LOOKS` seeds only:
+    until all of the later look are there, the first three seeds stand.
+    """
+    named, planned, gain = _planned(found)
+    looks = {name: max((n for n in LOOKS if n <= len(values)), default=0) for name, values in named.items()}
+    judged = {name: named[name][:n] for name, n in looks.items() if n}
+    results = statistics.family({**named, **judged}, resolution=0.01)
     results |= statistics.family(judged, resolution=0.01, level=LEVEL, size=planned)
     for name, result in results.items():
         verdict = result.verdict
@@ -189,8 +197,8 @@ def contrasts(found: Found) -> dict[str, statistics.Contrast]:
 
 
 def unplanned(found: Found) -> dict[str, list[float]]:
-    """Differences of top-1 that are no contrast of the plan, by name, one a seed: IB's to CE, to the published figure
-    and to the arms at their chosen ratios, at full length."""
+    """Differences of top-1 that are no contrast of the plan, by name, one a seed: those of the plan between two looks;
+    IB's to CE, to the published figure and to the arms at their chosen ratios, at full length."""
     gains, published = _gains(found), _published(found, "IB")
     named = {f"IB - CE, {when}": [float(gain[k]) for gain in gains] for k, when in enumerate(rows.WHEN)}
     whole = [r for place, r in found.items() if place.arm == "IB" and r["epochs_done"] >= FULL]
@@ -201,7 +209,9 @@ def unplanned(found: Found) -> dict[str, list[float]]:
         named[title + when] = [float(_best_plateau_last(r)[k]) - published for r in whole]
     for arm, ratio in choose(found).items():
         named[f"{arm} at ratio {_text(ratio)} - IB, plateau"] = differences(found, (arm, ratio), ("IB", 0.0), FULL)
-    return {name: values for name, values in named.items() if values}
+    planned, *_ = _planned(found)
+    between = {name: of for name, of in planned.items() if len(of) > LOOKS[0] and len(of) not in LOOKS}
+    return {name: values for name, values in {**between, **named}.items() if values}
 
 
 def _published(found, method):

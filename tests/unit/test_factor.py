@@ -168,6 +168,16 @@ def test_a_verdict_counts_all_contrasts_of_the_plan_and_the_gain_has_its_own_wor
     assert found["IB - CE, +5.10, minus the published 7.39"].verdict == "below the published"
 
 
+def test_between_two_looks_the_first_three_seeds_stand(read):
+    values = (80.0, 80.1, 80.2, 59.7)
+    made = [record(arm("attached-grad1", seed), value, *PILOT) for seed, value in enumerate(values)]
+    made += [record(arm("weights-grad1", seed), 70, *PILOT) for seed in range(4)]
+    of_files, name = read(*made), "A - W, at ratio 1, to epoch 160"
+    found = factor.contrasts(of_files)[name]
+    assert (found.n, round(found.mean, 2), found.verdict) == (3, 10.1, "adds")
+    assert [line[:3] for line in factor.tables(of_files)["unplanned"][1]] == [[name, 4, "+5.00"]]
+
+
 def test_an_arm_that_chose_ratio_1_is_compared_to_epoch_160_until_its_whole_run_is_there(read):
     scores = {f"{name}-grad{ratio}": (70, 50 + (ratio == "1")) for name in ("attached", "weights") for ratio in RATIOS}
     made = pilot(scores)
