@@ -138,8 +138,8 @@ def select(options: argparse.Namespace) -> list[runs.Run]:
     cells = [run for run in cells if not options.ratio or run.ratio in options.ratio]
     for figure in options.figure:
         cells += runs.cells_of_figure(figure, datasets, options.ratio or ())
-    foreign = sorted({*(options.method or ())} - {run.method for run in cells}) if cells and not options.control else []
-    if foreign:
+    foreign = sorted({*(options.method or ())} - {run.method for run in cells})
+    if cells and foreign:
         raise UsageError(f"--method {named(foreign)}: the table or figure has no such run")
     cells = [run for run in cells if all(not of or getattr(run, name) in of for name, of in wanted.items())]
     if not (options.table or options.figure) and (options.method or not options.control):

@@ -157,9 +157,12 @@ def differences(found: Found, one: tuple[str, float], other: tuple[str, float], 
     return [top1(a, epochs) - top1(b, epochs) for a, b in pairs(found, one, other, epochs)]
 
 
-def _planned(found):
-    """(differences, one a seed, of the contrasts of the plan that have runs, by name; how many are planned; the name of
-    the gain over CE). What two contrasts share counts once."""
+def contrasts(found: Found) -> dict[str, statistics.Contrast]:
+    """The contrasts of docs/factor.md that have runs, by name; what two of them share counts once.
+
+    Holm's p are over all contrasts of the plan, those without runs too. There are p and verdict at `LOOKS` seeds only.
+    Until all of the later look are there, the first three seeds stand, and a row of its own has all so far.
+    """
     chosen, named, planned = choose(found), {}, 1
     for a, b in CONTRASTS:
         ratios = chosen.get(a, 0.0), chosen.get(b, 0.0)
@@ -172,19 +175,11 @@ def _planned(found):
     gains = differences(found, ("IB", 0.0), ("CE", 0.0), FULL)
     gain = f"IB - CE, {fmean(gains or [0.0]):+.2f}, minus the published {published}"
     named[gain] = [value - published for value in gains]
-    return {name: values for name, values in named.items() if values}, planned, gain
-
-
-def contrasts(found: Found) -> dict[str, statistics.Contrast]:
-    """The contrasts of docs/factor.md that have runs, by name.
-
-    Holm's p are over all contrasts of the plan, those without runs too. There are p and verdict at `LOOKS` seeds only:
-    until all of the later look are there, the first three seeds stand.
-    """
-    named, planned, gain = _planned(found)
+    named = {name: values for name, values in named.items() if values}
     looks = {name: max((n for n in LOOKS if n <= len(values)), default=0) for name, values in named.items()}
     judged = {name: named[name][:n] for name, n in looks.items() if n}
-    results = statistics.family({**named, **judged}, resolution=0.01)
+    so_far = {f"{name}, all seeds so far": named[name] for name, n in looks.items() if 0 < n < len(named[name])}
+    results = statistics.family({**named, **judged, **so_far}, resolution=0.01)
     results |= statistics.family(judged, resolution=0.01, level=LEVEL, size=planned)
     for name, result in results.items():
         verdict = result.verdict
@@ -197,8 +192,8 @@ def contrasts(found: Found) -> dict[str, statistics.Contrast]:
 
 
 def unplanned(found: Found) -> dict[str, list[float]]:
-    """Differences of top-1 that are no contrast of the plan, by name, one a seed: those of the plan between two looks;
-    IB's to CE, to the published figure and to the arms at their chosen ratios, at full length."""
+    """Differences of top-1 that are no contrast of the plan, by name, one a seed: IB's to CE, to the published figure
+    and to the arms at their chosen ratios, at full length."""
     gains, published = _gains(found), _published(found, "IB")
     named = {f"IB - CE, {when}": [float(gain[k]) for gain in gains] for k, when in enumerate(rows.WHEN)}
     whole = [r for place, r in found.items() if place.arm == "IB" and r["epochs_done"] >= FULL]
@@ -209,9 +204,7 @@ def unplanned(found: Found) -> dict[str, list[float]]:
         named[title + when] = [float(_best_plateau_last(r)[k]) - published for r in whole]
     for arm, ratio in choose(found).items():
         named[f"{arm} at ratio {_text(ratio)} - IB, plateau"] = differences(found, (arm, ratio), ("IB", 0.0), FULL)
-    planned, *_ = _planned(found)
-    between = {name: of for name, of in planned.items() if len(of) > LOOKS[0] and len(of) not in LOOKS}
-    return {name: values for name, values in {**between, **named}.items() if values}
+    return {name: values for name, values in named.items() if values}
 
 
 def _published(found, method):
@@ -278,6 +271,8 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
     gains = _gains(found)
     gain = ["IB", f"{_published_gain(found):+.2f}", len(gains)]
     gain += [mean_and_spread(of, sign="+") for of in np.transpose(gains).tolist()]
+    intervals = statistics.family(unplanned(found), resolution=0.01)
+    beside = [[name, c.n, f"{c.mean:+.2f}", c.texts[0]] for name, c in intervals.items()]
     heads, reached = ["arm", "ratio", "seed"], ["left-out", "their epoch", "test there", "best"]
     reached += [f"to {PILOT}", "plateau", "last"]
     return {
@@ -290,13 +285,7 @@ def tables(found: Found) -> dict[str, tuple[list[str], list[list[Any]]]]:
             ["contrast", "seeds", "mean", "95 % interval", "adjusted p", "verdict"],
             [[name, c.n, f"{c.mean:+.2f}", *c.texts] for name, c in contrasts(found).items()],
         ),
-        "unplanned": (
-            ["difference", "seeds", "mean", "95 % interval"],
-            [
-                [name, c.n, f"{c.mean:+.2f}", c.texts[0]]
-                for name, c in statistics.family(unplanned(found), resolution=0.01).items()
-            ],
-        ),
+        "unplanned": (["difference", "seeds", "mean", "95 % interval"], beside),
     }
 
 

@@ -37,12 +37,9 @@ METRICS = {"top1": "acc1", "top5": "acc5"}
 JUDGED = ("best", "plateau")
 SHOWN = ("acc1", *CLASS_FIGURES)
 NAMES = {
-    "acc1": "top-1",
-    "acc5": "top-5",
-    "class_mean": "class mean",
-    "macro_f1": "macro-F1",
+    "acc1": "top-1", "acc5": "top-5", "class_mean": "class mean", "macro_f1": "macro-F1",
     "val": "validation class mean",
-}
+}  # fmt: skip
 
 RULE = """Figures are mean ± sample standard deviation over the seeds. **Plateau** is the mean over the last tenth of
 the epochs (180 to 199 of 200, counted from 0); comparisons rest on it. The paper does not say whether its figures are
