@@ -44,17 +44,13 @@ Weight = Sequence[float] | Tensor | None
 
 
 def inverse_frequency_weights(class_counts: ClassCounts, empty: str = "error") -> Tensor:
-    """IB reweighting: weights proportional to 1 / n_k, scaled to sum to K (paper, Section 3.5, eq. 8).
+    """IB reweighting: (K,) float32 proportional to 1 / n_k, which sum to K (paper, Section 3.5, eq. 8).
 
     Args:
         class_counts: K training-set counts.
         empty: 'error', or 'zero': classes without images get weight 0, and K counts the others only.
 
-    Returns:
-        (K,) float32 tensor.
-
     Raises:
-        TypeError: class counts that are not numbers.
         ValueError: a shape other than (K,), keys other than 0 to K-1, a count below 1 that `empty` does not allow.
 
     >>> inverse_frequency_weights([3, 1])
@@ -67,17 +63,11 @@ def inverse_frequency_weights(class_counts: ClassCounts, empty: str = "error") -
 
 
 def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999, empty: str = "error") -> Tensor:
-    """CB reweighting: (1 - beta) / (1 - beta ** n_k), scaled to sum to K (Cui et al., CVPR 2019).
+    """CB reweighting: (1 - beta) / (1 - beta ** n_k), scaled to sum to K, (K,) float32 (Cui et al., CVPR 2019).
 
     Args:
-        class_counts, empty: see `inverse_frequency_weights`.
-        beta: in [0, 1); 0 gives equal weights. Classes of many more images than 1 / (1 - beta) are weighted alike.
-
-    Returns:
-        (K,) float32 tensor.
-
-    Raises:
-        ValueError: beta outside [0, 1). The others: see `inverse_frequency_weights`.
+        beta: in [0, 1), else a ValueError; 0 gives equal weights. Classes of many more images than 1 / (1 - beta) are
+            weighted alike. The other arguments and errors: see `inverse_frequency_weights`.
     """
     return _sum_to_k(effective_number_rates(class_counts, beta, empty))
 
@@ -104,18 +94,14 @@ def log_prior(class_counts: ClassCounts, empty: str = "error") -> Tensor:
 
 
 def _counts(class_counts, empty):
-    """The counts as (K,) float64. Raises TypeError or ValueError for what is not K counts; see `empty` above."""
+    """The counts as (K,) float64. Raises ValueError for what is not K counts; see `empty` above."""
     _one_of(("error", "zero"), empty=empty)
     if hasattr(class_counts, "items"):  # a dict, a Counter, a pandas Series: in the order of the keys, not as they came
         by_class = dict(class_counts.items())
         if set(by_class) != set(range(len(by_class))):
             raise ValueError(f"class counts by class need the classes 0 to K-1, got {list(by_class)[:8]}: pass a list")
         class_counts = [by_class[k] for k in range(len(by_class))]
-    try:
-        counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        kind = type(class_counts).__name__
-        raise TypeError(f"class counts must be K numbers in the order of the classes, got a {kind}") from None
+    counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
     if counts.ndim != 1:
         raise ValueError(f"class counts must be K numbers, got the shape {tuple(counts.shape)}")
     fits = (counts >= 1) & counts.isfinite()
@@ -232,8 +218,6 @@ class Loss(nn.Module):
     #: of the IB losses only: whether `set_alpha` must be called before training, and the current alpha
     needs_alpha = False
     current_alpha: Any = None
-    #: False: probabilities as target are an error, and so is mixup
-    accepts_soft_targets = True
     #: whether a mean divides by the sum of the samples' weights, or by their number
     divides_by_weights = True
 
@@ -328,8 +312,6 @@ class Loss(nn.Module):
         return logits, target, weight, kept
 
     def _check_probabilities(self, target):
-        if not self.accepts_soft_targets:
-            raise ValueError(f"{type(self).__name__} takes class indices only, not probabilities")
         if torch.compiler.is_compiling() or (self._saw_probabilities and target.device.type != "cpu"):
             return
         self._saw_probabilities = True
@@ -358,10 +340,9 @@ class FocalLoss(Loss):
     the plain mean of w_y * CE. For soft targets CE is theirs, so the loss is smallest where CE is.
 
     Args:
-        weight: (K,) class weights, or None.
         gamma: exponent, 0 or more. The default 0 is the official class's; the scripts pass --gamma, 1.
         scale: factor of the loss, over 0.
-        options: see `Loss`.
+        The others: see `Loss`.
 
     Raises:
         ValueError: a gamma or a scale outside its range; see `Loss`.
@@ -389,10 +370,9 @@ class LDAMLoss(Loss):
     Args:
         cls_num_list: K training-set counts.
         max_m: margin of the smallest class, 0 or more.
-        weight: (K,) class weights, or None.
         s: scale of the logits, over 0. The logits must be cosines: the model's last layer is `models.NormedLinear`.
         empty: 'error', or 'zero': classes without images have no margin.
-        options: see `Loss`.
+        The others: see `Loss`.
 
     Raises:
         ValueError: max_m or s outside its range; see `inverse_frequency_weights` and `Loss`.
@@ -424,9 +404,8 @@ class VSLoss(Loss):
     Args:
         cls_num_list: K training-set counts; the prior is their share.
         gamma, tau: 0 or more. The defaults are those of the official command for CIFAR-10-LT.
-        weight: (K,) class weights, or None.
         empty: 'error', or 'zero': with tau over 0 classes without images take no part in training.
-        options: see `Loss`.
+        The others: see `Loss`.
 
     Raises:
         ValueError: a negative gamma or tau; see `inverse_frequency_weights` and `Loss`.
@@ -557,7 +536,6 @@ class IBLoss(Loss):
     Within rounding of y KL may be a little below 0, and its gradient is noise.
 
     Args:
-        weight: (K,) class weights, or None.
         alpha: scale of the loss. It should give the IB loss the size of the loss that it replaces, or the lr has to
             change (the authors, in issue 1 of pseulki/IB-Loss). On CIFAR CE is 3 to 5 and the IB loss at alpha 1 is
             .002 to .003, hence 1000. 'auto': see auto_target.
@@ -572,6 +550,7 @@ class IBLoss(Loss):
             L1 norms as features, 'ib' gives class weights alone at the size of IB.
         auto_ratio: with 'gradient', the wanted norm of the gradient over that of plain CE. The loss only keeps it, for
             the code that measures the gradients (`training.gradients.match_gradient`).
+        The others: see `Loss`.
 
     Raises:
         ValueError: unknown norm or auto_target, alpha or auto_ratio not over 0, negative epsilon; auto_target 'ib' with

@@ -141,22 +141,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type, low: float | None = None, high: float | None = None, above: float | None = None
+    kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
 ) -> Callable[[str], Any]:
     """An argparse type: a finite number within bounds.
 
     Args:
         kind: int or float.
-        low, high: smallest and largest number allowed; None: no bound.
+        low, high: smallest and largest number allowed.
         above: a bound that is not allowed itself.
     """
 
     def convert(text):
         value = kind(text)
-        inside = abs(value) < math.inf and (low is None or value >= low) and (above is None or value > above)
-        if not inside or (high is not None and value > high):
+        if not (low <= value <= high and above < value < math.inf):
             bounds = {"over": above, "at least": low, "at most": high}
-            wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None) or "finite"
+            wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if abs(bound) < math.inf)
             raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be {wanted}")
         return value
 

@@ -1,7 +1,7 @@
 """The influence-balanced loss with a model of timm: python -m examples.timm_example
 
 `forward_head(..., pre_logits=True)` gives h, the input of the classifier, for every timm model that ends in a linear
-layer. The other way is `models.with_feature_norm(model, model.get_classifier())`: the model then returns the norm of h.
+layer. The other way is `models.with_feature_norm(model)`: the model then returns the norm of h.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 import functools
 
 from models.feature_norm import HeadOnly, head_name, with_feature_norm
-from models.resnet_cifar import NormedLinear, resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202
+from models.resnet_cifar import CIFAR_MODELS, NormedLinear
 from models.torchvision_models import (
     check_image_size,
     current_names,
@@ -12,7 +12,7 @@ from models.torchvision_models import (
     torchvision_model,
 )
 
-CIFAR_MODELS = {model.__name__: model for model in (resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202)}
+resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202 = CIFAR_MODELS.values()
 IMAGENET_MODELS = {name: functools.partial(torchvision_model, name) for name in ("resnet18", "resnet50")}
 resnet18, resnet50 = IMAGENET_MODELS.values()
 

@@ -61,7 +61,7 @@ class HeadOnly(nn.Module):
         return self._whole[0](images)
 
 
-def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, norm: str = "l1") -> nn.Module:
+def with_feature_norm(module: nn.Module, layer: str | None = None, norm: str = "l1") -> nn.Module:
     """Make `module` return `(logits, features)`; features (N, 1) is the norm of the input of its head.
 
     Registers forward hooks on `module`, in place: its type, parameters and state-dict keys stay the same. The norm is
@@ -69,11 +69,10 @@ def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, n
     Call torch.compile last: `torch.compile(with_feature_norm(model))`.
 
     Args:
-        module: a classifier that returns logits, the head's own output. From a tuple that begins with them, a dict
-            with 'logits' or an object with `.logits`, only the logits are kept.
-        layer: its head, as a dotted name ('fc', 'classifier.1') or the layer itself; its name becomes
-            `module.head_name`. None: see `head_name`; of several linear layers the one whose output is what the module
-            returns, in each call.
+        module: a classifier that returns logits, the head's own output. From a tuple that begins with them, or a dict
+            with 'logits' (transformers), only the logits are kept.
+        layer: the dotted name of its head ('fc', 'classifier.1'), which becomes `module.head_name`. None: see
+            `head_name`; of several linear layers the one whose output is what the module returns, in each call.
         norm: 'l1', 'l2' or 'linf'.
 
     Returns:
@@ -81,14 +80,8 @@ def with_feature_norm(module: nn.Module, layer: str | nn.Module | None = None, n
 
     Raises:
         AttributeError: no layer of that name.
-        ValueError: a layer of another module, or no linear layer; in a call: a layer whose output is not what the
-            module returns, or an unknown norm.
+        ValueError: no linear layer; in a call: a layer whose output is not what the module returns, or an unknown norm.
     """
-    if isinstance(layer, nn.Module):
-        names = [name for name, part in module.named_modules() if part is layer]
-        if not names:
-            raise ValueError("the layer is not a part of the module")
-        layer = names[0]
     if layer is not None:
         module.head_name = layer  # type: ignore[assignment]
     try:
@@ -120,9 +113,8 @@ def _logits(output):
         output = output.get("logits")
     elif isinstance(output, tuple):
         output = output[0]  # torchvision's auxiliary outputs are left out
-    output = getattr(output, "logits", output)
     if not isinstance(output, torch.Tensor):
         raise ValueError(
-            "the model returns neither logits, nor a tuple that begins with them, a dict or an object with 'logits'"
+            "the model returns neither logits, nor a tuple that begins with them, nor a dict with 'logits'"
         )
     return output

@@ -4,7 +4,8 @@ Every model returns `(logits, features)`: (N, K), and (N, 1) with the norm of th
 keys and initial values are those of the official IB code.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -99,13 +100,6 @@ def _kaiming_init(module):
         nn.init.kaiming_normal_(module.weight)
 
 
-def _resnet(depth: int) -> Callable[..., ResNet_s]:
-    def build(num_classes: int = 10, use_norm: bool = False, feature_norm: str = "l1") -> ResNet_s:
-        return ResNet_s([(depth - 2) // 6] * 3, num_classes, use_norm, feature_norm)
-
-    build.__name__ = f"resnet{depth}"
-    build.__doc__ = f"ResNet-{depth} for 32 x 32 images; arguments as `ResNet_s`."
-    return build
-
-
-resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202 = map(_resnet, (20, 32, 44, 56, 110, 1202))
+#: ResNets for 32 x 32 images by name; arguments as `ResNet_s` from `num_classes` on.
+CIFAR_MODELS = {f"resnet{n}": functools.partial(ResNet_s, [(n - 2) // 6] * 3) for n in (20, 32, 44, 56, 110, 1202)}
+resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202 = CIFAR_MODELS.values()

@@ -33,8 +33,6 @@ def start(gpu: int | None = None) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK") or 0) if torch.cuda.is_available() else None
     if gpu is not None and not is_alone:
         raise UsageError("--gpu: torchrun gives each process a card of its own; leave it out")
-    if not is_alone and local is not None and local >= torch.cuda.device_count():
-        raise UsageError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} CUDA devices")
     device = choose_device(gpu if is_alone else local)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -31,8 +31,6 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=on_cuda)
 
 
-#: Keys of a parameter group that a loaded state does not overwrite, besides the optimizer's own options.
-KEPT_KEYS = ("params", "lr_scale")
 #: name -> optimizer from (model, lr, the settings that it depends on)
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}
 
@@ -67,13 +65,12 @@ def _as_own(optimizer, state):
     Raises:
         ValueError: the state of another model or another optimizer.
     """
-    own = optimizer.state_dict()
+    own, is_fused = optimizer.state_dict(), optimizer.defaults.get("fused")
+    kept, groups, values = {*optimizer.defaults, "lr_scale"}, [], {}
     for mine, loaded in zip(own["param_groups"], state["param_groups"], strict=True):
-        if len(mine["params"]) != len(loaded["params"]):
-            raise ValueError(f"{len(loaded['params'])} parameters there, {len(mine['params'])} here")
         if not {"momentum", "betas"} & set(mine) <= set(loaded):
             raise ValueError("it is the state of another optimizer")
-    values, is_fused = {}, optimizer.defaults.get("fused")
+        groups.append({**mine, **{name: value for name, value in loaded.items() if name not in kept}})
     for index, parameter in enumerate(_parameters(optimizer)):
         found = {name: value for name, value in state["state"].get(index, {}).items() if value is not None}
         values[index] = {**own["state"].get(index, {}), **found}
@@ -81,10 +78,6 @@ def _as_own(optimizer, state):
             # a fused step would read beyond a state of another shape: copying it is an error
             if torch.is_tensor(value) and value.ndim and (is_fused or value.shape == parameter.shape):
                 values[index][name] = torch.empty_like(parameter).copy_(value)
-    groups = [
-        {**mine, **{name: value for name, value in loaded.items() if name not in {*optimizer.defaults, *KEPT_KEYS}}}
-        for mine, loaded in zip(own["param_groups"], state["param_groups"], strict=True)
-    ]
     return {"state": {i: value for i, value in values.items() if value}, "param_groups": groups}
 
 

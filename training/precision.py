@@ -30,7 +30,7 @@ class Precision:
         """
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.step(optimizer)  # with fp16 left out where a scaled gradient overflows
+        self.scaler.step(optimizer)
         self.scaler.update()
 
 

@@ -27,8 +27,7 @@ class Stages:
         sync_bn, compiles: convert batch norm to SyncBatchNorm (with several ranks, in place), and use torch.compile.
 
     Raises:
-        UsageError: a loss with parameters; mixup with a loss that takes no soft targets; an unknown head where it must
-            be known; a head that the loss cannot use.
+        UsageError: a loss with parameters; an unknown head where it must be known; a head that the loss cannot use.
     """
 
     def __init__(
@@ -38,10 +37,7 @@ class Stages:
         self.recipe, self.model, self.optimizer, self.class_counts = recipe, model, optimizer, class_counts
         self.seed, self.ema, self.sync_bn, self.compiles = seed, ema, sync_bn, compiles
         for stage in {stage.loss: stage for stage in recipe.stages()}.values():
-            criterion = recipe.criterion(stage, class_counts)
-            if getattr(recipe.settings, "mixup", 0) and not criterion.accepts_soft_targets:
-                raise UsageError(f"--mixup: --loss_type {stage.loss} takes no soft targets")
-            if any(True for _ in criterion.parameters()):
+            if any(True for _ in recipe.criterion(stage, class_counts).parameters()):
                 raise UsageError(f"--loss_type {stage.loss} has parameters, which nothing trains: make them buffers")
         loss, rule = LOSSES[recipe.settings.loss_type], RULES[recipe.settings.train_rule]
         if loss.normalised_head or rule.trains == "head":

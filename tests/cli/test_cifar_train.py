@@ -65,7 +65,7 @@ def test_from_the_archive_to_the_records(name, tmp_path):
 def weights_by_hand():
     """A resnet32's state dict: the official names and shapes, numbers from numpy."""
     generator, state = np.random.RandomState(0), {}
-    for key, shape in golden("state_dict_keys_10.json")["resnet32"].items():
+    for key, shape in golden("state_dict_keys.json")["resnet32"].items():
         values = generator.randn(*shape)
         if key.endswith("num_batches_tracked"):
             state[key] = torch.tensor(3)

@@ -150,10 +150,6 @@ class WithBuffer(losses.CrossEntropyLoss):
         self.register_buffer(name, torch.zeros(10))
 
 
-class OfLabels(losses.CrossEntropyLoss):
-    accepts_soft_targets = False
-
-
 def two_layers(num_classes=10, use_norm=False, feature_norm="l1"):
     layers = [torch.nn.Flatten(), torch.nn.Linear(3072, 8), torch.nn.ReLU(), torch.nn.Linear(8, num_classes)]
     return models.with_feature_norm(torch.nn.Sequential(*layers), norm=feature_norm)
@@ -171,14 +167,12 @@ def two_layers(num_classes=10, use_norm=False, feature_norm="l1"):
             ["-a", "small", "--loss_type", "Own"],
             "--loss_type Own has parameters, which nothing trains: make them buffers",
         ),
-        (["--loss_type", "Hard", "--mixup", "0.2"], "--mixup: --loss_type Hard takes no soft targets"),
     ],
 )
 def test_what_would_train_wrongly_is_refused_at_the_start(flags, said, registries, tmp_path):
     snippet("An architecture")
     models.CIFAR_MODELS["two"] = two_layers
     registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithParameter(), first_phase_ce=True)
-    registry.LOSSES["Hard"] = registry.LossEntry(lambda counts, weight: OfLabels(), first_phase_ce=True)
     refused([*DIGITS, "--epochs", "2", "--milestones", "--start_ib_epoch", "1", *flags], tmp_path, said)
 
 

@@ -5,7 +5,7 @@
 
 Prints a table of what was caught and what was missed; the status is 1 if a fault was missed. Each fault has the test
 that should fail, run in a fork of this process, so that torch is imported once. First every test must pass without a
-fault. A fault whose text is no longer in its file is an error: change it with the code.
+fault. `tests/unit/test_planted.py` sees to it that the text of each fault is in its file: change it with the code.
 """
 
 # ruff: noqa: E501  (the text of a fault is the code's)
@@ -133,13 +133,13 @@ FAULTS = [
      "groups([max(counts)] * len(counts))[name]", METRICS),
     ("one lr for all groups", "training/stages.py", 'stage.lr * group.get("lr_scale", 1.0)', "stage.lr", OPTIMIZER),
     ("EMA: a new head keeps its average", "training/stages.py", "        ema.restart()", "        pass", OPTIMIZER),
-    ("what groups count is lost", "training/optimizer.py", "if name not in {*optimizer.defaults, *KEPT_KEYS}", "if False",
+    ("what groups count is lost", "training/optimizer.py", "if name not in kept", "if False",
      OPTIMIZER),
     ("a new flag goes unnoticed", "experiment/settings.py", "{*READS, *all_constants(),", "{*fields_affecting('schedule'),",
      "tests/cli/test_extending.py"),
     ("evaluation in training mode", "training/loop.py", "    model.eval()\n", "    model.train()\n", METRICS),
-    ("validation images in training", "experiment/data.py", "train_set, val_set = train_set.hold_out(settings.val_fraction)",
-     "_, val_set = train_set.hold_out(settings.val_fraction)", RECORDS),
+    ("validation images in training", "experiment/data.py", "train_set, val_set = train_set.hold_out(", "_, val_set ="
+     " train_set.hold_out(", RECORDS),
     ("test set chooses beside a validation set", "experiment/run.py", 'val["class_mean"] if val else test["acc1"]',
      'test["acc1"]', RECORDS),
     # gradients, statistics, report, driver
@@ -162,11 +162,9 @@ FAULTS = [
 
 def is_caught(fault, folder, log):
     """Whether the fault's test fails in `folder`, a copy of the repository; the copy is as before afterwards."""
-    what, name, old, new, test = fault
+    _, name, old, new, test = fault
     path = folder / name
     kept = path.read_text()
-    if kept.count(old) != 1:
-        sys.exit(f"{what}: the text to change is {kept.count(old)} times in {name}")
     path.write_text(kept.replace(old, new))
     try:
         return status_of(test, folder, log) == FAILED

@@ -337,7 +337,7 @@ def test_a_process_works_on_its_own_gpu(ranks, gpu, index, monkeypatch):
     assert join.call_count == (ranks > 1)
 
 
-@pytest.mark.parametrize(("gpu", "local", "message"), [(0, 0, "--gpu: torchrun"), (None, 4, "--nproc_per_node: .* 4")])
+@pytest.mark.parametrize(("gpu", "local", "message"), [(0, 0, "--gpu: torchrun"), (None, 4, "--gpu 4: .* 4")])
 def test_ranks_without_a_card_of_their_own_are_refused(gpu, local, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", str(local))

@@ -19,8 +19,8 @@ from losses import CrossEntropyLoss, FocalLoss, IB_FocalLoss, IBLoss, LDAMLoss, 
 CIFAR_COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]  # CIFAR-10-LT, ratio 100
 
 
-def refused(message, make, error=ValueError):
-    with pytest.raises(error, match=message) as caught:
+def refused(message, make):
+    with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
 
@@ -177,15 +177,6 @@ def test_multi_label_rows_and_single_logits_are_refused():
         refused("logits of one class", lambda y=target: criterion(torch.zeros(4, 1), y, torch.ones(4, 2)))
 
 
-def test_a_loss_may_refuse_soft_targets():
-    class IndicesOnly(CrossEntropyLoss):
-        accepts_soft_targets = False
-
-    assert all(build(loss).accepts_soft_targets for loss in LOSSES)
-    refused("IndicesOnly takes class indices only", lambda: IndicesOnly()(*batch("soft")))
-    assert torch.equal(IndicesOnly()(*batch()), CrossEntropyLoss()(*batch()))
-
-
 TARGETS = [
     (torch.zeros(4, 5), torch.zeros(4), r"got float32 of shape \(4,\) for logits of shape \(4, 5\)"),
     (torch.zeros(4, 5), torch.zeros(4, 5, dtype=torch.int64), r"got int64 of shape \(4, 5\) for .*BCEWithLogits"),
@@ -221,8 +212,6 @@ def test_class_counts_in_every_form(use):
         assert torch.equal(use(counts), expected)
     refused("need the classes 0 to K-1, got .'cat', 'dog'.", lambda: use({"cat": 7, "dog": 3}))
     refused("need the classes 0 to K-1", lambda: use({1: 7, 2: 3}))
-    refused("must be K numbers in the order of the classes", lambda: use({7, 3}), TypeError)
-    refused("must be K numbers", lambda: use({0: 7, 1: 3}.values()), TypeError)
     refused("must be K numbers, got the shape", lambda: use([[7, 3]]))
     for wrong in (0, -1, 0.5, math.inf, math.nan):
         refused("every class needs a training image and a finite count, got", lambda n=wrong: use([3.0, n]))
