@@ -70,7 +70,7 @@ def main(argv=None):
         train_batches = InMemoryBatches(train_set, augment=settings.augment, **run.loading)
         optimizer = make_optimizer(settings.optimizer, model, settings.lr, vars(settings))
         stages = Stages(recipe, model, optimizer, run.class_counts, run.seed, ema, settings.sync_bn, settings.compile)
-        mixup = Mixup(settings.mixup, train_set.num_classes, run.seed)
+        mixed = Mixup(train_batches, settings.mixup, train_set.num_classes, run.seed)
         graph = step_graph(run.device, settings.amp, settings.cuda_graph)
         check_last_batch(model, train_batches, settings.sync_bn)
         run.restore(model=model, optimizer=optimizer, criterion=stages, scaler=precision.scaler, ema=ema)
@@ -81,12 +81,10 @@ def main(argv=None):
             rates = recipe.image_rates(stage, run.class_counts, train_batches.targets)
             gradient = None
             if criterion.needs_alpha:  # --alpha auto, before its first epoch
-                measured = mixup.mix(train_batches.train_epoch(epoch, rates), epoch)
-                gradient = match_gradient(stages.part, measured, criterion, precision)
+                gradient = match_gradient(stages.part, mixed.train_epoch(epoch, rates), criterion, precision)
             train = train_one_epoch(
-                trained, mixup.mix(train_batches.train_epoch(epoch, rates), epoch), criterion, optimizer,
-                train_set.num_classes, precision, run.on_batch(len(train_batches), stage.lr), graph,
-                after_step=ema.update if ema else None,
+                trained, mixed.train_epoch(epoch, rates), criterion, optimizer, train_set.num_classes, precision,
+                run.on_batch(len(train_batches), stage.lr), graph, after_step=ema.update if ema else None,
             )  # fmt: skip
             test = evaluate(tested, test_batches.eval_epoch(), run.class_counts, precision)
             val = evaluate(tested, val_batches.eval_epoch(), run.class_counts, precision) if val_batches else None

@@ -150,9 +150,14 @@ def ready(
         source: the folder or list of the test images, for the warning; None: they are held out of the training images.
         The others, and the errors: see `load`.
     """
-    real = functools.cache(os.path.realpath)  # of folders: a look at each training image would take minutes
-    known = {os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in train.paths}
-    shared = sum(os.path.realpath(path) in known for path in test.paths) if source else 0
+    real = functools.cache(os.path.realpath)  # of folders: resolving each part of each path would take minutes
+
+    def resolved(path):
+        path = os.path.join(real(os.path.dirname(path)), os.path.basename(path))
+        return os.path.realpath(path) if os.path.islink(path) else path
+
+    known = {*map(resolved, train.paths)}
+    shared = sum(resolved(path) in known for path in test.paths) if source else 0
     if shared:
         warn(f"{shared} of the {len(test.paths)} images of {source} are training images too")
     if train.targets:

@@ -9,7 +9,7 @@ from experiment.resume import Start
 from experiment.settings import Settings
 from files import files_sha256
 from imbalance import split_sha256
-from loaders.augment import CROPS
+from loaders.augment import shorter_side
 from utils import DataError, UsageError, named, warn
 
 
@@ -48,14 +48,10 @@ def split_validation(train_set: Any, settings: Settings) -> tuple[Any, Any]:
     # -e may have test images only: nothing is held out of them
     if not (settings.val_fraction or settings.val_left_out) or not len(train_set.targets):
         return train_set, None
-    try:
-        if settings.val_left_out:
-            val_set = train_set.left_out(settings.val_left_out)
-        else:
-            train_set, val_set = train_set.hold_out(settings.val_fraction, settings.rand_number)
-    except ValueError as error:
-        flag = "--val_left_out" if settings.val_left_out else "--val_fraction"
-        raise UsageError(f"{flag}: {error}") from None
+    if settings.val_left_out:
+        val_set = train_set.left_out(settings.val_left_out)
+    else:
+        train_set, val_set = train_set.hold_out(settings.val_fraction, settings.rand_number)
     without = [name for name, n in zip(val_set.class_names, val_set.get_cls_num_list(), strict=True) if n == 0]
     if without:
         warn(f"the validation set has no image of {named(without)}: its class mean is over the other classes")
@@ -90,7 +86,7 @@ def preprocessing(settings: Settings, data_set: Any) -> dict[str, Any]:
         mean and std of the channels in [0, 1] units, whether images are turned as EXIF data say.
     """
     size = settings.image_size or data_set.image_size
-    resize = CROPS[settings.crop or "resized"].resize(size) if settings.image_size else size
+    resize = shorter_side(size) if settings.image_size and settings.crop != "padded" else size
     mean, std = ([float(value) for value in values] for values in (data_set.mean, data_set.std))
     return {"resize": resize, "crop": size, "mean": mean, "std": std, "exif": settings.exif}
 
@@ -128,7 +124,7 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
         if there in (None, here):
             continue
         if name == "classes":
-            what += _first_difference(there, here)
+            what += f": {named(sorted({*there} ^ {*here})) or 'in another order'}"
         if start.is_finished or not settings.force:
             way = "--overwrite trains it again" if start.is_finished else "use --force to continue anyway"
             if settings.evaluate and settings.test_fraction:  # --force would test a part of these images
@@ -141,10 +137,3 @@ def check_data(data: Data, start: Start, settings: Settings) -> list[str]:
         refuse_or_force(settings, what)
         forced.append("unknown images")
     return forced
-
-
-def _first_difference(there: Sequence[str], here: Sequence[str]) -> str:
-    for one, two in zip(there, here, strict=False):
-        if one != two:
-            return f": {one!r} there and {two!r} here"
-    return f": {len(there)} there, {len(here)} here"

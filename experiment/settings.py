@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from imbalance import IMB_TYPES
-from loaders.augment import AUGMENTS, CROPS
+from loaders.augment import AUGMENTS
 from losses import NORMS
 from training.optimizer import OPTIMIZERS, constants_of
 from training.precision import AMP_TYPES
@@ -134,7 +134,9 @@ class Settings:
     augment: str = _data("none", "--augment", AUGMENTS, _explain(AUGMENTS))
     image_size: int = _data(None, "--image_size N", number(int, low=8, high=1024),
         "side of the square that the model sees, in pixels (default: %(default)s)")
-    crop: str | None = _data(None, "--crop", CROPS, f"training crops. {_explain(CROPS)} (default: %(default)s)")
+    crop: str | None = _data(None, "--crop", ("resized", "padded"),
+        "training crops. resized: RandomResizedCrop; tested on the centre of images resized to 256/224 of that side; "
+        "padded: RandomCrop of the image padded by an eighth; tested whole (default: %(default)s)")
     recipe: str | None = _data(None, "--recipe", ("official", "paper", "ldam"),
         "defaults of the flags (default: %(default)s): the official code's, the paper's as stated (lr x 0.1 at 50 and "
         "90), or the LDAM paper's (64 x 64 crops padded by 8, from scratch, 120 epochs); other flags override it",

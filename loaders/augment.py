@@ -1,7 +1,6 @@
 """What is done to one image, composed of torchvision.transforms.v2 on (3, H, W) uint8 tensors.
 
-Another augmentation or another crop is an entry of `AUGMENTS` or `CROPS`. What it draws from torch's random state comes
-from the image's own seed.
+Another augmentation is an entry of `AUGMENTS`. What it draws from torch's random state comes from the image's own seed.
 """
 
 from collections.abc import Callable
@@ -26,20 +25,6 @@ class Augment(NamedTuple):
     help: str
 
 
-class Crop(NamedTuple):
-    """A way to crop images of any size to a square.
-
-    Attributes:
-        train: function from the side of the square in pixels to the transform of a training image.
-        resize: function from that side to the shorter side that a test image is resized to before its centre crop.
-        help: the text for --help.
-    """
-
-    train: Callable[[int], Transform]
-    resize: Callable[[int], int]
-    help: str
-
-
 def _autoaugment(size):
     return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10 if size < 96 else v2.AutoAugmentPolicy.IMAGENET)
 
@@ -55,20 +40,6 @@ AUGMENTS = {
     "verticalflip": Augment(lambda size: v2.RandomVerticalFlip(), "half of the images upside down"),
 }
 
-#: How images of any size become squares.
-CROPS = {
-    "resized": Crop(
-        v2.RandomResizedCrop,
-        lambda size: round(size * 256 / 224),
-        "RandomResizedCrop; tested on the centre of images resized to 256/224 of that side",
-    ),
-    "padded": Crop(
-        lambda size: v2.Compose([middle_of_strip, v2.Resize(size), v2.RandomCrop(size, padding=size // 8)]),
-        lambda size: size,
-        "RandomCrop of the image padded by an eighth; tested whole",
-    ),
-}
-
 
 def middle_of_strip(image: Image) -> Image:
     """The middle of an image over 32 times as long as wide, the image otherwise: resized, the whole could take GBs."""
@@ -78,21 +49,21 @@ def middle_of_strip(image: Image) -> Image:
     return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
 
 
-def train_transform(image_size: int, crop: str = "resized", flip: bool = True, augment: str = "none") -> Transform:
+def train_transform(image_size: int, flip: bool = True, augment: str = "none") -> Transform:
     """Crop, flip and augmentation of a training image: (3, H, W) uint8 to (3, image_size, image_size) uint8.
 
     Args:
         image_size: side of the square that the model sees.
-        crop, augment: names in `CROPS` and `AUGMENTS`.
         flip: mirror half of the images; drawn in any case, so that the other draws stay the same.
+        augment: a name in `AUGMENTS`.
     """
-    steps = [CROPS[crop].train(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0)]
+    steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0)]
     return v2.Compose([*steps, AUGMENTS[augment].make(image_size)])
 
 
-def eval_transform(image_size: int, crop: str = "resized") -> Transform:
-    """What evaluation sees of an image: (3, H, W) uint8 to (3, image_size, image_size) uint8, without draws."""
-    return centre(CROPS[crop].resize(image_size), image_size)
+def shorter_side(size: int) -> int:
+    """What the shorter side of a test image is resized to before its central crop of `size` pixels: 256 for 224."""
+    return round(size * 256 / 224)
 
 
 def centre(resize: int, size: int) -> Transform:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional
 
 from imbalance_folder import open_image
 from loaders import Batches, sampled_order
-from loaders.augment import Transform, eval_transform, seeded, train_transform
+from loaders.augment import Transform, centre, seeded, shorter_side, train_transform
 from utils import DataError, epoch_generator
 
 # torch's own advice on -j; how many processes help depends on the disk too
@@ -63,7 +63,7 @@ class ImageFileBatches(Batches):
             torchvision's ImageFolder has them.
         image_size: side of the square that the model sees.
         workers: processes that decode; 0: this one.
-        crop, augment: see `loaders.augment.train_transform`.
+        augment: a name in `loaders.augment.AUGMENTS`.
         The others: see `loaders.Batches`.
 
     Iterating raises DataError for a file that cannot be decoded, and for a worker that dies. An epoch ends where the
@@ -72,18 +72,17 @@ class ImageFileBatches(Batches):
 
     def __init__(
         self, dataset: Any, batch_size: int, device: torch.device | str = "cpu", seed: int = 0, image_size: int = 224,
-        crop: str = "resized", workers: int = 0, flip: bool | None = None, augment: str = "none", rank: int = 0,
-        world_size: int = 1,
+        workers: int = 0, flip: bool | None = None, augment: str = "none", rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
         super().__init__(dataset, batch_size, device, seed, image_size, flip, rank, world_size)
         self._plan: list[list] = []  # the (index, seed) pairs of each batch of an epoch, read in each epoch
         self._epochs = 0
-        train = train_transform(image_size, crop, self.flip, augment)
+        train, evaluate = train_transform(image_size, self.flip, augment), centre(shorter_side(image_size), image_size)
         if hasattr(dataset, "data"):
             sources: Any = torch.as_tensor(dataset.data).permute(0, 3, 1, 2)
         else:
             sources = [path for path, _ in dataset.samples]
-        crops = Crops(sources, getattr(dataset, "exif", False), train, eval_transform(image_size, crop), image_size)
+        crops = Crops(sources, getattr(dataset, "exif", False), train, evaluate, image_size)
         self._loader = DataLoader(
             crops, batch_sampler=self._plan, num_workers=workers, collate_fn=crops.stack,
             # Python 3.14 would start each worker afresh: seconds and hundreds of MB

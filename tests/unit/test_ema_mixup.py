@@ -1,5 +1,7 @@
 """The average of the weights and mixed batches against slow formulas; both draw and keep what they say."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,11 @@ def batches(number, size=6):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(number, size, 3, 32, 32, generator=generator)
     return list(zip(images, torch.randint(10, (number, size), generator=generator), strict=True))
+
+
+def mixed(source, seed, epoch):
+    loader = SimpleNamespace(train_epoch=lambda epoch, rates: iter(source))
+    return Mixup(loader, 0.4, 10, seed).train_epoch(epoch)
 
 
 def trained(after_step_of, number=4):
@@ -59,14 +66,12 @@ def test_an_average_does_not_change_the_training():
 
 def test_mixed_images_and_targets_have_the_same_shares_and_pairs():
     source = batches(3, size=8)
-    for number, ((images, target), (mixed, soft)) in enumerate(
-        zip(source, Mixup(0.4, 10, seed=5).mix(source, epoch=2), strict=True)
-    ):
+    for number, ((images, target), (made, soft)) in enumerate(zip(source, mixed(source, 5, 2), strict=True)):
         generator = np.random.default_rng([5, 2, number])
         share, other = generator.beta(0.4, 0.4), generator.permutation(8)
         for i in range(8):
             expected = share * images[i] + (1 - share) * images[other[i]]
-            torch.testing.assert_close(mixed[i], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(made[i], expected, rtol=1e-5, atol=1e-6)
             row = torch.zeros(10)
             row[target[i]] += share
             row[target[other[i]]] += 1 - share
@@ -79,10 +84,10 @@ def test_a_mixed_epoch_has_the_figures_of_its_soft_targets(loss):
     torch.manual_seed(0)
     model = tiny()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    found = train_one_epoch(model, Mixup(0.4, 10, 0).mix(source, 0), criterion, optimizer, 10)
+    found = train_one_epoch(model, mixed(source, 0, 0), criterion, optimizer, 10)
     torch.manual_seed(0)
     model = tiny().train()
-    outputs = [(*model(images), soft) for images, soft in Mixup(0.4, 10, 0).mix(source, 0)]
+    outputs = [(*model(images), soft) for images, soft in mixed(source, 0, 0)]
     expected = sum(criterion(logits, soft, features).item() for logits, features, soft in outputs) / 2
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     labels = torch.cat([soft.argmax(1) for _, _, soft in outputs])

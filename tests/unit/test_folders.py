@@ -207,11 +207,17 @@ def test_a_class_without_test_images_is_named_and_trained(data, capsys):
     assert "class1, class2" in err
 
 
-def test_test_images_that_are_training_images_are_counted(data, capsys):
+def test_test_images_that_are_training_images_are_counted(data, tmp_path, capsys):
+    for name in ("train/class1/0.jpg", "val/class0/0.jpg"):  # links to one file on both sides
+        (data / name).unlink()
+        save(tmp_path / "pool" / "0.jpg")
+        (data / name).symlink_to(tmp_path / "pool" / "0.jpg")
+    load(str(data))
+    assert "1 of the 6 images" in capsys.readouterr().err
     shutil.rmtree(data / "val" / "class2")
     (data / "val" / "class2").symlink_to(data / "train" / "class2")
     load(str(data))
-    assert "4 of the 8 images" in capsys.readouterr().err
+    assert "5 of the 8 images" in capsys.readouterr().err
     shutil.rmtree(data / "val")
     (data / "val").symlink_to("train")
     load(str(data))

@@ -12,7 +12,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from imbalance_folder import ImageSet, open_image, read_folder
-from loaders.augment import AUGMENTS, CROPS, Augment, Crop, eval_transform
+from loaders.augment import AUGMENTS, Augment, centre
 from loaders.image_folder import ImageFileBatches, decode
 from utils import DataError, epoch_generator
 
@@ -53,14 +53,13 @@ def assert_same(one, other):
 # --------------------------------------------------------------------------------------------------- crops
 
 
-@pytest.mark.parametrize(("crop", "shorter"), [("resized", 32), ("padded", 28)])
-def test_evaluation_equals_torchvisions_transform_on_pil_images(images, crop, shorter):
+def test_evaluation_equals_torchvisions_transform_on_pil_images(images):
     few = images.subset(range(6))
     few.mean, few.std = mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     expected = transforms.Compose([
-        transforms.Resize(shorter), transforms.CenterCrop(28), transforms.ToTensor(), transforms.Normalize(mean, std),
+        transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(), transforms.Normalize(mean, std),
     ])  # fmt: skip
-    found, _ = next(ImageFileBatches(few, 6, image_size=28, crop=crop).eval_epoch())
+    found, _ = next(ImageFileBatches(few, 6, image_size=28).eval_epoch())
     theirs = torch.stack([expected(Image.open(path).convert("RGB")) for path in few.paths])
     levels = (found - theirs).abs() * torch.tensor(std)[:, None, None] * 255
     assert levels.max() <= 1.01  # torch's and Pillow's resize round differently
@@ -82,22 +81,13 @@ def test_training_images_are_torchvisions_in_the_order_and_with_the_seeds_of_the
         assert torch.equal(image.round().byte(), theirs(original))
 
 
-def test_padded_crops_lie_in_the_padded_image(tmp_path):
-    """Of an image of one grey level, black rows and columns are the padding: at most an eighth on one side."""
-    dataset = saved(tmp_path, *[np.full((24, 24, 3), 200, np.uint8)] * 40)
-    found, _ = next(ImageFileBatches(dataset, 40, image_size=24, crop="padded").train_epoch(0))
-    rows, columns = ((found[:, 0].amax(axis) == 0).sum(1) for axis in (2, 1))
-    assert set(rows.tolist()) == set(columns.tolist()) == {0, 1, 2, 3}
-
-
 @pytest.mark.parametrize(("flip", "vertical", "kinds"), [(True, False, 2), (False, True, 2), (True, True, 4)])
 def test_flips_mirror_half_of_the_images(tmp_path, flip, vertical, kinds):
     levels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     dataset = saved(tmp_path, *[levels] * 200)
-    crop = Crop(lambda size: v2.Identity(), lambda size: size, "whole")
-    with mock.patch.dict(CROPS, whole=crop):
+    with mock.patch.object(v2, "RandomResizedCrop", return_value=v2.Identity()):
         augment = "verticalflip" if vertical else "none"
-        batches = ImageFileBatches(dataset, 200, image_size=4, crop="whole", flip=flip, augment=augment)
+        batches = ImageFileBatches(dataset, 200, image_size=4, flip=flip, augment=augment)
     found = next(batches.train_epoch(0))[0].round().permute(0, 2, 3, 1).numpy()
     turned = levels, levels[:, ::-1], levels[::-1], levels[::-1, ::-1]
     counts = [sum(np.array_equal(image, way) for image in found) for way in turned]
@@ -110,9 +100,9 @@ def test_of_a_long_strip_only_the_middle_is_resized():
     """The same pixels as of the whole strip, to a grey level."""
     strip = torch.randint(0, 256, (3, 1, 2000), generator=torch.Generator().manual_seed(0)).byte()
     wanted = v2.Compose([v2.Resize(32), v2.CenterCrop(28)])(strip)
-    assert (eval_transform(28)(strip).int() - wanted.int()).abs().max() <= 1
+    assert (centre(32, 28)(strip).int() - wanted.int()).abs().max() <= 1
     huge = torch.zeros(3, 1, 10**6, dtype=torch.uint8)  # whole, it would become 3 x 256 x 256 million pixels
-    assert eval_transform(224)(huge).shape == (3, 224, 224)
+    assert centre(256, 224)(huge).shape == (3, 224, 224)
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
