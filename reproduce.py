@@ -14,14 +14,20 @@ flags after `--` go to the training scripts. --method also takes the name of any
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 
+import imbalance_cifar
+from experiment import parser
+from experiment.settings import FIELDS
+from files import run_lock
 from imbalance import IMB_TYPES
-from paper import runs
+from paper import driver, executors, influence, report, runs
+from training.registry import LOSSES, RULES
 from utils import DataError, HelpFormatter, Parser, UsageError, command, named, number, path
 
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
@@ -162,12 +168,10 @@ def _resolve(options):
     if options.dataset and "folder" in options.dataset:
         _add_folder(options)
     for name in set(options.dataset or ()) - {*runs.SETUPS, *runs.OWN_SETUPS}:
-        import imbalance_cifar
-
         if name not in imbalance_cifar.DATASETS:
             known = ", ".join(dict.fromkeys([*runs.SETUPS, *imbalance_cifar.DATASETS, "folder"]))
             raise UsageError(f"--dataset {name}: choose from {known}")
-        runs.own_setup(name, imbalance_cifar.DATASETS[name].cls_num)
+        runs.OWN_SETUPS[name] = dataclasses.replace(runs.CIFAR, largest=10**9)  # trained as CIFAR is
     options.method = options.method and [_method(name) for name in options.method]
 
 
@@ -175,19 +179,10 @@ def _method(name):
     """'cRT' is CE+cRT, 'BS+DRW' a loss and a rule of the registry; of those, the name that the paper's tables have."""
     if name in runs.METHODS:
         return name
-    from training import registry  # imports torch
-
-    loss, rule = runs.pair_of(f"CE+{name}" if name in registry.RULES else name)
-    if loss not in registry.LOSSES or rule not in registry.RULES:
-        known = ", ".join([*runs.METHODS, *(n for n in registry.LOSSES if n not in runs.METHODS)])
-        rules = ", ".join(registry.RULES)
-        raise UsageError(f"--method {name}: choose from {known}, a rule ({rules}), or LOSS+RULE")
-    if registry.LOSSES[loss].first_phase_ce:
-        runs.TWO_PHASES.add(loss)
-    if registry.RULES[rule].sampler != "none" and registry.RULES[rule].start is None:
-        runs.SAMPLED.add(rule)
-    if registry.RULES[rule].start == "drw_epoch":
-        runs.DEFERRED.add(rule)
+    loss, rule = runs.pair_of(f"CE+{name}" if name in RULES else name)
+    if loss not in LOSSES or rule not in RULES:
+        known = ", ".join([*runs.METHODS, *(n for n in LOSSES if n not in runs.METHODS)])
+        raise UsageError(f"--method {name}: choose from {known}, a rule ({', '.join(RULES)}), or LOSS+RULE")
     return runs.name_of_method(loss, rule)
 
 
@@ -197,9 +192,6 @@ NAMED_BY_RUN = {"dataset", *runs.Setup.__dataclass_fields__}
 
 def _add_folder(options):
     """Add the folder of --data_dir as a data set; what its runs name themselves leaves the flags after --."""
-    from experiment import parser
-    from experiment.settings import FIELDS
-
     if options.dataset != ["folder"] or options.table or options.figure:
         raise UsageError("--dataset folder cannot be combined with another data set, --table or --figure")
     said = io.StringIO()  # warnings about lengths that the runs set; each run says its own
@@ -215,7 +207,7 @@ def _add_folder(options):
         raise UsageError("--imb_type and --imb_factor: with --dataset folder give --imb_type and --ratio before --")
     if settings.dataset in runs.SETUPS:
         raise UsageError(f"{settings.dataset} is a data set of the paper: name this one with --dataset NAME after --")
-    runs.folder_setup(settings.dataset, settings, settings.given)
+    runs.OWN_SETUPS[settings.dataset] = runs.folder_setup(settings)
     options.dataset = [settings.dataset]
     options.imb_type = options.imb_type or ["none"]
     extra = []
@@ -231,19 +223,13 @@ def _add_folder(options):
 def list_runs(options: argparse.Namespace) -> None:
     """Print the commands; each is complete in itself and continues where it was stopped."""
     chosen = select(options)
-    if options.extra:  # the check imports torch
-        from paper import driver
-
-        driver.check_extra(chosen, options.extra)
+    driver.check_extra(chosen, options.extra)
     for run in chosen:
         print(shlex.join(["python", *run.argv(options.out, ["--resume", "auto", *options.extra])]), flush=True)
 
 
 def run_runs(options: argparse.Namespace) -> None:
     """Train what is chosen; DataError at the end if runs failed."""
-    from files import run_lock
-    from paper import driver
-
     chosen, lock = select(options), options.out
     if options.part:
         chosen = runs.part_of(chosen, *options.part)
@@ -256,7 +242,7 @@ def run_runs(options: argparse.Namespace) -> None:
     results = options.results or os.path.join(options.out, "results")
     with run_lock(lock, patience=0):  # one driver at a time
         executor = _executor(options, lock)
-        work = driver.Driver(chosen, options.out, results, executor, options.extra, options.threads)
+        work = driver.Driver(chosen, options.out, results, executor, options.extra)
         print(work.announcement(), flush=True)
         failed = work.run()
     print(work.status())
@@ -267,8 +253,6 @@ def run_runs(options: argparse.Namespace) -> None:
 
 
 def _executor(options, folder):
-    from paper import executors
-
     if options.executor == "ray":
         return executors.Ray(options.address, options.threads, options.gpus_per_run, options.jobs)
     cards = executors.visible_cards()
@@ -290,15 +274,11 @@ def _last_line(path):
 
 def write_report(options: argparse.Namespace) -> None:
     """report.md and figures; prints where they are."""
-    from paper import report
-
     to, written = options.to or options.folders[0], []
     missing = [folder for folder in options.folders if not os.path.isdir(folder)]
     if missing:
         raise DataError(f"no folder {missing[0]}")
     if options.influence:
-        from paper import influence
-
         os.makedirs(to, exist_ok=True)
         balanced, long_tailed = options.influence
         written.append(influence.write(balanced, long_tailed, options.data_dir, to))

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from examples.digits import class_mean, digits
 from losses import CrossEntropyLoss, IBLoss, inverse_frequency_weights
 
-EPOCHS, START_IB = 12, 8
-
 
 class Model(nn.Module):
     def __init__(self) -> None:
@@ -26,32 +24,35 @@ class Model(nn.Module):
         return self.head(h), h
 
 
-def main() -> list[float]:
-    """Train, print a line an epoch; the class mean after each epoch, in percent."""
-    torch.manual_seed(0)
-    train, test, class_counts = digits()
-    model = Model()
+def train(model: nn.Module, epochs: int, start_ib: int) -> list[float]:
+    """Train a model that returns (logits, h), print a line an epoch; the class mean after each epoch, in percent."""
+    train_batches, test_batches, class_counts = digits()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     cross_entropy = CrossEntropyLoss()
     influence_balanced = IBLoss(inverse_frequency_weights(class_counts), alpha=1000.0, raw_features=True)
 
     scores = []
-    for epoch in range(EPOCHS):
-        criterion = influence_balanced if epoch >= START_IB else cross_entropy
-        optimizer.param_groups[0]["lr"] = 0.0005 if epoch >= START_IB else 0.05
+    for epoch in range(epochs):
+        criterion = influence_balanced if epoch >= start_ib else cross_entropy
+        optimizer.param_groups[0]["lr"] = 0.0005 if epoch >= start_ib else 0.05
         model.train()
-        for images, target in train:
+        for images, target in train_batches:
             logits, h = model(images)
             loss = criterion(logits, target, h)  # cross entropy ignores h
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         model.eval()
-        scores.append(class_mean(lambda x: model(x)[0], test))
+        scores.append(class_mean(lambda x: model(x)[0], test_batches))
         print(
             f"epoch {epoch + 1}  {type(criterion).__name__}  last loss {loss.item():.3f}  class mean {scores[-1]:.1f}"
         )
     return scores
+
+
+def main() -> list[float]:
+    torch.manual_seed(0)
+    return train(Model(), epochs=12, start_ib=8)
 
 
 if __name__ == "__main__":

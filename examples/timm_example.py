@@ -8,46 +8,27 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from examples.digits import class_mean, digits
-from losses import CrossEntropyLoss, IBLoss, inverse_frequency_weights
-
-EPOCHS, START_IB = 10, 7
+from examples import plain_loop
 
 
-def logits_and_h(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) and (N, D)."""
-    h = model.forward_head(model.forward_features(images), pre_logits=True)
-    return model.get_classifier()(h), h
+class WithH(nn.Module):
+    """A timm model that returns its logits, (N, K), and h, (N, D): what examples/plain_loop.py trains."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        return self.model.get_classifier()(h), h
 
 
 def main(arch: str = "test_resnet") -> list[float]:
-    """Train, print a line an epoch; the class mean after each epoch, in percent."""
+    """See `plain_loop.train`."""
     torch.manual_seed(0)
-    train, test, class_counts = digits()
-    model = timm.create_model(arch, num_classes=10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    cross_entropy = CrossEntropyLoss()
-    influence_balanced = IBLoss(inverse_frequency_weights(class_counts), alpha=1000.0, raw_features=True)
-
-    scores = []
-    for epoch in range(EPOCHS):
-        criterion = influence_balanced if epoch >= START_IB else cross_entropy
-        optimizer.param_groups[0]["lr"] = 0.0005 if epoch >= START_IB else 0.05
-        model.train()
-        for images, target in train:
-            logits, h = logits_and_h(model, images)
-            loss = criterion(logits, target, h)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        model.eval()
-        scores.append(class_mean(model, test))
-        print(
-            f"epoch {epoch + 1}  {type(criterion).__name__}  last loss {loss.item():.3f}  class mean {scores[-1]:.1f}"
-        )
-    return scores
+    return plain_loop.train(WithH(timm.create_model(arch, num_classes=10)), epochs=10, start_ib=7)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,14 @@ def split_validation(train_set: Any, settings: Settings) -> tuple[Any, Any]:
     # -e may have test images only: nothing is held out of them
     if not (settings.val_fraction or settings.val_left_out) or not len(train_set.targets):
         return train_set, None
-    if settings.val_left_out:
-        val_set = train_set.left_out(settings.val_left_out)
-    else:
-        train_set, val_set = train_set.hold_out(settings.val_fraction, settings.rand_number)
+    try:
+        if settings.val_left_out:
+            val_set = train_set.left_out(settings.val_left_out)
+        else:
+            train_set, val_set = train_set.hold_out(settings.val_fraction, settings.rand_number)
+    except ValueError as error:
+        flag = "--val_left_out" if settings.val_left_out else "--val_fraction"
+        raise UsageError(f"{flag}: {error}") from None
     without = [name for name, n in zip(val_set.class_names, val_set.get_cls_num_list(), strict=True) if n == 0]
     if without:
         warn(f"the validation set has no image of {named(without)}: its class mean is over the other classes")

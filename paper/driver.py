@@ -10,7 +10,6 @@ import os
 import pathlib
 import time
 from collections.abc import Iterable, Sequence
-from typing import TextIO
 
 from experiment import checkpoint
 from paper import executors, records
@@ -56,17 +55,14 @@ class Driver:
         results: folder of the small record of each finished run.
         executor: see executors.py.
         extra: flags for every script, after a run's own.
-        threads: CPU threads of a run.
-        stream: where lines go (None: standard output).
     """
 
     def __init__(
         self, runs: Sequence[Run], out: str | pathlib.Path, results: str | pathlib.Path, executor: executors.Executor,
-        extra: Sequence[str] = (), threads: int = 1, stream: TextIO | None = None,
+        extra: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.runs, self.executor, self.stream = runs, executor, stream
+        self.runs, self.executor, self.extra = runs, executor, list(extra)
         self.out, self.results = pathlib.Path(out).resolve(), pathlib.Path(results).resolve()
-        self.extra, self.threads = list(extra), threads
         self.families: dict[tuple, list[Run]] = collections.defaultdict(list)
         for run in runs:
             self.families[run.family].append(run)
@@ -100,7 +96,7 @@ class Driver:
                     self._ended(run, status)
                 if time.monotonic() - self.shown > SECONDS_BETWEEN_LINES:
                     self.shown = time.monotonic()
-                    self._print(self.status())
+                    print(self.status(), flush=True)
         finally:
             self.executor.stop()
         return self._in(FAILED)
@@ -113,9 +109,6 @@ class Driver:
         running = [f"{run.name} (epoch {self._epochs_done(run)} of {self.epochs(run)})" for run in self._in(RUNNING)]
         text = f"{count[DONE]} of {len(self.runs)} done, {count[FAILED]} failed, {count[WAITING]} waiting"
         return f"{text}, {time_left} to go; running: {', '.join(running) or 'none'}"
-
-    def _print(self, text):
-        print(text, file=self.stream, flush=True)
 
     def _epochs_left(self):
         """Epochs to train, those that runs share once."""
@@ -142,7 +135,7 @@ class Driver:
         except ValueError as error:
             reason = str(error)
         if reason:
-            self._print(f"{path} is not the record of this run ({reason}): the run is looked at again")
+            print(f"{path} is not the record of this run ({reason}): the run is looked at again", flush=True)
         return not reason
 
     def _must_wait(self, run):
@@ -187,33 +180,34 @@ class Driver:
         flags += ["--keep_epochs", *map(str, keep)] if keep else []
         fork = None if self._is_begun(run) else self.fork_point(run)
         resume = str(fork) if fork else "auto"
-        return [str(REPOSITORY / script), *flags, "--threads", str(self.threads), "--resume", resume]
+        return [str(REPOSITORY / script), *flags, "--threads", str(self.executor.threads), "--resume", resume]
 
     def _start(self, run):
         self.state[run] = RUNNING
         command = self.command(run)
         fork = command[command.index("--resume") + 1]
-        self._print(f"start  {run.name}" + (f", from {os.path.relpath(fork, self.out)}" if fork != "auto" else ""))
+        origin = f", from {os.path.relpath(fork, self.out)}" if fork != "auto" else ""
+        print(f"start  {run.name}{origin}", flush=True)
         self.executor.start(run, command, str(self.output(run)))
 
     def _ended(self, run, status):
         if status == 0:
             records.collect(self.out / "log" / run.name / "summary.json", self.results / f"{run.name}.json")
             self.state[run] = DONE
-            self._print(f"done   {run.name}")
+            print(f"done   {run.name}", flush=True)
         elif status is executors.LOST and self.losses[run] < MAX_LOSSES:
             self.losses[run] += 1
             self.state[run] = WAITING
-            self._print(f"lost   {run.name}, with its machine; it continues elsewhere")
+            print(f"lost   {run.name}, with its machine; it continues elsewhere", flush=True)
         else:
             # those that wait for its epochs would train them again now; the next time it is continued first
             others = self.families[run.family] if self._is_begun(run) and self._trunk(run) is run else ()
             waiting = [other for other in others if self.state[other] == WAITING and self._must_wait(other)]
             self.state[run] = FAILED
-            self._print(f"failed {run.name}")
+            print(f"failed {run.name}", flush=True)
             for other in waiting:
                 self.state[other] = FAILED
-                self._print(f"failed {other.name}: it continues from {run.name}")
+                print(f"failed {other.name}: it continues from {run.name}", flush=True)
 
     # -------------------------------------------------------------------------------------------- places
 

@@ -107,13 +107,9 @@ def read(folder: str | pathlib.Path) -> Found:
         warn(f"left out: {line}")
     for seed in sorted({place.seed for place in found}):
         first, *others = (record for place, record in found.items() if place.seed == seed)
-        if not all(_may_be_compared(first, other) for other in others):
+        if not all(rows.may_be_compared(first, other) for other in others):
             warn(f"the runs of seed {seed} have two precisions or two first phases: those that differ are not compared")
     return found
-
-
-def _may_be_compared(one, other):
-    return records.precision(one) == records.precision(other) and rows.share_first_phase(one, other)
 
 
 def top1(record: dict[str, Any], epochs: int = FULL) -> float:
@@ -147,7 +143,7 @@ def pairs(found: Found, one: tuple[str, float], other: tuple[str, float], epochs
     values = []
     for seed in sorted({place.seed for place in found}):
         pair = [found[place] for place in (Place(*one, seed), Place(*other, seed)) if place in found]
-        if len(pair) == 2 and min(record["epochs_done"] for record in pair) >= epochs and _may_be_compared(*pair):
+        if len(pair) == 2 and min(record["epochs_done"] for record in pair) >= epochs and rows.may_be_compared(*pair):
             values.append((pair[0], pair[1]))
     return values
 
@@ -173,22 +169,19 @@ def contrasts(found: Found) -> dict[str, statistics.Contrast]:
         planned += 1 if ratios == (1.0, 1.0) else 2
     published = _published_gain(found)
     gains = differences(found, ("IB", 0.0), ("CE", 0.0), FULL)
-    gain = f"IB - CE, {fmean(gains or [0.0]):+.2f}, minus the published {published}"
+    of_look = gains[: max((n for n in LOOKS if n <= len(gains)), default=len(gains))]
+    gain = f"IB - CE, {fmean(of_look or [0.0]):+.2f}, minus the published {published}"
     named[gain] = [value - published for value in gains]
-    named = {name: values for name, values in named.items() if values}
-    looks = {name: max((n for n in LOOKS if n <= len(values)), default=0) for name, values in named.items()}
+    looks = {name: max((n for n in LOOKS if n <= len(of)), default=0) for name, of in named.items() if of}
     judged = {name: named[name][:n] for name, n in looks.items() if n}
-    so_far = {f"{name}, all seeds so far": named[name] for name, n in looks.items() if 0 < n < len(named[name])}
-    results = statistics.family({**named, **judged, **so_far}, resolution=0.01)
-    results |= statistics.family(judged, resolution=0.01, level=LEVEL, size=planned)
-    for name, result in results.items():
-        verdict = result.verdict
-        if name == gain:
-            verdict = verdict.replace("adds", "above the published").replace("takes away", "below the published")
-        if result.n > 1 and name not in judged:
-            result, verdict = result._replace(p=math.nan), "judged at {} or {} seeds".format(*LOOKS)
-        results[name] = result._replace(verdict=verdict)
-    return results
+    so_far = {name + ", all seeds so far" * (n > 0): named[name] for name, n in looks.items() if n < len(named[name])}
+    results = statistics.family(judged, resolution=0.01, level=LEVEL, size=planned)
+    if gain in results:
+        verdict = results[gain].verdict.replace("adds", "above the published")
+        results[gain] = results[gain]._replace(verdict=verdict.replace("takes away", "below the published"))
+    for name, c in statistics.family(so_far, resolution=0.01).items():
+        results[name] = c if c.n == 1 else c._replace(p=math.nan, verdict="judged at {} or {} seeds".format(*LOOKS))
+    return {name: results[name] for name in [*looks, *so_far]}
 
 
 def unplanned(found: Found) -> dict[str, list[float]]:
@@ -388,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(table(heads, lines)))
     chosen = ", ".join(f"{arm} {_text(ratio)}" for arm, ratio in choose(found).items())
     print(f"Ratios that the left-out images choose: {chosen or 'none yet, an arm needs all three'}.")
-    print("The intervals are not adjusted; the verdict follows the adjusted p.")
+    print("Intervals and the tests of equality are not adjusted; 'adds' and 'takes away' follow the adjusted p.")
     for path in options.arms:
         epochs, ce, loss = norms_after(path, options.data_dir)
         print(f"{path}, after {epochs} epochs: gradient of CE {ce:.3f}, of its loss {loss:.3f}, ratio {loss / ce:.2f}")

@@ -33,7 +33,7 @@ def made_again(page: str) -> str:
         kind, *base = found[1].split(" over ")
         named = [line.split(": ") for line in found[2].splitlines()]
         if kind.startswith("factor "):
-            heads, lines = factor.tables(factor.read(RESULTS / named[0][0]))[kind.removeprefix("factor ")]
+            heads, lines = of_experiment(named[0][0])[kind.removeprefix("factor ")]
         else:
             heads, lines = apart(named) if kind == "apart" else _of_rows(kind, named, *base)
         return "\n".join([f"<!-- table {found[1]}", f"{found[2]}-->", *report.table(heads, lines)])
@@ -78,6 +78,12 @@ def _of_rows(kind, named, base=None):
     if len(set(data)) > 1:
         heads, lines = ["data", *heads], [[name, *line] for name, line in zip(data, lines, strict=True)]
     return heads, lines
+
+
+@functools.cache
+def of_experiment(folder: str) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """`factor.tables` of a folder of results/."""
+    return factor.tables(factor.read(RESULTS / folder))
 
 
 @functools.cache

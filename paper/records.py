@@ -17,7 +17,7 @@ from files import write_text
 from imbalance import class_counts
 from paper import runs
 from training.recipe import Recipe
-from training.registry import all_constants
+from training.registry import RULES, all_constants
 
 KEYS = {"settings", "classes", "class_counts", "group_rule", "epochs_done", "best", "last", "history"}
 #: Settings that are compared one by one; `num_classes` follows from the data set, seeds are told apart elsewhere.
@@ -136,6 +136,7 @@ def describe(settings: dict[str, Any]) -> tuple[runs.Run, Differences]:
             in_force -= {"auto_target", "auto_ratio"}
         defaults = {name: parser.COMMON.get(name, FIELDS[name].default) for name in all_constants()}
         usual = {name for name, value in defaults.items() if name not in in_force or getattr(found, name) == value}
+        usual |= {"epochs", "drw_epoch"} if RULES[found.train_rule].trains == "head" else set()  # a second stage
         names = [name for name in (*COMPARED, *SCHEDULE) if name not in OF_RUN and name not in usual]
         return dataclasses.replace(base, protocol="own"), _named(found, names)
     candidates = {}

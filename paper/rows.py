@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from experiment.records import plateau
 from paper import records, runs
-from training.registry import RULES, all_constants
+from training.registry import all_constants
 
 DATASETS = {
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "Digits", "tinyimagenet": "Tiny ImageNet",
@@ -55,7 +55,7 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
     A run that is found twice counts once; two different runs of one seed are left out.
     """
     same, seeds, left_out = collections.defaultdict(dict), collections.defaultdict(list), []
-    identified = [(path, record, *_identify(record)) for path, record in found]
+    identified = [(path, record, *records.identify(record)) for path, record in found]
     usual = _usual_settings(identified)
     for path, record, run, difference in identified:
         if run.protocol == "own":
@@ -69,13 +69,6 @@ def group(found: Iterable[tuple[str, dict[str, Any]]]) -> tuple[Rows, list[str]]
             continue
         seeds[Row(dataclasses.replace(run, seed=0), difference)] += [record for _, record in curves.values()]
     return {row: seeds[row] for row in sorted(seeds, key=order)}, left_out
-
-
-def _identify(record):
-    run, difference = records.identify(record)
-    if run.protocol == "own" and RULES[runs.pair_of(run.method)[1]].trains == "head":  # a second stage makes it longer
-        difference = tuple(one for one in difference if one[0] not in ("epochs", "drw_epoch"))
-    return run, difference
 
 
 def order(row: Row) -> tuple:
@@ -192,6 +185,11 @@ def _is_plain(epoch):
     return stage["loss"] == "CE" and stage["class_weights"] == stage["sampler"] == "none"
 
 
+def may_be_compared(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs of one seed have one precision and, see `share_first_phase`, one first phase."""
+    return records.precision(one) == records.precision(other) and share_first_phase(one, other)
+
+
 def pairs(found: Rows, one: Row, other: Row) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Records of the two rows for every seed that both have: of one choice of images, one precision, one first phase,
     and of settings that differ in constants of the methods alone. Rows of one Run may differ in all but the images."""
@@ -203,7 +201,7 @@ def pairs(found: Rows, one: Row, other: Row) -> list[tuple[dict[str, Any], dict[
         return both
     if _conditions(one) != _conditions(other):
         return []
-    return [p for p in both if share_first_phase(*p) and records.precision(p[0]) == records.precision(p[1])]
+    return [pair for pair in both if may_be_compared(*pair)]
 
 
 def _conditions(row):
@@ -222,11 +220,10 @@ def first_phases(here: Rows) -> dict[Row, str]:
         phases: list[dict] = []
         for row, found in here.items():
             record = by_seed(found).get(seed)
-            if record is None or not _is_plain(record["history"][0]):
-                continue
-            same = [i for i, other in enumerate(phases) if share_first_phase(record, other)]
-            several = several or (bool(phases) and not same)
-            phases += [] if same else [record]
-            letters[row].append("ABCDEFGHIJ"[(same or [len(phases) - 1])[0] % 10])
+            if record and _is_plain(record["history"][0]):
+                at = next((i for i, other in enumerate(phases) if share_first_phase(record, other)), len(phases))
+                phases += [record] * (at == len(phases))
+                letters[row].append(chr(ord("A") + at))
+        several = several or len(phases) > 1
     short = {row: found if len({*found}) > 1 else found[:1] for row, found in letters.items()}
     return {row: ", ".join(found) for row, found in short.items()} if several else {}

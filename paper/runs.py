@@ -1,10 +1,13 @@
-"""The runs behind the paper's cells: what each is called, its command, and what it shares with others. No torch."""
+"""The runs behind the paper's cells: what each is called, its command, and what it shares with others."""
 
 import csv
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
+
+from training.registry import LOSSES, RULES
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.csv")
 
@@ -54,7 +57,7 @@ SETUPS = {
         lr=0.01, lr_factors=(0.1, 0.1), ib_lr_factor=1.0, classes=8142, train_images=437_513, test_images=24_426,
     ),
 }  # fmt: skip
-#: Data sets that the paper does not have, added by `own_setup` and `folder_setup`.
+#: Data sets that the paper does not have, added by reproduce.py.
 OWN_SETUPS: dict[str, Setup] = {}
 #: Data whose imbalance is their own.
 NATURAL = ("inaturalist",)
@@ -78,13 +81,6 @@ METHODS = {
     "CE+DRS": ("CE", "DRS"),
     "CE+cRT": ("CE", "cRT"),
 }
-IB_LOSSES = ("IB", "IBFocal")
-#: Losses with a first phase of plain CE; reproduce.py adds those of the registry that it is asked for.
-TWO_PHASES = {*IB_LOSSES}
-#: Rules with a sampler that is in force from the first epoch on, in a first phase too; reproduce.py adds own ones.
-SAMPLED = {"Resample"}
-#: Rules that change nothing before `drw_epoch`; reproduce.py adds own ones.
-DEFERRED = {"DRW", "DRW-IB", "DRS", "cRT"}
 #: Epochs of cRT's second stage, which follows a whole run: those of Kang et al. on ImageNet-LT.
 HEAD_EPOCHS = 10
 
@@ -130,15 +126,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ldam-recipe": {"recipe": "ldam", "epochs": 120},
 }
 
-#: What the paper lacks, name -> (method, variants): CE with the lr of the IB phase; two by two, {IB factor, class
-#: weights alone} x {loss at the size of CE, loss at the size that IB with alpha 1000 has}, of which IB itself is one;
-#: no gradient through the factor; the arms of docs/factor.md, all or one.
-CONTROLS = {
-    "ib-lr": ("CE", ["ib-lr"]),
-    **{name: ("IB", [name]) for name in ("l1-auto", "weights-only", "weights-at-ib", "detached")},
-    "factor": ("IB", list(FACTOR)),
-    **{name: ("IB", [name]) for name in FACTOR},
-}
+#: What the paper lacks, variants of IB: two by two, {IB factor, class weights alone} x {loss at the size of CE, loss at
+#: the size that IB with alpha 1000 has}, of which IB itself is one; no gradient through the factor; the arms of
+#: docs/factor.md, all or one. And CE with the lr of the IB phase.
+CONTROLS = ("ib-lr", "l1-auto", "weights-only", "weights-at-ib", "detached", "factor", *FACTOR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +166,7 @@ class Run:
         loss, rule = pair_of(self.method)
         copied = ("epochs", "milestones", "lr_factors", "start_ib_epoch", "drw_epoch", "lr", "ib_lr_factor")
         found = {"loss_type": loss, "train_rule": rule, **{name: getattr(self.setup, name) for name in copied}}
-        if rule == "cRT":
+        if RULES[rule].trains == "head":
             found |= {"drw_epoch": found["epochs"], "epochs": found["epochs"] + HEAD_EPOCHS}
         found |= self.changes
         by = SHORTENING[self.protocol]
@@ -234,11 +225,12 @@ class Run:
     def family(self) -> tuple[Hashable, ...]:
         """Runs of one family train their first epochs alike, up to their `fork_epoch`."""
         loss, rule = pair_of(self.method)
-        first = self.title
+        first, entry = self.title, RULES[rule]
         is_ce = self.method == "CE" and self.variant in ("ib-lr", "paper-lr")
-        if is_ce or (loss in TWO_PHASES and rule not in SAMPLED):
+        samples = entry.sampler != "none" and entry.start is None  # in a first phase too
+        if is_ce or (LOSSES[loss].first_phase_ce and not samples):
             first = "CE"
-        elif rule in DEFERRED:
+        elif entry.start == "drw_epoch":
             first = loss
         recipe = self.changes.get("recipe", "")
         return (self.dataset, self.imb_type, self.ratio, self.seed, self.subset, self.protocol, first, recipe)
@@ -257,12 +249,13 @@ class Run:
         settings: of the command with the flags for every script; None: the run's own.
         """
         settings = settings or self.settings
-        epoch = settings["drw_epoch" if settings["train_rule"] in DEFERRED else "epochs"]
-        if settings["loss_type"] in TWO_PHASES:
+        rule = RULES[settings["train_rule"]]
+        epoch = settings["drw_epoch" if rule.start == "drw_epoch" else "epochs"]
+        if LOSSES[settings["loss_type"]].first_phase_ce:
             epoch = min(epoch, settings["start_ib_epoch"])
         elif self.variant == "ib-lr":
             epoch = settings["start_ib_epoch"]
-        elif settings["train_rule"] == "cRT":  # a run keeps no copy of its last checkpoint: an epoch is trained twice
+        elif rule.trains == "head":  # a run keeps no copy of its last checkpoint: an epoch is trained twice
             epoch = settings["drw_epoch"] - 1
         return min(epoch, settings["epochs"])
 
@@ -313,28 +306,21 @@ def published() -> list[dict[str, Any]]:
     return rows
 
 
-def own_setup(dataset: str, classes: int) -> None:
-    """Add a data set of `imbalance_cifar.DATASETS` that the paper does not have: trained as CIFAR is."""
-    OWN_SETUPS[dataset] = dataclasses.replace(CIFAR, classes=classes, largest=10**9)
+def folder_setup(settings: Any) -> Setup:
+    """The Setup of a folder of images, trained by folder_train.py with these Settings.
 
-
-def folder_setup(dataset: str, settings: Any, given: Iterable[str]) -> None:
-    """Add a folder of images, trained by folder_train.py with `settings` (attributes: the flags).
-
-    Lengths that are not `given` are those of CIFAR, scaled to `settings.epochs`.
+    Lengths that are not `settings.given` are those of CIFAR, scaled to `settings.epochs`.
     """
-    scale, given = settings.epochs / CIFAR.epochs, set(given)
-    factors = settings.lr_factors if "lr_factors" in given else CIFAR.lr_factors
-    falls = [(round(epoch * scale), factor) for epoch, factor in zip(CIFAR.milestones, factors, strict=False)]
-    falls = [(epoch, factor) for epoch, factor in falls if epoch < settings.epochs]
-    scaled: dict[str, Any] = {name: round(getattr(CIFAR, name) * scale) for name in ("start_ib_epoch", "drw_epoch")}
-    scaled |= {"milestones": tuple(epoch for epoch, _ in falls), "lr_factors": tuple(factor for _, factor in falls)}
-    # factors belong to their milestones
-    kept = given | {"lr_factors"} if "milestones" in given else given - {"lr_factors"}
-    copied = ("epochs", "arch", "batch_size", "lr", "ib_lr_factor", "schedule")
-    found = {name: getattr(settings, name) for name in (*copied, *scaled)}
-    found |= {name: value for name, value in scaled.items() if name not in kept}
-    OWN_SETUPS[dataset] = Setup("folder_train.py", **found, largest=10**9)
+    names = ("epochs", "arch", "batch_size", "lr", "ib_lr_factor", "schedule", "start_ib_epoch", "drw_epoch")
+    found = {name: getattr(settings, name) for name in (*names, "milestones", "lr_factors")}
+    scale = settings.epochs / CIFAR.epochs
+    for name in {"start_ib_epoch", "drw_epoch"} - settings.given:
+        found[name] = round(getattr(CIFAR, name) * scale)
+    if "milestones" not in settings.given:
+        falls = [(round(e * scale), factor) for e, factor in zip(CIFAR.milestones, settings.lr_factors, strict=True)]
+        falls = [(epoch, factor) for epoch, factor in falls if epoch < settings.epochs]
+        found |= {"milestones": tuple(epoch for epoch, _ in falls), "lr_factors": tuple(factor for _, factor in falls)}
+    return Setup("folder_train.py", **found, largest=10**9)
 
 
 def cells_of_table(table: int) -> list[Run]:
@@ -384,23 +370,19 @@ def grid(datasets: Iterable[str], imb_types: Sequence[str], ratios: Sequence[int
 
 def controls(names: Iterable[str], cells: Iterable[Run]) -> list[Run]:
     """The controls `names` in the data set, imbalance and ratio of each of `cells`."""
+    variants = [variant for name in names for variant in (list(FACTOR) if name == "factor" else [name])]
     found = []
-    for cell in cells:
-        for method, variants in map(CONTROLS.__getitem__, names):
-            for variant in variants:
-                is_plain = variant == "ib-lr" and cell.setup.ib_lr_factor == 1  # CE has IB's lr as it is
-                found.append(dataclasses.replace(cell, method=method, variant="" if is_plain else variant))
+    for cell, variant in itertools.product(cells, variants):
+        is_plain = variant == "ib-lr" and cell.setup.ib_lr_factor == 1  # CE has IB's lr as it is
+        method = "CE" if variant == "ib-lr" else "IB"
+        found.append(dataclasses.replace(cell, method=method, variant="" if is_plain else variant))
     return list(dict.fromkeys(found))
 
 
 def spread_over(cells: Iterable[Run], seeds: Iterable[int], subsets: Iterable[int], protocol: str) -> list[Run]:
     """`cells` for every seed and subset."""
-    return [
-        dataclasses.replace(cell, seed=seed, subset=subset, protocol=protocol)
-        for seed in seeds
-        for subset in subsets
-        for cell in cells
-    ]
+    every = itertools.product(seeds, subsets, cells)
+    return [dataclasses.replace(cell, seed=seed, subset=subset, protocol=protocol) for seed, subset, cell in every]
 
 
 def part_of(chosen: Sequence[Run], index: int, parts: int) -> list[Run]:
@@ -420,6 +402,7 @@ def variants_of(dataset: str, method: str) -> list[str]:
             return method == "CE"
         if "recipe" in VARIANTS[variant]:  # a flag of the Tiny ImageNet script alone
             return is_tiny and (variant == "paper-lr" or loss == "LDAM")
-        return loss in IB_LOSSES and not (variant.startswith("start") and SETUPS[dataset].script != CIFAR.script)
+        is_start = variant.startswith("start")
+        return loss in ("IB", "IBFocal") and not (is_start and SETUPS[dataset].script != CIFAR.script)
 
     return [variant for variant in VARIANTS if can_be(variant)]

@@ -18,16 +18,16 @@ import pathlib
 import sys
 import tempfile
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import cifar_train
+from experiment import checkpoint
+from experiment.settings import fields_affecting
+from paper import records
+from utils import DataError, HelpFormatter, Parser, choose_device, command
+from utils import path as file_path
+
 RESULTS = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(RESULTS.parent))
-
-import cifar_train  # noqa: E402
-from experiment import checkpoint  # noqa: E402
-from experiment.settings import fields_affecting  # noqa: E402
-from paper import records  # noqa: E402
-from utils import DataError, HelpFormatter, Parser, choose_device, command  # noqa: E402
-from utils import path as file_path  # noqa: E402
-
 #: Points of top-1 between evaluation and record: from CPU to CPU; where a GPU is one of the two. Its convolutions are
 #: in TF32, so some images at the edge of two classes fall to the other.
 TOLERANCE, WITH_GPU = 0.01, 0.05

@@ -1,7 +1,9 @@
 """Bad input: one line that names the culprit, exit status 2 (usage) or 1 (data), nothing written, no traceback."""
 
+import functools
 import io
 import math
+import operator
 import pickle
 import urllib.error
 from unittest import mock
@@ -85,17 +87,13 @@ def test_a_run_that_mps_gives_no_gpu_does_not_train_on_the_cpu(tmp_path, monkeyp
     refused([*DIGITS, *TINY], tmp_path, "CUDA_MPS_PIPE_DIRECTORY is set", "no device")
 
 
-def no_network(*args, **kwargs):
-    raise urllib.error.URLError("[Errno -3] Temporary failure in name resolution")
-
-
 def test_missing_data_without_a_network(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "a_file").touch()
     words = ("cifar-100-python.tar.gz", "--dataset digits", "cannot be downloaded")
     for place in ("images", "a_file"):
         args = ["--dataset", "cifar100", *TINY, "--data_dir", place]
-        with mock.patch("urllib.request.urlopen", no_network):
+        with mock.patch("urllib.request.urlopen", side_effect=urllib.error.URLError("no route")):
             refused(args, tmp_path, f"no cifar100 in {place}", *words, status=1)
 
 
@@ -131,7 +129,7 @@ def good_checkpoint(tmp_path_factory):
     return model_folder(folder) / "ckpt.epoch001.pth.tar"
 
 
-#: The part of a checkpoint, and what stands in its place; None: it is missing.
+#: Keys of a part of a checkpoint, outermost first, and what replaces it; None: it is missing.
 ODD = {
     "a weight of another shape": (["state_dict", "conv1.weight"], torch.zeros(5, 3, 3, 3)),
     "a weight too few": (["state_dict", "linear.bias"], None),
@@ -184,8 +182,13 @@ def test_missing_checkpoint(mode, tmp_path):
 
 @pytest.mark.parametrize("case", ODD)
 def test_checkpoints_with_an_odd_part(case, good_checkpoint, tmp_path):
-    path, value = ODD[case]
-    state = damage(load_checkpoint(good_checkpoint), path, value)
+    (*outer, last), value = ODD[case]
+    state = load_checkpoint(good_checkpoint)
+    part = functools.reduce(operator.getitem, outer, state)
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
     torch.save(state, tmp_path / "odd.pth.tar")
     refused([*ARGS, "--resume", "odd.pth.tar"], tmp_path, "odd.pth.tar", status=1)
 
@@ -199,19 +202,6 @@ def test_an_own_checkpoint_that_is_damaged_is_not_written_over(tmp_path):
         refused([*TWO_EPOCHS, *TINY, *more], tmp_path, str(path.relative_to(tmp_path)), way, status=1)
     run_ok([*TWO_EPOCHS, *TINY, "--resume", path.with_name("ckpt.epoch001.pth.tar"), "--force"], tmp_path)
     assert load_checkpoint(path)["epoch"] == 2
-
-
-def damage(state, path, value):
-    """`state` with the entry at `path` (keys, outermost first) replaced, or deleted for `None`."""
-    *outer, last = path
-    place = state
-    for key in outer:
-        place = place[key]
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    return state
 
 
 @pytest.mark.parametrize("change", [{"dataset": "tinyimagenet"}, {"arch": "resnet18"}])

@@ -102,16 +102,8 @@ def test_the_errors_that_two_ranks_find_are_those_of_one(runs):
 
 def test_rank_that_is_killed_is_restarted_by_torchrun_and_continues(tmp_path):
     """With batch norm: both ranks end with the same bits, and every epoch is in the log once."""
-    torchrun = [
-        "torch.distributed.run",
-        "--nproc_per_node",
-        2,
-        "--max-restarts",
-        1,
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-    ]
+    torchrun = ["torch.distributed.run", "--nproc_per_node", 2, "--max-restarts", 1]
+    torchrun += ["--standalone", "--local-addr", "127.0.0.1"]
     done = run_process([*torchrun, DRIVER, *BASE, *IB, *TINY], tmp_path, "-m", REPORT="1", DIE_AT="1")
     assert done.returncode == 0, done.stderr
     assert "restarted by torchrun: --resume auto" in done.stdout

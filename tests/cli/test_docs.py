@@ -136,10 +136,6 @@ def test_flags_named_on_the_pages_exist():
 # ------------------------------------------------------------------------------------- figures and tables
 
 
-def figures():
-    return [found for text in PAGES.values() for found in RESULTS.findall(text)]
-
-
 def test_every_table_of_results_says_what_it_is_made_of():
     for page, text in PAGES.items():
         marked = [found[-1] for pattern in (RESULTS, pages.MARKED) for found in pattern.findall(text)]
@@ -167,16 +163,11 @@ def test_the_gradient_of_the_factor_is_as_the_page_has_it():
 
 
 def test_tables_are_those_of_the_results():
-    for path, table in figures():
-        check_table(path, table)
-
-
-def check_table(path, table):
-    rows = cells(table)
-    if path.endswith("evaluations"):
-        _check_evaluations(rows, ROOT / path)
-    else:
-        _check_speed(rows, json.loads((ROOT / path).read_text())["spread"])
+    for path, table in [found for text in PAGES.values() for found in RESULTS.findall(text)]:
+        if path.endswith("evaluations"):
+            _check_evaluations(cells(table), ROOT / path)
+        else:
+            _check_speed(cells(table), json.loads((ROOT / path).read_text())["spread"])
 
 
 def _check_evaluations(rows, folder):

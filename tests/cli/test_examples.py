@@ -30,13 +30,13 @@ def test_timm(capsys):
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "mobilenetv3_small_050"])
 def test_h_of_a_timm_model_is_the_input_of_its_last_layer(arch):
     timm = pytest.importorskip("timm")
-    from examples.timm_example import logits_and_h
+    from examples.timm_example import WithH
 
     torch.manual_seed(0)
     model = timm.create_model(arch, num_classes=5).eval()
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
-        logits, h = logits_and_h(model, images)
+        logits, h = WithH(model)(images)
         torch.testing.assert_close(logits, model(images))
         torch.testing.assert_close(h @ model.get_classifier().weight.T + model.get_classifier().bias, logits)
 

@@ -138,12 +138,6 @@ def test_a_loss_of_the_features_need_not_be_an_ib_loss(monkeypatch, tmp_path):
     assert all(0 < factor < 1 for factor in record["ib_factor"])
 
 
-class WithParameter(losses.CrossEntropyLoss):
-    def __init__(self):
-        super().__init__()
-        self.shift = torch.nn.Parameter(torch.zeros(10))
-
-
 class WithBuffer(losses.CrossEntropyLoss):
     def __init__(self, name):
         super().__init__()
@@ -158,21 +152,19 @@ def two_layers(num_classes=10, use_norm=False, feature_norm="l1"):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (
-            ["-a", "small", "--loss_type", "LDAM"],
-            "--loss_type LDAM needs a normalised head: this model ignores use_norm",
-        ),
+        (["-a", "small", "--loss_type", "LDAM"],
+         "--loss_type LDAM needs a normalised head: this model ignores use_norm"),
         (["-a", "two", "--train_rule", "cRT", "--drw_epoch", "1"], "has the linear layers 1, 3: say which one gives"),
-        (
-            ["-a", "small", "--loss_type", "Own"],
-            "--loss_type Own has parameters, which nothing trains: make them buffers",
-        ),
+        (["-a", "small", "--loss_type", "Own"],
+         "--loss_type Own has parameters, which nothing trains: make them buffers"),
     ],
-)
+)  # fmt: skip
 def test_what_would_train_wrongly_is_refused_at_the_start(flags, said, registries, tmp_path):
     snippet("An architecture")
     models.CIFAR_MODELS["two"] = two_layers
-    registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithParameter(), first_phase_ce=True)
+    own = losses.CrossEntropyLoss()
+    own.shift = torch.nn.Parameter(torch.zeros(10))
+    registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: own, first_phase_ce=True)
     refused([*DIGITS, "--epochs", "2", "--milestones", "--start_ib_epoch", "1", *flags], tmp_path, said)
 
 

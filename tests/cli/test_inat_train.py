@@ -1,4 +1,4 @@
-"""inat_train.py on small real images in iNaturalist 2018's official layout: recipe, runs, what the check finds."""
+"""inat_train.py on small real images in iNaturalist 2018's official layout: recipe, classes, images, refused data."""
 
 import functools
 import json
@@ -7,18 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from image_runs import IB, IDS, TAIL, make_inat, run_ok
+from image_runs import IB, IDS, TAIL, make_inat, run_in
 from script_runner import refused, run_script
 
 import imbalance_inat
 import inat_train
 from experiment.parser import parse
 from utils import DataError
-
-RUN = [
-    "-a", "mobilenet_v3_small", "--image_size", "32", "--batch-size", "9", "--epochs", "3", "--start_ib_epoch", "1",
-    "--milestones", "2", "--seed", "0", "--threads", "1", "-j", "0",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +33,7 @@ def change(path, edit):
 
 
 def test_papers_recipe_is_the_default(tmp_path):
-    rows = run_ok(tmp_path, "--dry_run", *IB, script=inat_train).split()
+    rows = run_in(tmp_path, "--dry_run", *IB, script=inat_train).split()
     recipe = [row.split(",") for row in rows[1:]]
     assert len(recipe) == 200
     assert [(int(e), float(lr), loss, weights) for e, lr, loss, weights, _ in recipe if e in ("0", "29", "30")] == [
@@ -130,7 +125,7 @@ def test_what_is_only_a_warning(copy, capsys):
 
 def test_no_data(copy, tmp_path):
     run = functools.partial(run_script, inat_train)
-    refused(["--data_dir", "nowhere", *RUN], tmp_path, "no nowhere/train2018.json", status=1, run=run)
+    refused(["--data_dir", "nowhere"], tmp_path, "no nowhere/train2018.json", status=1, run=run)
     (copy / "train2018.json").write_text("{")
     with pytest.raises(DataError, match="is not an annotation file"):
         imbalance_inat.load(str(copy))

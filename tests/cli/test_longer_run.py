@@ -28,7 +28,6 @@ COSINE = [*FIVE[:-2], *TINY, "--schedule", "cosine", "--warmup_epochs", "2"]  # 
 #: Flags of the run; those of the longer one beside them; why it is refused.
 REFUSED = {
     "milestones": (PLAN, ["--milestones", "3", *AUTO], ["in epoch 4, lr is "]),
-    "batch size": (PLAN, ["--batch-size", "32", *AUTO], ["batch_size is 64 there and 32 here"]),
     "cosine": (COSINE, AUTO, ["in epoch 3, lr is "]),
     "without --resume": (PLAN, [], ["epochs is 5 there and 7 here", "--resume auto"]),
 }

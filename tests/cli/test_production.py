@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from image_runs import RUN, make_folder, run_folder, run_ok
+from image_runs import RUN, make_folder, run_folder, run_in
 from script_runner import load_checkpoint, read_csv, refused
 
 from experiment.evaluation import path_name
@@ -25,9 +25,9 @@ def trained(tmp_path_factory):
     """(folder of a run that -e --save_logits has evaluated, checkpoint): a comma and an emoji in its class names."""
     folder = tmp_path_factory.mktemp("production")
     data = make_folder(folder / "animals", names=NAMES)
-    run_ok(folder, "--data_dir", data, *RUN)
+    run_in(folder, "--data_dir", data, *RUN)
     (path,) = folder.glob("checkpoint/*/ckpt.pth.tar")
-    run_ok(folder, "-e", "--save_logits", "--resume", path, "--data_dir", data, "-j", "0")
+    run_in(folder, "-e", "--save_logits", "--resume", path, "--data_dir", data, "-j", "0")
     return folder, path
 
 
@@ -89,10 +89,10 @@ def test_predictions_are_of_the_averaged_weights_and_the_corrected_logits(traini
     """By hand: the page's code with the average, or minus the logarithm of the prior."""
     folder, path = trained
     if training:
-        run_ok(tmp_path, "--data_dir", folder / "animals", *RUN, *training)
+        run_in(tmp_path, "--data_dir", folder / "animals", *RUN, *training)
         (path,) = tmp_path.glob("checkpoint/*/ckpt.pth.tar")
     images = folder / "animals" / "val"
-    run_ok(tmp_path, "-e", "--resume", path, "--predict", images, "--top", "3", "-j", "0", *flags)
+    run_in(tmp_path, "-e", "--resume", path, "--predict", images, "--top", "3", "-j", "0", *flags)
     rows = read_csv(next(tmp_path.glob("log/*/predict/**/*.csv")))
 
     names: dict = {}
@@ -151,7 +151,7 @@ def test_an_evaluation_follows_folders_that_were_renamed(trained, tmp_path):
     work = shutil.copytree(folder, tmp_path / "work")
     for kind in ("log", "checkpoint"):
         (work / kind / path.parent.name).rename(work / kind / "best_so_far")
-    out = run_ok(work, "-e", "--resume", "checkpoint/best_so_far/ckpt.pth.tar", "--data_dir", "animals", "-j", "0")
+    out = run_in(work, "-e", "--resume", "checkpoint/best_so_far/ckpt.pth.tar", "--data_dir", "animals", "-j", "0")
     assert "written: log/best_so_far/evaluate/" in out
     assert [entry.name for entry in (work / "log").iterdir()] == ["best_so_far"]
 

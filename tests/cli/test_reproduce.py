@@ -1,5 +1,6 @@
 """reproduce.py run: what is shared is trained once, with the same bits; killed, failed and lost runs."""
 
+import contextlib
 import csv
 import io
 import json
@@ -13,7 +14,6 @@ import psutil
 import pytest
 import script_runner
 from PIL import Image
-from reproduce_command import refused
 
 import experiment.run
 import folder_train
@@ -39,6 +39,8 @@ def three_epochs(monkeypatch):
 
 class InProcess:
     """An executor that trains in this process at once; `broken` are parts of names that fail."""
+
+    threads = 1
 
     def __init__(self, broken=()):
         self.broken, self.ended, self.commands = broken, [], []
@@ -68,9 +70,10 @@ class InProcess:
 
 def drive(chosen, out, executor, extra=()):
     """(driver, failed runs, what it printed)."""
-    text = io.StringIO()
-    work = driver.Driver(chosen, out, out / "results", executor, extra, threads=1, stream=text)
-    return work, work.run(), text.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        work = driver.Driver(chosen, out, out / "results", executor, extra)
+        failed = work.run()
+    return work, failed, text.getvalue()
 
 
 def cell(methods, variants=("",)):
@@ -85,29 +88,22 @@ def newest(out, run):
     return out / "checkpoint" / run.name / "ckpt.pth.tar"
 
 
-@pytest.fixture
-def separate(three_epochs, tmp_path):
-    """Every run of the cell and its controls trained alone, from its own listed command."""
-    out = tmp_path / "separate"
-    for run in [*cell(FOUR), *cell(["CE"], ["ib-lr"]), *cell(DEFERRED)]:
-        script_runner.run_ok([*run.argv(out)[1:], "--threads", "1"], tmp_path)
-    return out
-
-
-@pytest.mark.parametrize("with_ce", [True, False], ids=["from CE", "from an IB run"])
-def test_shared_epochs_are_trained_once_with_the_same_bits(with_ce, separate, tmp_path, three_epochs):
-    chosen = cell(FOUR if with_ce else FOUR[1:])
-    chosen += [*cell(["CE"], ["ib-lr"]), *cell(DEFERRED)] if with_ce else []
-    executor = InProcess()
-    work, failed, text = drive(chosen, tmp_path / "shared", executor)
-    assert failed == []
-    forks = [name for name, command in executor.commands if command[command.index("--resume") + 1] != "auto"]
-    assert len(forks) == (7 if with_ce else 2)
-    for run in chosen:
-        script_runner.assert_same_run(newest(tmp_path / "shared", run).parent, newest(separate, run).parent)
-    epochs = sum("done in" in line for run in chosen for line in work.output(run).read_text().splitlines())
-    assert epochs == (3 + 3 * 1 + 1 + 2 * 1 + 3 + 1 if with_ce else 3 + 1 + 1)
-    assert text.count("done ") == len(chosen)
+def test_shared_epochs_are_trained_once_with_the_same_bits(three_epochs, tmp_path):
+    """By forks of CE, and of an IB run without CE: each is the run of its own listed command, trained alone."""
+    everything, separate = [*cell(FOUR), *cell(["CE"], ["ib-lr"]), *cell(DEFERRED)], tmp_path / "separate"
+    for run in everything:
+        script_runner.run_ok([*run.argv(separate)[1:], "--threads", "1"], tmp_path)
+    for chosen, forked, trained in ((everything, 7, 3 + 3 * 1 + 1 + 2 * 1 + 3 + 1), (cell(FOUR[1:]), 2, 3 + 1 + 1)):
+        executor, shared = InProcess(), tmp_path / f"shared{len(chosen)}"
+        work, failed, text = drive(chosen, shared, executor)
+        assert failed == []
+        forks = [name for name, command in executor.commands if command[command.index("--resume") + 1] != "auto"]
+        assert len(forks) == forked
+        for run in chosen:
+            script_runner.assert_same_run(newest(shared, run).parent, newest(separate, run).parent)
+        epochs = sum("done in" in line for run in chosen for line in work.output(run).read_text().splitlines())
+        assert epochs == trained
+        assert text.count("done ") == len(chosen)
 
 
 def test_forks_follow_the_flags_for_every_script(tmp_path, three_epochs):
@@ -269,10 +265,10 @@ def test_a_run_whose_machine_goes_away_continues_and_is_given_up_in_the_end(thre
     assert len(executor.commands) == driver.MAX_LOSSES + 1
 
 
-def test_only_one_driver_works_in_a_folder(tmp_path, capsys):
+def test_only_one_driver_works_in_a_folder(tmp_path):
+    argv, words = ["run", "--table", "2", "--out", tmp_path], "is in use by process"
     with run_lock(tmp_path):
-        line = refused("run", "--table", "2", "--out", tmp_path, capsys=capsys, status=1)
-    assert "is in use by process" in line
+        script_runner.refused(argv, tmp_path, words, status=1, run=script_runner.run_reproduce)
 
 
 # ------------------------------------------------------------------------------------------ as processes

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import script_runner
 
 import reproduce
 from paper import executors, records
@@ -61,10 +62,7 @@ def test_statuses_come_back_and_the_run_of_a_lost_node_is_lost_not_failed(cluste
         logs = [tmp_path / "one", tmp_path / "other"]  # one on each node
         for log in logs:
             executor.start(log, ["-c", "import time; print('begun', flush=True); time.sleep(3600)"], str(log))
-        deadline = time.monotonic() + HANGS
-        while not all(log.exists() and log.read_text() for log in logs):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        script_runner.wait_for(lambda: all(log.exists() and log.read_text() for log in logs), HANGS)
         cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
         assert list(wait_for(executor, 1).values()) == [executors.LOST]
         assert len(executor.running) == 1

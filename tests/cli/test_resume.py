@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -11,11 +13,12 @@ from script_runner import (
     DIGITS,
     EPOCHS,
     FIVE,
-    REAL,
+    SCRIPT,
     TINY,
     assert_same_run,
     assert_same_weights,
     break_off,
+    environment,
     load_checkpoint,
     log_folder,
     messages,
@@ -25,7 +28,6 @@ from script_runner import (
     refused,
     run_main,
     run_ok,
-    run_process_until,
     snapshot,
 )
 
@@ -35,19 +37,15 @@ from experiment.run import Run
 from training import distributed
 
 
-def leftovers(folder):
-    """Files that a run writes for a moment only."""
-    parts = (".tar.", ".csv.", ".json.")
-    return [p.name for p in folder.rglob("*") if p.is_file() and any(part in p.name for part in parts)]
-
-
 def test_killed_in_mid_epoch_and_resumed_is_the_run_never_stopped(tmp_path):
     """A process, and a published model."""
-    args = [*DIGITS, *REAL, "--epochs", "2", "--start_ib_epoch", "1", "--milestones", "1", "-p", "1"]
+    args = [*DIGITS, "--arch", "resnet20", "--epochs", "2", "--start_ib_epoch", "1", "--milestones", "1", "-p", "1"]
     args += ["--loss_type", "IB", "--train_rule", "CBReweight", "--checkpoint_seconds", "0"]
-    status, lines, _ = run_process_until(args, tmp_path, "epoch 2/2  batch 1/", signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    assert "epoch 2/2 done" not in "".join(lines)
+    command = [sys.executable, SCRIPT, *args]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("epoch 2/2  batch 1/") for line in process.stdout)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
     run = {"loss": "IB", "rule": "CBReweight", "arch": "resnet20"}
     model = model_folder(tmp_path, **run)
     assert load_checkpoint(model / "ckpt.pth.tar")["epoch"] == 1
@@ -58,7 +56,7 @@ def test_killed_in_mid_epoch_and_resumed_is_the_run_never_stopped(tmp_path):
     assert "epoch 1/2" not in out
     run_ok([*args, "--exp_str", "whole"], tmp_path)
     assert_same_run(model, model_folder(tmp_path, **run, exp="whole"), ("ckpt.pth.tar", "ckpt.best.pth.tar"))
-    assert not leftovers(tmp_path)
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 # ---------------------------------------------------------------------------- every place to stop at, in this process
@@ -103,10 +101,8 @@ RESUMED = {
     "alpha auto": ["--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto"],
     "alpha auto and DRW": ["--loss_type", "IB", "--train_rule", "DRW", "--alpha", "auto"],
     "validation part": ["--val_fraction", "0.2"],
-    "AdamW": ["--optimizer", "adamw", "--lr", "0.001"],
     "EMA": ["--ema", "0.9", "--loss_type", "IB"],
     "EMA and cRT": ["--ema", "0.9", "--train_rule", "cRT"],
-    "mixup": ["--mixup", "0.4", "--loss_type", "BS"],
 }
 
 

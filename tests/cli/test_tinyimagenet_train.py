@@ -59,7 +59,7 @@ def small_resnet18(monkeypatch):
     monkeypatch.setitem(models.IMAGENET_MODELS, "resnet18", small)
 
 
-run_ok = functools.partial(image_runs.run_ok, script=tinyimage_train)
+run_in = functools.partial(image_runs.run_in, script=tinyimage_train)
 refused = functools.partial(script_runner.refused, run=functools.partial(run_script, tinyimage_train))
 
 
@@ -95,7 +95,7 @@ def folders(cwd, loss, rule="None", exp="0", imb="exp_0.4"):
 
 
 def dry_run(tmp_path, *args):
-    out = run_ok(tmp_path, *args, "--dry_run")
+    out = run_in(tmp_path, *args, "--dry_run")
     assert os.listdir(tmp_path) == []
     return list(csv.DictReader(io.StringIO(out)))
 
@@ -152,7 +152,7 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     """Two epochs of CE and one of IB, records, evaluation; the archive arranged on the way."""
     (tmp_path / "data").mkdir()
     shutil.copy(raw, tmp_path / "data")
-    out = run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS)
+    out = run_in(tmp_path, *RUN, *IB, *NO_WEIGHTS)
     assert "total 290" in out
     assert (tmp_path / "data" / FOLDER / "val" / "n00001000").is_dir()
     log, saved = folders(tmp_path, "IB", "IBReweight")
@@ -169,19 +169,19 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     assert state["epoch"] == 3
     assert state["state_dict"]["fc.weight"].shape == (200, 16)
     assert json.loads((log / "summary.json").read_text())["split"]["total"] == 290
-    run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS, "-e", "--resume", "auto")
+    run_in(tmp_path, *RUN, *IB, *NO_WEIGHTS, "-e", "--resume", "auto")
     evaluation = json.loads((log / "evaluate" / "evaluation.json").read_text())
     assert evaluation["acc1"] == float(test[2]["acc1"])
     assert evaluation["seen"] == 200
     wrong = read_csv(log / "evaluate" / "errors.csv")
     assert all((tmp_path / "data" / row["file"]).is_file() for row in wrong)
     assert len(wrong) == round(200 - 2 * evaluation["acc1"])
-    assert "nothing to do" in run_ok(tmp_path, *RUN, *IB, *NO_WEIGHTS)
+    assert "nothing to do" in run_in(tmp_path, *RUN, *IB, *NO_WEIGHTS)
 
 
 def ended_with(work, *args):
     """The last checkpoint of a run of two epochs."""
-    run_ok(work, *RUN, *NO_WEIGHTS, "--epochs", "2", "--overwrite", *args)
+    run_in(work, *RUN, *NO_WEIGHTS, "--epochs", "2", "--overwrite", *args)
     (path,) = (work / "checkpoint").glob("*/ckpt.pth.tar")
     return load_checkpoint(path)
 
@@ -214,7 +214,7 @@ def imagenet_like(num_classes=1000):
 
 def started_from(work, *args):
     """The weights that a run with lr 0 ends with."""
-    run_ok(work, *RUN, "--epochs", "1", "--lr", "0", "--wd", "0", "--overwrite", *args)
+    run_in(work, *RUN, "--epochs", "1", "--lr", "0", "--wd", "0", "--overwrite", *args)
     return load_checkpoint(next((work / "checkpoint").glob("*/ckpt.pth.tar")))["state_dict"]
 
 
@@ -246,9 +246,9 @@ def test_no_network(work):
 
 def test_weights_are_not_asked_for_twice(work):
     with mock.patch.object(WeightsEnum, "get_state_dict", return_value=imagenet_like()):
-        run_ok(work, *RUN, "--keep_epochs", "2")
+        run_in(work, *RUN, "--keep_epochs", "2")
     saved = folders(work, "CE")[1]
     with mock.patch.object(WeightsEnum, "get_state_dict", side_effect=AssertionError):
-        run_ok(work, *RUN, "-e", "--resume", "auto")
-        run_ok(work, *RUN, "--exp_str", "b", "--resume", saved / "ckpt.epoch002.pth.tar")
+        run_in(work, *RUN, "-e", "--resume", "auto")
+        run_in(work, *RUN, "--exp_str", "b", "--resume", saved / "ckpt.epoch002.pth.tar")
     assert_same_weights(saved / "ckpt.pth.tar", folders(work, "CE", exp="b")[1] / "ckpt.pth.tar")

@@ -28,10 +28,7 @@ import torch
 import cifar_train
 import models
 
-FLAGS = [
-    *script_runner.DIGITS, *script_runner.TINY, "--epochs", "4", "--start_ib_epoch", "2", "--milestones", "3",
-    "--loss_type", "IB", "--train_rule", "IBReweight", "--alpha", "auto", "--checkpoint_seconds", "0",
-]  # fmt: skip
+FLAGS = [*script_runner.FOUR, "--train_rule", "IBReweight", "--alpha", "auto", "--checkpoint_seconds", "0"]
 #: Kills of one run: then it may end, however busy the machine has become.
 MOST = 6
 
@@ -67,14 +64,9 @@ def train(folder, kill_after=None):
 
 def check(folder, reference):
     """AssertionError unless the run in `folder` equals the one in `reference`."""
-    names = []
-    for where in (folder, reference):
-        names.append(
-            [find(where, "IB", "IBReweight") for find in (script_runner.log_folder, script_runner.model_folder)]
-        )
-    assert script_runner.read_logs(names[0][0]) == script_runner.read_logs(names[1][0]), "the logs differ"
-    script_runner.assert_same_weights(names[0][1] / "ckpt.pth.tar", names[1][1] / "ckpt.pth.tar")
-    summary = json.loads((names[0][0] / "summary.json").read_text())
+    run = {"loss": "IB", "rule": "IBReweight"}
+    script_runner.assert_same_run(*(script_runner.model_folder(where, **run) for where in (folder, reference)))
+    summary = json.loads((script_runner.log_folder(folder, **run) / "summary.json").read_text())
     assert [record["epoch"] for record in summary["history"]] == list(range(4)), "an epoch is missing or duplicated"
 
 

@@ -6,9 +6,8 @@ import subprocess
 import sys
 from unittest import mock
 
-import image_runs
 import pytest
-from image_runs import RUN, make_folder
+from image_runs import RUN, make_folder, run_in
 from script_runner import (
     REPOSITORY,
     TINY,
@@ -32,15 +31,6 @@ from utils import warn
 #: cifar_train.py with the model 'tiny' beside the published ones.
 DRIVER = REPOSITORY / "tests" / "helpers" / "distributed_run.py"
 RUN_OF_TWO = [*TWO_EPOCHS, *TINY, "-p", "1"]
-FIGURES = {"class_accuracy.png", "confusion.png", "curves.png"}
-
-
-def check_finished(cwd, **where):
-    """Two epochs in the logs and the checkpoint, and the figures."""
-    log = log_folder(cwd, **where)
-    assert [row["epoch_from_0"] for row in read_csv(log / "log_test.csv")] == ["0", "1"]
-    assert {path.name for path in log.iterdir()} >= FIGURES
-    assert load_checkpoint(model_folder(cwd, **where) / "ckpt.pth.tar")["epoch"] == 2
 
 
 def test_jupyters_backend_an_output_in_ascii_and_a_name_that_is_not(tmp_path):
@@ -49,7 +39,10 @@ def test_jupyters_backend_an_output_in_ascii_and_a_name_that_is_not(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "run digits_tiny_CE_None_exp_0.01_\\xe9, seed 0" in done.stdout
-    check_finished(tmp_path, exp="é")
+    log = log_folder(tmp_path, exp="é")
+    assert [row["epoch_from_0"] for row in read_csv(log / "log_test.csv")] == ["0", "1"]
+    assert {path.name for path in log.iterdir()} >= {"class_accuracy.png", "confusion.png", "curves.png"}
+    assert load_checkpoint(model_folder(tmp_path, exp="é") / "ckpt.pth.tar")["epoch"] == 2
 
 
 def test_compile_without_a_compiler_is_one_line(tmp_path):
@@ -68,7 +61,7 @@ def test_classes_that_neither_ascii_nor_utf8_can_say(tmp_path):
     names = ["chat é", "猫", os.fsdecode(b"caf\xe9")]
     data = make_folder(tmp_path / "images", names=names)
     args = ["--data_dir", data, *RUN, "--epochs", "1", "--milestones", "--lr", "0.001"]
-    out = image_runs.run_ok(tmp_path, *args)
+    out = run_in(tmp_path, *args)
     lines = [line.rsplit(None, 3)[0] for line in out.splitlines() if line.startswith(("chat", "猫", "caf"))]
     assert lines == ["caf\\udce9", "chat é", "猫"]
     (log,) = (tmp_path / "log").iterdir()
@@ -77,7 +70,7 @@ def test_classes_that_neither_ascii_nor_utf8_can_say(tmp_path):
     assert json.loads((log / "summary.json").read_text())["classes"] == [names[2], names[0], names[1]]
     tags = {"class_accuracy/chat_é", "class_accuracy/猫", "class_accuracy/caf_"}  # tensorboardX's underscores
     assert tags <= scalars(log).keys()
-    image_runs.run_ok(tmp_path, *args, "--resume", "auto")
+    run_in(tmp_path, *args, "--resume", "auto")
 
 
 def test_a_reader_that_has_gone_ends_the_run_as_it_ends_git_log(tmp_path):

@@ -1,12 +1,11 @@
 """Any combination of flags ends its dry run with a recipe, or with one line and status 2; never with a traceback."""
 
 import argparse
-import contextlib
-import io
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from script_runner import run_script
 
 import cifar_train
 import folder_train
@@ -48,20 +47,14 @@ def command_lines(draw, parser):
 @pytest.mark.parametrize("name", SCRIPTS)
 @given(data=st.data())
 def test_dry_run_or_one_line(name, data):
-    script = SCRIPTS[name]
     words = data.draw(command_lines(build_parser(f"{name}.py")))
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            script.main(words)
-        except SystemExit as stop:
-            status = stop.code or 0
-    errors = [line for line in err.getvalue().split("\n") if line and not line.startswith("warning:")]
-    assert "\x1b" not in err.getvalue()
+    status, out, err = run_script(SCRIPTS[name], words, ".", cuda=True)
+    errors = [line for line in err.split("\n") if line and not line.startswith("warning:")]
+    assert "\x1b" not in err
     if status == 0:
         assert errors == []
-        assert out.getvalue().startswith(("epoch_from_0,lr,loss,class_weights,sampler", "usage:"))
+        assert out.startswith(("epoch_from_0,lr,loss,class_weights,sampler", "usage:"))
     else:
-        assert status == 2, (words, err.getvalue())
-        assert len(errors) == 1, (words, err.getvalue())
-        assert out.getvalue() == ""
+        assert status == 2, (words, err)
+        assert len(errors) == 1, (words, err)
+        assert out == ""

@@ -58,7 +58,8 @@ def make_inat(root):
 run_folder = functools.partial(run_script, folder_train)
 
 
-def run_ok(cwd, *args, script=folder_train):
+def run_in(cwd, *args, script=folder_train):
+    """The output of a command that must succeed."""
     status, out, err = run_script(script, args, cwd)
     assert status == 0, err
     return out

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from torch import nn
 import cifar_train
 import imbalance_cifar
 import models
+import reproduce
 from experiment import plots
 from losses import row_norm
 
@@ -36,14 +36,12 @@ FOUR = [*DIGITS, *TINY, "--epochs", "4", "--start_ib_epoch", "2", "--milestones"
 #: Five epochs, the last three with the IB loss where one is asked for.
 EPOCHS, START = 5, 2
 FIVE = [*DIGITS, "--epochs", EPOCHS, "--start_ib_epoch", START, "--drw_epoch", "3", "--milestones", "4"]
-#: For processes, which have the published models only.
-REAL = ["--arch", "resnet20"]
 
 
 class TinyModel(nn.Module):
     """A convolution, a batch norm and a linear head; returns (logits, features) as the published models do."""
 
-    def __init__(self, num_classes, use_norm, feature_norm):
+    def __init__(self, num_classes=10, use_norm=False, feature_norm="l1"):
         super().__init__()
         self.feature_norm = feature_norm
         self.conv1 = nn.Conv2d(3, 4, 3, stride=4, padding=1, bias=False)
@@ -56,8 +54,7 @@ class TinyModel(nn.Module):
         return self.linear(hidden), row_norm(hidden, self.feature_norm)[:, None]
 
 
-def tiny(num_classes=10, use_norm=False, feature_norm="l1"):
-    return TinyModel(num_classes, use_norm, feature_norm)
+tiny = TinyModel
 
 
 # ------------------------------------------------------------------------------------------ in this process
@@ -86,21 +83,19 @@ def quiet_folder(cwd, figures=False, cuda=False):
             torch.set_rng_state(generator)
 
 
-def status_of(script, args):
-    """The exit status of script.main(args): 0 where main returns."""
-    try:
-        script.main([str(a) for a in args])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 def run_script(script, args, cwd, figures=False, cuda=False):
     """script.main(args) in the folder `cwd`: (exit status, standard output, standard error)."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet_folder(cwd, figures, cuda):
-        status = status_of(script, args)
+        try:
+            script.main([str(a) for a in args])
+        except SystemExit as stop:
+            status = stop.code or 0
     return status, out.getvalue(), err.getvalue()
+
+
+#: run_reproduce(args, cwd) -> (status, out, err).
+run_reproduce = functools.partial(run_script, reproduce)
 
 
 def run_main(args, cwd, **how):
@@ -159,35 +154,9 @@ def run_process(args, cwd, script=SCRIPT, timeout=1800, **variables):
     )
 
 
-def run_process_until(args, cwd, line_start, stop_signal):
-    """Start the script, read its lines until one begins with `line_start`, send `stop_signal`, wait for the end.
-
-    Returns:
-        (status, lines read, err). Fails if the line never comes.
-    """
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-
-    def take_interrupts():  # a shell's background jobs ignore Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(
-        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=take_interrupts,
-    ) as process:  # fmt: skip
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith(line_start):
-                process.send_signal(stop_signal)
-                break
-        rest, err = process.communicate(timeout=1800)
-    assert any(line.startswith(line_start) for line in lines), f"{line_start!r} never came: {''.join(lines)}{err}"
-    return process.returncode, [*lines, *rest.splitlines(keepends=True)], err
-
-
-def wait_for(condition):
-    """Until condition() is true; fails after ten minutes."""
-    deadline = time.monotonic() + 600
+def wait_for(condition, seconds=600):
+    """Until condition() is true; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

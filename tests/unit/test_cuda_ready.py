@@ -185,12 +185,6 @@ def test_versions_say_whether_convolutions_use_tf32(numerics):
         assert facts["tf32"] == tf32
 
 
-def test_the_state_of_the_loss_scaler_comes_back():
-    precision = Precision("fp16", "cpu")
-    precision.scaler.load_state_dict({**precision.scaler.state_dict(), "scale": 8.0})
-    assert precision.scaler.state_dict()["scale"] == 8.0
-
-
 class NotDeterministic(torch.autograd.Function):
     """Its backward pass raises torch's own error, as that of adaptive pooling does on a GPU."""
 

@@ -11,10 +11,6 @@ from training.precision import on_device
 from utils import UsageError
 
 
-def batches(size):
-    return SimpleNamespace(targets=[0] * 34, batch_size=size, image_size=32)
-
-
 @pytest.mark.parametrize(
     ("size", "ranks", "sync_bn", "refused"),
     [
@@ -29,5 +25,6 @@ def test_batch_of_one_image_on_any_rank(size, ranks, sync_bn, refused, kernels, 
     monkeypatch.setattr("experiment.checks.distributed.world_size", lambda: ranks)
     layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
     model = on_device(layers, torch.device("cpu"), kernels)
+    batches = SimpleNamespace(targets=[0] * 34, batch_size=size, image_size=32)
     with pytest.raises(UsageError, match="of one image of 34") if refused else contextlib.nullcontext():
-        check_last_batch(model, batches(size), sync_bn)
+        check_last_batch(model, batches, sync_bn)

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from test_losses import COUNTS, INFLUENCE_BALANCED, LOSSES, WEIGHT, assert_same, batch, build, value_and_gradients
+from loss_maker import COUNTS, INFLUENCE_BALANCED, LOSSES, WEIGHT, assert_same, batch, build, value_and_gradients
 from torch.nn import functional as F
 
 import losses

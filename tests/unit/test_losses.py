@@ -7,63 +7,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden
+from loss_maker import (
+    COUNTS,
+    DIVIDES_BY_WEIGHTS,
+    INFLUENCE_BALANCED,
+    LOSSES,
+    WEIGHT,
+    assert_same,
+    batch,
+    build,
+    class_weights,
+    official,
+    value_and_gradients,
+)  # fmt: skip
 from torch import nn
 from torch.nn import functional as F
 
 import losses
-from losses import CrossEntropyLoss, FocalLoss, IB_FocalLoss, IBLoss, LDAMLoss, LogitAdjustedLoss, VSLoss, row_norm
+from losses import CrossEntropyLoss, FocalLoss, IBLoss, LDAMLoss, LogitAdjustedLoss, VSLoss, row_norm
 
-COUNTS = [100, 40, 12, 5, 2]
-WEIGHT = torch.tensor([0.25, 0.5, 0.875, 1.25, 2.125])  # exact in float32
 NORMS = ("l1", "l2", "linf")
 ORDER = {"l1": 1, "l2": 2, "linf": math.inf, "none": 1}
-INFLUENCE_BALANCED = ("IB", "IBFocal")
-DIVIDES_BY_WEIGHTS = ("CE", "LDAM", "BS", "LA", "VS")
-LOSSES = (*DIVIDES_BY_WEIGHTS, "Focal", *INFLUENCE_BALANCED)
-
-
-def build(loss, weight=WEIGHT, counts=COUNTS, gamma=1.5, alpha=50.0, norm="l1", detach=False, **options):
-    """A loss by its name in the registry; the IB losses take raw features."""
-    influence = {"alpha": alpha, "norm": norm, "detach": detach}
-    return {
-        "CE": lambda: CrossEntropyLoss(weight, **options),
-        "Focal": lambda: FocalLoss(weight, gamma, **options),
-        "LDAM": lambda: LDAMLoss(counts, weight=weight, **options),
-        "BS": lambda: losses.BalancedSoftmaxLoss(counts, weight, **options),
-        "LA": lambda: LogitAdjustedLoss(counts, 0.7, weight, **options),
-        "VS": lambda: VSLoss(counts, 0.3, 0.7, weight, **options),
-        "IB": lambda: IBLoss(weight, **influence, **{"raw_features": True, **options}),
-        "IBFocal": lambda: IB_FocalLoss(weight, gamma=gamma, **influence, **{"raw_features": True, **options}),
-    }[loss]()
-
-
-def batch(soft="index", dense=(), n=6, width=4, dtype=torch.float64, seed=0):
-    """(logits (n, 5, *dense), target, features (n, width, *dense)); soft: 'index', 'one-hot' or 'soft'."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(n, 5, *dense, generator=generator, dtype=torch.float64)
-    features = torch.randn(n, width, *dense, generator=generator, dtype=torch.float64)
-    target = torch.randint(5, (n, *dense), generator=generator)
-    if soft != "index":
-        target = F.one_hot(target, 5).movedim(-1, 1).to(dtype)
-    if soft == "soft":
-        other = torch.rand(n, 5, *dense, generator=generator, dtype=torch.float64).softmax(1).to(dtype)
-        target = 0.7 * target + 0.3 * other
-    return logits.to(dtype), target, features.to(dtype)
-
-
-def value_and_gradients(criterion, logits, target, features):
-    """Loss, gradient in the logits, gradient in the features (None where there is none)."""
-    logits, features = (x.detach().clone().requires_grad_() for x in (logits, features))
-    loss = criterion(logits, target, features)
-    loss.backward()
-    return loss.detach(), logits.grad, features.grad
-
-
-def assert_same(first, second, **tolerance):
-    for a, b in zip(first, second, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, **tolerance)
 
 
 def assert_rows_close(actual, expected, rtol, floor=1e-7):
@@ -74,14 +38,6 @@ def assert_rows_close(actual, expected, rtol, floor=1e-7):
 
 
 # -------------------------------------------------------------------------------- against the official code
-
-
-def class_weights(rule, counts):
-    return {
-        "None": lambda: None,
-        "CBReweight": lambda: losses.effective_number_weights(counts),
-        "IBReweight": lambda: losses.inverse_frequency_weights(counts),
-    }[rule]()
 
 
 @pytest.mark.parametrize("num_classes", [10, 100])
@@ -97,17 +53,15 @@ def test_golden_class_weights(num_classes):
 def test_golden_loss_and_gradients(num_classes, loss):
     data = golden(f"losses_{num_classes}.npz")
     inputs = [torch.tensor(data[name]) for name in ("logits", "target", "features")]
-    options = {"raw_features": False} if loss in INFLUENCE_BALANCED else {}
     for rule in ("None", "CBReweight", "IBReweight"):
-        weight = class_weights(rule, data["cls_num_list"])
-        arguments = {"counts": data["cls_num_list"], "gamma": 1.0, "alpha": 1000.0, **options}
-        criterion = build(loss, weight, **arguments)
+        criterion = official(loss, rule, data["cls_num_list"])
         value, dlogits, dfeatures = value_and_gradients(criterion, *inputs)
         assert value.item() == pytest.approx(float(data[f"{loss}/{rule}/loss"]), rel=1e-5)
         rtol = torch.full((len(dlogits),), 1e-5)
         if criterion.needs_features:
             # the pull of CE and the push of the factor cancel for confident hits, in the official float32 as well
-            pull = value_and_gradients(build(loss, weight, detach=True, **arguments), *inputs)[1].abs().amax(1)
+            detached = official(loss, rule, data["cls_num_list"], detach=True)
+            pull = value_and_gradients(detached, *inputs)[1].abs().amax(1)
             rtol[dlogits.abs().amax(1) < 0.6 * pull] = 1e-3
             assert (rtol > 1e-5).float().mean() < 0.2
             assert_rows_close(dfeatures, torch.tensor(data[f"{loss}/{rule}/dfeatures"]), 1e-5)

@@ -14,7 +14,7 @@ import torch
 import torch._dynamo.testing
 import torchvision
 from conftest import golden
-from test_losses import INFLUENCE_BALANCED, build, class_weights
+from loss_maker import official
 from torch import nn
 from torchvision.models import WeightsEnum
 
@@ -67,13 +67,6 @@ def inputs(num_classes):
     return {"x": x, "x64": x64}, list(zip(steps.double(), labels, strict=True))
 
 
-def head_and_hidden(model):
-    """The last layer, and a list that receives its inputs."""
-    head, hidden = (model.linear if hasattr(model, "linear") else model.fc), []
-    head.register_forward_pre_hook(lambda layer, args: hidden.append(args[0].detach()))
-    return head, hidden
-
-
 # -------------------------------------------------------------------------------- against the official code
 
 
@@ -112,11 +105,6 @@ def test_initial_values(num_classes):
 LR, IB_LR, IB_START = 0.05, 0.0005, 12
 
 
-def criterion_for(loss, rule, counts):
-    options = {"raw_features": False} if loss in INFLUENCE_BALANCED else {}
-    return build(loss, class_weights(rule, counts), counts, gamma=1.0, alpha=1000.0, **options)
-
-
 def as_trained(model):
     """The model and its optimizer as the scripts have them."""
     model = model.double().to(memory_format=torch.channels_last)
@@ -147,7 +135,7 @@ TRAJECTORIES = [
 @pytest.mark.parametrize(("loss", "rule"), TRAJECTORIES)
 def test_golden_trajectory(num_classes, loss, rule):
     expected = golden(f"trajectory_{num_classes}.npz")
-    criterion = criterion_for(loss, rule, golden(f"losses_{num_classes}.npz")["cls_num_list"])
+    criterion = official(loss, rule, golden(f"losses_{num_classes}.npz")["cls_num_list"])
     if criterion.needs_features or (loss, rule) == ("CE", "None"):
         model, optimizer, values = copy.deepcopy(phase_one(num_classes))
     else:
@@ -173,7 +161,8 @@ def test_golden_trajectory(num_classes, loss, rule):
 def test_head_and_features(name, use_norm, norm):
     torch.manual_seed(0)
     model = MODELS[name](7, use_norm=use_norm, feature_norm=norm).eval()
-    head, hidden = head_and_hidden(model)
+    head, hidden = model.linear if hasattr(model, "linear") else model.fc, []
+    head.register_forward_pre_hook(lambda layer, args: hidden.append(args[0]))
     with torch.no_grad():
         logits, features = model(torch.randn(2, 3, 32, 32))
         h = hidden[0]

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_recipe import CONSTANTS, recipe
+from recipe_maker import CONSTANTS, recipe
 
 import losses
 from training import registry
