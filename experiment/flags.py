@@ -13,40 +13,28 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "flags.md"
 
 def page(text: str) -> str:
     """The text of the page with its tables made again: what follows a line '<!-- flags: GROUP -->'."""
-    actions = {s: {a.dest: a for a in build_parser(s)._actions if a.dest in FIELDS} for s in SCRIPTS}
-    of = {name: {s: actions[s][name] for s in SCRIPTS if name in actions[s]} for name in FIELDS}
-    of = {name: found for name, found in of.items() if found}
-    tables = {group: [["flag", "default", "what it does"], *_rows(group, of)] for group in GROUPS}
-    tables["differing"] = [["flag", *SCRIPTS], *_differing(of)]
+    actions = [{action.dest: action for action in build_parser(script)._actions} for script in SCRIPTS]
+    tables = {group: [["flag", "default", "what it does"]] for group in GROUPS}
+    tables["differing"] = [["flag", *SCRIPTS]]
+    for name, field in FIELDS.items():
+        found = [of_script[name] for of_script in actions if name in of_script]
+        if not found:  # no script has a flag for it
+            continue
+        flags = ", ".join(f"`{flag}`" for flag in found[0].option_strings)
+        defaults = [_shown(of_script[name]) if name in of_script else "no flag" for of_script in actions]
+        what = re.sub(r" ?\(default: %\(default\)s\)", "", field.metadata["argparse"]["help"])
+        choices = found[0].choices if len(found) == len(SCRIPTS) else None
+        if choices and name not in ("dataset", "arch", "loss_type", "train_rule"):
+            what += f" ({', '.join(map(str, choices))})"
+        is_same = len({*defaults}) == 1
+        tables[field.metadata["group"]].append([flags, defaults[0] if is_same else "differs", what.replace("|", "\\|")])
+        if not is_same:
+            tables["differing"].append([flags, *defaults])
     for group, rows in tables.items():
         lines = [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
         marker = f"<!-- flags: {group} -->\n"
         text = re.sub(re.escape(marker) + r"(\|.*\n)*", lambda _: marker + "\n".join(lines) + "\n", text)  # noqa: B023
     return text
-
-
-def _rows(group, of):
-    for name, found in of.items():
-        if FIELDS[name].metadata["group"] == group:
-            action = next(iter(found.values()))
-            defaults = {_shown(action) for action in found.values()}
-            text = re.sub(r" ?\(default: %\(default\)s\)", "", FIELDS[name].metadata["argparse"]["help"])
-            choices = "" if not action.choices or len(found) < len(SCRIPTS) else ", ".join(map(str, action.choices))
-            is_listed = choices and name not in ("dataset", "arch", "loss_type", "train_rule")
-            text = f"{text} ({choices})" if is_listed else text
-            default = "differs" if len(defaults) > 1 or len(found) < len(SCRIPTS) else defaults.pop()
-            yield [_flags(action), default, text.replace("|", "\\|")]
-
-
-def _differing(of):
-    for found in of.values():
-        shown = [_shown(found[script]) if script in found else "no flag" for script in SCRIPTS]
-        if len(set(shown)) > 1:
-            yield [_flags(next(iter(found.values()))), *shown]
-
-
-def _flags(action):
-    return ", ".join(f"`{flag}`" for flag in action.option_strings)
 
 
 def _shown(action: Any) -> str:

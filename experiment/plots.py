@@ -104,7 +104,7 @@ def _titled(what, run):
 
 def _confusion(confusion, names, folder, title):
     """Rows are the true classes, in percent of the class."""
-    width = WIDTH if len(names) <= 30 else min(2 * WIDTH, 0.07 * len(names))
+    width = min(max(WIDTH, 0.07 * len(names)), 2 * WIDTH)
     figure, axes = subplots(width=width, height=width)
     percent = [[100 * cell / max(sum(row), 1) for cell in row] for row in confusion]
     axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)

@@ -76,8 +76,8 @@ def open_run(settings: Settings) -> Iterator["Run"]:
         if settings.evaluate:
             raise
         newest = os.path.join(settings.model_folder, checkpoint.NEWEST)
-        how = " with --resume auto in place of --overwrite" if settings.overwrite else ""
-        how = " with --resume auto --force" if settings.force else how
+        how = " with --resume auto" if settings.overwrite or settings.force else ""
+        how += " in place of --overwrite" if settings.overwrite else ""
         hint = f"the same command{how} continues from {newest}" if os.path.exists(newest) else "no epoch was finished"
         stop.args = (f": {hint}",)
         raise
