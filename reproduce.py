@@ -21,13 +21,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-import imbalance_cifar
-from experiment import parser
-from experiment.settings import FIELDS
-from files import run_lock
 from imbalance import IMB_TYPES
-from paper import driver, executors, influence, report, runs
-from training.registry import LOSSES, RULES
+from paper import runs
 from utils import DataError, HelpFormatter, Parser, UsageError, command, named, number, path
 
 CIFAR_RATIOS = (200, 100, 50, 20, 10)
@@ -168,6 +163,8 @@ def _resolve(options):
     if options.dataset and "folder" in options.dataset:
         _add_folder(options)
     for name in set(options.dataset or ()) - {*runs.SETUPS, *runs.OWN_SETUPS}:
+        import imbalance_cifar
+
         if name not in imbalance_cifar.DATASETS:
             known = ", ".join(dict.fromkeys([*runs.SETUPS, *imbalance_cifar.DATASETS, "folder"]))
             raise UsageError(f"--dataset {name}: choose from {known}")
@@ -179,10 +176,13 @@ def _method(name):
     """'cRT' is CE+cRT, 'BS+DRW' a loss and a rule of the registry; of those, the name that the paper's tables have."""
     if name in runs.METHODS:
         return name
-    loss, rule = runs.pair_of(f"CE+{name}" if name in RULES else name)
-    if loss not in LOSSES or rule not in RULES:
-        known = ", ".join([*runs.METHODS, *(n for n in LOSSES if n not in runs.METHODS)])
-        raise UsageError(f"--method {name}: choose from {known}, a rule ({', '.join(RULES)}), or LOSS+RULE")
+    from training import registry  # imports torch
+
+    loss, rule = runs.pair_of(f"CE+{name}" if name in registry.RULES else name)
+    if loss not in registry.LOSSES or rule not in registry.RULES:
+        known = ", ".join([*runs.METHODS, *(n for n in registry.LOSSES if n not in runs.METHODS)])
+        rules = ", ".join(registry.RULES)
+        raise UsageError(f"--method {name}: choose from {known}, a rule ({rules}), or LOSS+RULE")
     return runs.name_of_method(loss, rule)
 
 
@@ -192,6 +192,9 @@ NAMED_BY_RUN = {"dataset", *runs.Setup.__dataclass_fields__}
 
 def _add_folder(options):
     """Add the folder of --data_dir as a data set; what its runs name themselves leaves the flags after --."""
+    from experiment import parser
+    from experiment.settings import FIELDS
+
     if options.dataset != ["folder"] or options.table or options.figure:
         raise UsageError("--dataset folder cannot be combined with another data set, --table or --figure")
     said = io.StringIO()  # warnings about lengths that the runs set; each run says its own
@@ -223,13 +226,19 @@ def _add_folder(options):
 def list_runs(options: argparse.Namespace) -> None:
     """Print the commands; each is complete in itself and continues where it was stopped."""
     chosen = select(options)
-    driver.check_extra(chosen, options.extra)
+    if options.extra:  # the check imports torch
+        from paper import driver
+
+        driver.check_extra(chosen, options.extra)
     for run in chosen:
         print(shlex.join(["python", *run.argv(options.out, ["--resume", "auto", *options.extra])]), flush=True)
 
 
 def run_runs(options: argparse.Namespace) -> None:
     """Train what is chosen; DataError at the end if runs failed."""
+    from files import run_lock
+    from paper import driver
+
     chosen, lock = select(options), options.out
     if options.part:
         chosen = runs.part_of(chosen, *options.part)
@@ -253,6 +262,8 @@ def run_runs(options: argparse.Namespace) -> None:
 
 
 def _executor(options, folder):
+    from paper import executors
+
     if options.executor == "ray":
         return executors.Ray(options.address, options.threads, options.gpus_per_run, options.jobs)
     cards = executors.visible_cards()
@@ -274,11 +285,15 @@ def _last_line(path):
 
 def write_report(options: argparse.Namespace) -> None:
     """report.md and figures; prints where they are."""
+    from paper import report
+
     to, written = options.to or options.folders[0], []
     missing = [folder for folder in options.folders if not os.path.isdir(folder)]
     if missing:
         raise DataError(f"no folder {missing[0]}")
     if options.influence:
+        from paper import influence
+
         os.makedirs(to, exist_ok=True)
         balanced, long_tailed = options.influence
         written.append(influence.write(balanced, long_tailed, options.data_dir, to))

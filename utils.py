@@ -1,6 +1,6 @@
 """Errors that a user sees, random generators, the device, numbers as users read them.
 
-torch is imported where it is used: imbalance.py and files.py need the errors only.
+torch is imported where it is used: `reproduce.py list` needs the errors only, and torch takes seconds.
 """
 
 import argparse

@@ -16,8 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from utils import UsageError, warn
 
 LOST = None
@@ -89,6 +87,8 @@ def start_child(
 
 def visible_cards() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without CUDA."""
+    import torch
+
     count = torch.cuda.device_count()
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     return [name.strip() for name in names.split(",")][:count]

@@ -1,13 +1,14 @@
-"""The runs behind the paper's cells: what each is called, its command, and what it shares with others."""
+"""The runs behind the paper's cells: what each is called, its command, and what it shares with others.
+
+The registry is asked about other methods than `METHODS` only: it imports torch, which takes seconds.
+"""
 
 import csv
 import dataclasses
 import itertools
 import pathlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
-
-from training.registry import LOSSES, RULES
+from typing import Any, NamedTuple
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.csv")
 
@@ -81,6 +82,7 @@ METHODS = {
     "CE+DRS": ("CE", "DRS"),
     "CE+cRT": ("CE", "cRT"),
 }
+IB_LOSSES = ("IB", "IBFocal")
 #: Epochs of cRT's second stage, which follows a whole run: those of Kang et al. on ImageNet-LT.
 HEAD_EPOCHS = 10
 
@@ -132,6 +134,41 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CONTROLS = ("ib-lr", "l1-auto", "weights-only", "weights-at-ib", "detached", "factor", *FACTOR)
 
 
+class Rule(NamedTuple):
+    """Of a `training.registry.RuleEntry` what tells which epochs runs share."""
+
+    sampler: str = "none"
+    start: str | None = None
+    trains: str = "all"
+
+
+#: The rules of `METHODS`, as the registry has them.
+RULES = {
+    **dict.fromkeys(("None", "CBReweight", "IBReweight"), Rule()),
+    **dict.fromkeys(("DRW", "DRW-IB"), Rule(start="drw_epoch")),
+    "DRS": Rule("Resample", "drw_epoch"),
+    "cRT": Rule("Balanced", "drw_epoch", "head"),
+}
+
+
+def rule_of(name: str) -> Any:
+    """`Rule` or `RuleEntry` of a rule by its name."""
+    if name in RULES:
+        return RULES[name]
+    from training import registry
+
+    return registry.RULES[name]
+
+
+def has_first_phase(loss: str) -> bool:
+    """Whether a loss by its name in the registry comes after a phase of plain CE."""
+    if any(loss == of for of, _ in METHODS.values()):
+        return loss in IB_LOSSES
+    from training import registry
+
+    return registry.LOSSES[loss].first_phase_ce
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One training run. ratio: of the largest class to the smallest (1: balanced); subset: `--rand_number`."""
@@ -166,7 +203,7 @@ class Run:
         loss, rule = pair_of(self.method)
         copied = ("epochs", "milestones", "lr_factors", "start_ib_epoch", "drw_epoch", "lr", "ib_lr_factor")
         found = {"loss_type": loss, "train_rule": rule, **{name: getattr(self.setup, name) for name in copied}}
-        if RULES[rule].trains == "head":
+        if rule_of(rule).trains == "head":
             found |= {"drw_epoch": found["epochs"], "epochs": found["epochs"] + HEAD_EPOCHS}
         found |= self.changes
         by = SHORTENING[self.protocol]
@@ -225,10 +262,10 @@ class Run:
     def family(self) -> tuple[Hashable, ...]:
         """Runs of one family train their first epochs alike, up to their `fork_epoch`."""
         loss, rule = pair_of(self.method)
-        first, entry = self.title, RULES[rule]
+        first, entry = self.title, rule_of(rule)
         is_ce = self.method == "CE" and self.variant in ("ib-lr", "paper-lr")
         samples = entry.sampler != "none" and entry.start is None  # in a first phase too
-        if is_ce or (LOSSES[loss].first_phase_ce and not samples):
+        if is_ce or (has_first_phase(loss) and not samples):
             first = "CE"
         elif entry.start == "drw_epoch":
             first = loss
@@ -249,9 +286,9 @@ class Run:
         settings: of the command with the flags for every script; None: the run's own.
         """
         settings = settings or self.settings
-        rule = RULES[settings["train_rule"]]
+        rule = rule_of(settings["train_rule"])
         epoch = settings["drw_epoch" if rule.start == "drw_epoch" else "epochs"]
-        if LOSSES[settings["loss_type"]].first_phase_ce:
+        if has_first_phase(settings["loss_type"]):
             epoch = min(epoch, settings["start_ib_epoch"])
         elif self.variant == "ib-lr":
             epoch = settings["start_ib_epoch"]
@@ -403,6 +440,6 @@ def variants_of(dataset: str, method: str) -> list[str]:
         if "recipe" in VARIANTS[variant]:  # a flag of the Tiny ImageNet script alone
             return is_tiny and (variant == "paper-lr" or loss == "LDAM")
         is_start = variant.startswith("start")
-        return loss in ("IB", "IBFocal") and not (is_start and SETUPS[dataset].script != CIFAR.script)
+        return loss in IB_LOSSES and not (is_start and SETUPS[dataset].script != CIFAR.script)
 
     return [variant for variant in VARIANTS if can_be(variant)]

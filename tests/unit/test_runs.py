@@ -2,7 +2,10 @@
 
 import collections
 import importlib
+import pathlib
 import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,8 @@ from paper.driver import Driver
 from paper.runs import Run
 from training import registry
 from training.recipe import Recipe
+
+REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 
 
 def listed(*args, capsys):
@@ -282,6 +287,12 @@ def test_a_command_lists_each_run_once_with_its_settings(words, capsys, monkeypa
     assert {name: [getattr(of, name) for of in found] for name in LISTED[words]} == LISTED[words]
 
 
+def test_list_is_quick_and_imports_no_torch():
+    code = "import sys, reproduce; reproduce.main(['list', '--table', '4']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 116
+
+
 # ------------------------------------------------------------------------------------ own methods, own data, a folder
 
 
@@ -378,6 +389,19 @@ def test_an_own_deferred_rule_shares_the_epochs_of_ce_before_it(monkeypatch, cap
     listed("--dataset", "cifar10", "--method", "CE", "OwnDRW", "--ratio", "100", capsys=capsys)
     ce, own = Run("cifar10", "exp", 100, "CE"), Run("cifar10", "exp", 100, "CE+OwnDRW")
     assert (own.family, own.fork_epoch(own.settings), own.trunk) == (ce.family, 160, ce)
+
+
+def test_an_own_rule_that_trains_the_head_has_a_second_stage(monkeypatch):
+    monkeypatch.setitem(registry.RULES, "OwnHead", registry.RULES["cRT"])
+    own = Run("cifar10", "exp", 100, "CE+OwnHead")
+    assert (own.settings["drw_epoch"], own.settings["epochs"], own.fork_epoch()) == (200, 210, 199)
+
+
+def test_losses_and_rules_of_the_papers_methods_are_as_in_the_registry():
+    for loss, rule in runs.METHODS.values():
+        entry = registry.RULES[rule]
+        assert runs.rule_of(rule) == (entry.sampler, entry.start, entry.trains)
+        assert runs.has_first_phase(loss) == registry.LOSSES[loss].first_phase_ce
 
 
 def test_ce_keeps_what_methods_of_a_later_command_start_from(tmp_path):
