@@ -122,7 +122,8 @@ def _explained(error, settings):
         return DataError(f"another process of this job has ended ({text})")
     if "does not have a deterministic implementation" in text:
         return UsageError(f"this model cannot be trained with --deterministic on a GPU: {text.split(',')[0]}")
-    if settings.compile and "compiler" in f"{type(error).__name__} {error}".lower():
+    kind = f"{type(error).__name__} {error}".lower()
+    if settings.compile and ("compiler" in kind or "triton" in kind):
         return UsageError(f"--compile needs a working compiler (g++ on a CPU, triton on a GPU): {text}")
     return None
 

@@ -10,9 +10,6 @@ import torch
 
 from imbalance import LabelledImages
 
-#: On CUDA images are evaluated so many pixels at a time (4096 of 32 x 32), or by the training batch if that is larger.
-EVALUATION_PIXELS = 2**22
-
 
 class Batches:
     """Base class of the loaders. A subclass has `train_epoch(epoch, rates)` and `eval_epoch()`.
@@ -35,10 +32,8 @@ class Batches:
         flip: bool | None, rank: int, world_size: int,
     ) -> None:  # fmt: skip
         self.targets = torch.as_tensor(dataset.targets, dtype=torch.int64).to(device)  # (N,)
-        self.batch_size, self.image_size = batch_size, image_size
+        self.batch_size, self.eval_batch_size, self.image_size = batch_size, batch_size, image_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        larger = EVALUATION_PIXELS // image_size**2 if self.targets.is_cuda else 0
-        self.eval_batch_size = max(batch_size, larger)
         self.flip = dataset.flip if flip is None else flip
         self.mean = torch.tensor(dataset.mean, device=device).repeat(image_size)
         self.std = torch.tensor(dataset.std, device=device).repeat(image_size)

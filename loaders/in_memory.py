@@ -10,6 +10,9 @@ from loaders import Batches, sampled_order
 from loaders.augment import AUGMENTS, seeded
 from utils import epoch_generator
 
+#: On CUDA images are evaluated so many pixels at a time (4096 of 32 x 32), or by the training batch if that is larger.
+EVALUATION_PIXELS = 2**22
+
 
 class InMemoryBatches(Batches):
     """A data set held as one uint8 tensor on the device, cropped from a padded image and flipped for training.
@@ -33,6 +36,8 @@ class InMemoryBatches(Batches):
         if images.dtype != torch.uint8 or images.shape[1:] != (width, width, 3):
             raise ValueError(f"data must be (N, side, side, 3) uint8, got {tuple(images.shape)} {images.dtype}")
         super().__init__(dataset, batch_size, device, seed, width, flip, rank, world_size)
+        if self.targets.is_cuda:
+            self.eval_batch_size = max(batch_size, EVALUATION_PIXELS // width**2)
         self.padding, self.augment, self.draws_on_host = padding, AUGMENTS[augment].make(width), augment != "none"
         self.images = images.to("cpu" if self.draws_on_host else device)
 
@@ -117,7 +122,8 @@ class TrainEpoch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         chosen = self.order[places]
         images = crop_and_flip(source.images[chosen], self.offsets[places], self.flips[places], source.padding)
         self.places += size
-        return images, source.targets[chosen]
+        # with `augment` the order is on the host, and an index from there would wait for the device
+        return images, source.targets[chosen.to(source.targets.device, non_blocking=True)]
 
 
 def crop_and_flip(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor, padding: int) -> torch.Tensor:

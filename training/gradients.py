@@ -45,7 +45,9 @@ def gradient_norms(
         for place, of in enumerate((plain, criterion)):
             loss, *_ = mean_over_ranks(of, logits, target, features)
             gradients = torch.autograd.grad(loss, parameters, retain_graph=of is plain, allow_unused=True)
-            flat = torch.cat([g.flatten().double() for g in gradients if g is not None])
+            # SyncBatchNorm gives a rank without images None; all ranks reduce as many numbers
+            found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+            flat = torch.cat([g.flatten().double() for g in found])
             sums[place] += distributed.all_reduce_sum(flat).norm().item()
         count += 1
     return sums[0] / max(count, 1), sums[1] / max(count, 1)

@@ -1,5 +1,6 @@
 """An epoch of training and an evaluation: what every script shares. Knows no flags and no files."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -40,7 +41,7 @@ def train_one_epoch(
 ) -> dict[str, Any]:
     """One pass over `batches`, (images, targets) on the model's device: this rank's slices of the global batches.
 
-    Within the epoch nothing waits for the device, unless `on_batch` does.
+    Within the epoch nothing waits for the device, unless `on_batch` does, or SyncBatchNorm, in each layer.
 
     Args:
         model: returns (logits, features); it is put into training mode.
@@ -118,7 +119,8 @@ def train_step(
 
 def forward(model: torch.nn.Module, images: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits, features) of this rank's images in training mode; with several ranks a small batch may leave it none."""
-    with precision.autocast():
+    # an empty batch stays in float32: SyncBatchNorm then shares its statistics in the type of the other ranks'
+    with precision.autocast() if len(images) else contextlib.nullcontext():
         # batch norm over all ranks takes a batch without images, and blank ones would enter it
         if len(images) or any(isinstance(part, torch.nn.SyncBatchNorm) for part in model.modules()):
             return model(images)

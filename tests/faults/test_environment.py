@@ -45,11 +45,20 @@ def test_jupyters_backend_an_output_in_ascii_and_a_name_that_is_not(tmp_path):
     assert load_checkpoint(model_folder(tmp_path, exp="é") / "ckpt.pth.tar")["epoch"] == 2
 
 
-def test_compile_without_a_compiler_is_one_line(tmp_path):
-    class InvalidCxxCompiler(RuntimeError):
-        """As torch._inductor.exc's."""
+class InvalidCxxCompiler(RuntimeError):
+    """As torch._inductor.exc's."""
 
-    error = InvalidCxxCompiler("No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')")
+
+class TritonMissing(RuntimeError):
+    """As torch._inductor.exc's."""
+
+
+NO_CXX = InvalidCxxCompiler("No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')")
+NO_TRITON = TritonMissing("Cannot find a working triton installation.")
+
+
+@pytest.mark.parametrize("error", [NO_CXX, NO_TRITON])
+def test_compile_without_a_compiler_is_one_line(error, tmp_path):
     with mock.patch.object(cifar_train, "train_one_epoch", side_effect=error):
         status, _, err = run_main([*RUN_OF_TWO, "--compile"], tmp_path)
     assert status == 2

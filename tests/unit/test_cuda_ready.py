@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from experiment.checkpoint import on_cpu
-from loaders import Batches
+from loaders.image_folder import ImageFileBatches
 from loaders.in_memory import InMemoryBatches
 from training import distributed, loop
 from training.metrics import MetricAccumulator
@@ -112,11 +112,34 @@ def test_an_evaluation_stays_on_the_device_and_reads_nothing():
 
 
 def test_larger_batches_are_evaluated_on_cuda():
-    data = SimpleNamespace(targets=[0] * 10, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
+    """From memory; of image files each worker makes a whole batch, so that large ones would leave workers idle."""
     for side, batch_size, size in ((32, 128, 4096), (64, 128, 1024), (224, 128, 128), (32, 8192, 8192)):
+        images = np.zeros((10, side, side, 3), np.uint8)
+        data = SimpleNamespace(data=images, targets=[0] * 10, mean=(0.5,) * 3, std=(0.2,) * 3, flip=True)
         with FakeTensorMode():
-            batches = Batches(data, batch_size, "cuda", 0, side, None, 0, 1)
+            batches = InMemoryBatches(data, batch_size, "cuda")
+            from_files = ImageFileBatches(data, batch_size, "cuda", image_size=side)
         assert (batches.batch_size, batches.eval_batch_size) == (batch_size, size)
+        assert from_files.eval_batch_size == batch_size
+
+
+def test_augmented_images_do_not_wait_for_the_device():
+    """An index on the host into labels on the device would."""
+
+    class Mixed(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            is_copy = func._schema.name == "aten::_to_copy" and kwargs["non_blocking"]
+            assert is_copy or len({t.device.type for t in tensors if t.ndim}) < 2, func
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        source = fake_batches()
+        source.images, source.draws_on_host = source.images.cpu(), False  # a TrainEpoch whose order is on the host
+        batches = source.train_epoch(0)
+        with Mixed():
+            _, targets = batches.crops(2)
+    assert targets.is_cuda
 
 
 class Operators(TorchDispatchMode):
@@ -294,14 +317,16 @@ class FakeSyncBatchNorm(torch.nn.SyncBatchNorm):
     """Batch norm over the images of this rank and those of another one, `others`."""
 
     def forward(self, x):
+        assert len(x) or x.dtype == torch.float32
         together = torch.cat([self.others, x])
         normalised = F.batch_norm(together, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1)
         return normalised[len(self.others) :]
 
 
-@pytest.mark.parametrize("synced", [True, False])
-def test_of_a_rank_without_images_nothing_enters_the_shared_statistics(synced):
-    """Without sync_bn its batch norm gets blank images, which are this rank's own affair."""
+@pytest.mark.parametrize(("synced", "amp"), [(True, "none"), (True, "bf16"), (False, "none")])
+def test_of_a_rank_without_images_nothing_enters_the_shared_statistics(synced, amp):
+    """Without sync_bn its batch norm gets blank images, which are this rank's own affair. SyncBatchNorm shares what a
+    rank without images has in the type of its input, and float32 on the others."""
     model, optimizer, criterion = fresh("CE", 1)
     images, before = torch.randn(6, 3, 32, 32), copy.deepcopy(model.state_dict())
     expected, hidden = torch.nn.BatchNorm2d(4), model.conv1(images).detach()
@@ -312,7 +337,7 @@ def test_of_a_rank_without_images_nothing_enters_the_shared_statistics(synced):
     metrics = MetricAccumulator(2, "cpu", by_class=False)
     with mock.patch.multiple(distributed, world_size=lambda: 2, all_reduce_sum=lambda sums: sums + 6):
         none = images[:0], torch.zeros(0, dtype=torch.int64)
-        loop.train_step(model, *none, criterion, optimizer, Precision(), metrics)
+        loop.train_step(model, *none, criterion, optimizer, Precision(amp, "cpu"), metrics)
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(model.state_dict()[f"bn1.{name}"], expected.state_dict()[name])
     assert metrics.loss == 0

@@ -87,6 +87,24 @@ def test_what_is_measured_is_the_part_that_is_trained():
         assert found == pytest.approx(float(torch.cat([part.flatten() for part in parts]).norm()), rel=1e-5)
 
 
+class EmptyBatchNorm(torch.nn.SyncBatchNorm):
+    """Gives a batch without images back, and no gradients, as SyncBatchNorm does."""
+
+    def forward(self, x):
+        return x if len(x) == 0 else torch.nn.functional.batch_norm(x, None, None, self.weight, self.bias, True)
+
+
+def test_all_ranks_reduce_as_many_numbers(monkeypatch):
+    model, sizes = models.resnet20(2), []
+    model.bn1 = EmptyBatchNorm(16)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(gradients.distributed, "all_reduce_sum", lambda sums: sizes.append(sums.numel()) or sums + 1)
+    for size in (3, 0):
+        batch = torch.randn(size, 3, 8, 8), torch.zeros(size, dtype=torch.int64)
+        gradients.gradient_norms(model, [batch], CrossEntropyLoss())
+    assert [size for size in sizes if size > 1] == [parameters] * 4
+
+
 def test_fp16_is_measured_in_float32():
     """Its unscaled gradients would underflow."""
     found = gradients.gradient_norms(model(), batches(), automatic(), Precision("fp16", "cpu"))
