@@ -46,7 +46,8 @@ def evaluate_checkpoint(
     result = evaluate(model, test_batches.eval_epoch(), run.class_counts, precision, seen)
     logits, target = _of_all_ranks(seen)
     check_finite(run, logits)
-    calibration = reliability(logits, target)
+    scaled = settings.logit_scale * logits
+    calibration = reliability(scaled, target)
     result |= {"calibration": calibration, "calibration_error": expected_calibration_error(calibration)}
     if not distributed.is_main():
         return result
@@ -64,7 +65,7 @@ def evaluate_checkpoint(
     written = [path, *plots.of_evaluation(result, run.data.class_names, run.class_counts, folder, settings.name)]
     files = [os.path.relpath(path, settings.data_dir) if os.sep in path else path for path in run.data.test_files]
     written.append(os.path.join(folder, ERRORS))
-    write_text(written[-1], _errors(logits, target, files, run.data.class_names))
+    write_text(written[-1], _errors(scaled, target, files, run.data.class_names))
     if settings.save_logits:
         written.append(os.path.join(folder, LOGITS))
         rows: dict[str, Any] = {"logits": logits.float().numpy(), "target": target.numpy()}

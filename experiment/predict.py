@@ -70,7 +70,7 @@ def predict(run: Run) -> None:
             with precision.autocast():
                 logits, _ = model(normalise(torch.stack(list(whole.values())).to(run.device), mean, std))
             check_finite(run, logits)
-            best = logits.float().softmax(1).cpu().topk(min(settings.top, len(classes)))
+            best = (settings.logit_scale * logits.float()).softmax(1).cpu().topk(min(settings.top, len(classes)))
             for k, values, labels in zip(whole, best.values.tolist(), best.indices.tolist(), strict=True):
                 file = os.path.relpath(paths[k], base)
                 rows += [(file, classes[n], f"{value:.6f}") for n, value in zip(labels, values, strict=True)]

@@ -176,7 +176,8 @@ def find_evaluated(settings: Settings) -> tuple[Settings, Start]:
     else:
         own = settings.given & {"train_list", "val_list", "skip_damaged"}  # it may test on other images
         there = {name: getattr(theirs, name) for name in OF_CHECKPOINT if name in state["settings"] and name not in own}
-        if "val_list" in own and settings.val_list != theirs.val_list and "train_list" not in own:
+        gone = theirs.train_list and not os.path.isfile(theirs.train_list)
+        if "val_list" in own and (gone or settings.val_list != theirs.val_list) and "train_list" not in own:
             there.pop("train_list", None)
         wrong = {name: of for name, of in there.items() if name in settings.given and of != getattr(settings, name)}
         merged = dataclasses.replace(settings, **there, exp_str=theirs.exp_str)

@@ -292,6 +292,11 @@ class Settings:
         return LOSSES[self.loss_type].normalised_head
 
     @property
+    def logit_scale(self) -> float:
+        """Probabilities are the softmax of the logits times this: those of a normalised head are cosines."""
+        return self.s if self.use_norm else 1.0
+
+    @property
     def feature_norm(self) -> str:
         """The norm that the model's features carry: the loss's; where that ignores them, L1."""
         return "l1" if self.ib_norm == "none" else self.ib_norm

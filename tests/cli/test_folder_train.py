@@ -86,7 +86,17 @@ def test_ldam_gets_a_normalised_head_and_is_evaluated_with_it(folder, tmp_path):
     assert state["classifier.3.weight"].shape == (1024, 3)
     assert "classifier.3.bias" not in state
     last = read_csv(tmp_path / "log" / path.parent.name / "log_test.csv")[-1]
-    assert f"\ntop-1 {float(last['acc1']):.2f}  " in run_in(tmp_path, *args, "-e", "--resume", path)
+    out = run_in(tmp_path, *args, "-e", "--resume", path, "--save_logits")
+    assert f"\ntop-1 {float(last['acc1']):.2f}  " in out
+    content = np.load(next(tmp_path.glob("log/*/evaluate/logits.npz")))
+    assert abs(content["logits"]).max() <= 1, "cosines"
+    run_in(tmp_path, "-e", "--resume", path, "--predict", folder / "val", "-j", "0")
+    rows = read_csv(next(tmp_path.glob("log/*/predict/*.csv")))
+    of_file = {f"val/{row['file']}": float(row["probability"]) for row in rows}
+    expected = torch.from_numpy(30 * content["logits"]).softmax(1).max(1).values.tolist()
+    assert [of_file[file] for file in content["files"]] == pytest.approx(expected, abs=1e-4)
+    believed = {row["file"]: float(row["probability"]) for row in read_csv(*tmp_path.glob("log/*/evaluate/errors.csv"))}
+    assert believed == {file: pytest.approx(of_file[file], abs=1e-3) for file in believed}
 
 
 def test_a_test_part_alone_and_a_made_imbalance(folder, tmp_path):
@@ -215,6 +225,8 @@ def test_evaluation_on_a_list_of_its_own(folder, tmp_path):
     run_in(tmp_path, "--data_dir", "new", *evaluation, "--val_list", "new.csv")
     found = evaluated(tmp_path)
     assert (found["seen"], found["per_class"][1], found["val_list"]) == (2, None, "new.csv")
+    (tmp_path / "train.csv").unlink()
+    run_in(tmp_path, "--data_dir", folder, *evaluation, "--val_list", "val.csv")
 
 
 def test_other_images_in_a_folder_of_the_same_name_are_not_the_finished_run(folder, tmp_path):
