@@ -200,9 +200,10 @@ def _test_source(data_dir, train_list, val_list, has_other):
 
 def _warn_of_unused(data_dir, tested):
     """Name the folders that look like parts of the data and are not read, as test/ beside val/ is not."""
-    for name in PARTS:
+    _, folders, _ = next(os.walk(data_dir), ("", [], []))
+    for name in sorted(folders):
         folder = os.path.join(data_dir, name)
-        if name not in ("train", "images") and folder != tested and os.path.isdir(folder):
+        if name.lower() in PARTS and name not in ("train", "images") and folder != tested:
             how = "evaluate on it with" if tested else "to evaluate on it, move it to NEW/val/ and run"
             test_set = tested or "a part of the training images"
             warn(f"{folder} is not used, {test_set} is the test set: {how} -e --data_dir {folder if tested else 'NEW'}")
@@ -273,14 +274,16 @@ def read_folder(folder: str, classes: Sequence[str] | None = None) -> ImageSet:
     Raises:
         DataError: no folder, one that cannot be read, no class, or one that is not in `classes`.
     """
-    _, folders, others = next(os.walk(folder, onerror=_unreadable))
-    folders = sorted(name for name in folders if not _is_hidden(name))
+    _, found, others = next(os.walk(folder, onerror=_unreadable))
+    folders = sorted(name for name in found if not _is_hidden(name))
     if not folders:
         raise DataError(f"no class folders in {folder}")
-    skipped = Counter({"broken links": sum(not os.path.exists(os.path.join(folder, k)) for k in others)})
+    loose = [name for name in others if not _is_hidden(name) and name.lower().endswith(EXTENSIONS)]
+    skipped = Counter({"hidden": len(found) - len(folders), "images in no class": len(loose)})
+    skipped["broken links"] = sum(not os.path.exists(os.path.join(folder, name)) for name in others)
     samples = [(name, path) for name in folders for path in _walk(os.path.join(folder, name), skipped)]
     _warn_of_skipped(folder, skipped)
-    _check_names(folder, [*folders, *(classes or ())])
+    _check_names(folder, [*folders, *(classes or ())], known=classes or ())
     label = {name: k for k, name in enumerate(folders if classes is None else classes)}
     foreign = sorted({name for name, _ in samples} - set(label))
     if foreign:
@@ -335,15 +338,15 @@ def _walk(class_folder, skipped):
             yield path
 
 
-def _check_names(folder, names):
-    """Refuse names that look the same: a class that is called by both would be two."""
+def _check_names(folder, names, known=()):
+    """Refuse names that look the same: a class that is called by both would be two. `known` ones were checked."""
     looks = Counter(unicodedata.normalize("NFC", name) for name in set(names))
     alike = [look for look, count in looks.items() if count > 1]
     if alike:
         raise DataError(f"{folder}: classes whose names differ in Unicode normal form only: {named(alike)}; rename one")
     cases = Counter(name.casefold() for name in set(names))
     differ = sorted(name for name in set(names) if cases[name.casefold()] > 1)
-    if differ:
+    if not set(differ) <= set(known):
         warn(f"{folder}: two classes whose names differ in upper and lower case only: {named(differ)}")
 
 
@@ -419,11 +422,14 @@ def _csv_rows(path):
             raise DataError(f"{path}, line {number}: {error} (a quoted field must end in its line)") from None
 
     header, *lines = (fields(number, line) for number, line in enumerate(_lines(path), 1))
-    if not {"image", "label"} <= set(header):
+    if any(header.count(name) != 1 for name in ("image", "label")):
         text = ",".join(header)[:80]
         raise DataError(f"{path}: the first line must be image,label, separated by a comma: it is {text!r}")
     rows = []
     for number, line in enumerate(lines, 2):
+        if any(line[len(header) :]):
+            text = f"{len(line)} fields, but {len(header)} in the first line: quote a field that has a comma"
+            raise DataError(f"{path}, line {number}: {text}")
         row = dict(zip(header, line, strict=False))
         rows += [(row.get("image"), row.get("label", "").strip())] if row else []
         if row and not all(rows[-1]):
@@ -468,6 +474,7 @@ def open_image(path: str | os.PathLike, exif: bool = False) -> Any:
         raise DataError(f"{path} is missing or not a regular file")
     try:
         with Image.open(path) as opened:
+            opened.filename = ""  # else Pillow maps an uncompressed TIFF of another orientation into scrambled pixels
             image = ImageOps.exif_transpose(opened) if exif else opened
             # a PNG or PGM of mode I is what older versions of Pillow make of 16 bits
             if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):

@@ -94,9 +94,10 @@ def test_what_is_skipped_is_counted(train, capsys):
     os.mkfifo(folder / "pipe.jpg")
     (folder / "gone.jpg").symlink_to("nowhere")
     (train / "class3").symlink_to("nowhere")
+    save(train / "loose.jpg")
     assert counts(train) == list(COUNTS)
     err = capsys.readouterr().err
-    for skipped in ("broken links: 1", "hidden: 4", ".gif: 2", "not regular files: 2"):
+    for skipped in ("broken links: 1", "hidden: 5", "images in no class: 1", ".gif: 2", "not regular files: 2"):
         assert skipped in err
 
 
@@ -164,7 +165,15 @@ def test_load_gives_both_parts_of_the_same_classes(data, capsys):
         f"{data}/{part} is not used, a part of the training images is the test set" in err for part in ("val", "test")
     )
     shutil.rmtree(data / "train")
-    shutil.rmtree(data / "test")  # what is left is tested on whole
+    shutil.rmtree(data / "test")
+    (data / "val").rename(data / "Val")
+    load(str(data / "Val"), test_fraction=0.3)
+    assert "is not used" not in capsys.readouterr().err
+    shutil.copytree(data / "Val", data / "train")
+    load(str(data), test_fraction=0.3)
+    assert f"{data}/Val is not used" in capsys.readouterr().err
+    shutil.rmtree(data / "train")
+    (data / "Val").rename(data / "val")  # what is left is tested on whole
     assert load(str(data), test_fraction=0.3, classes=["class0", "class1", "class2"])[1].get_cls_num_list() == [2, 2, 2]
     assert "is not used" not in capsys.readouterr().err
 
@@ -329,6 +338,13 @@ def test_classes_that_differ_in_case_only_are_named(data, capsys):
     assert "differ in upper and lower case only: Rust, rust" in capsys.readouterr().err
 
 
+def test_folders_that_differ_in_case_only_are_named_once(data, capsys):
+    for part in ("train", "val"):
+        save(data / part / "Class0" / "0.jpg", 7)
+    load(str(data))
+    assert capsys.readouterr().err.count("differ in upper and lower case only: Class0, class0") == 1
+
+
 def test_other_images_are_held_out_with_another_rand_number(data):
     shutil.rmtree(data / "val")
     tested = [set(load(str(data), rand_number=n, test_fraction=0.25)[1].paths) for n in (0, 0, 1)]
@@ -445,6 +461,8 @@ def test_wrong_rows_of_a_list_are_named(listed, row, message):
         ("train.txt", "train/class0/0.jpg 0\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
         ("train.csv", b"train/class0/0.jpg,0\n", "first line must be image,label, .* it is 'train/class0/0.jpg,0'"),
         ("train.csv", b"Image;Label\ntrain/class0/0.jpg;0\n", "separated by a comma: it is 'Image;Label'"),
+        ("train.csv", b"image,label,label\ntrain/class0/0.jpg,0,1\n", "first line must be image,label"),
+        ("train.csv", b"image,label\na.jpg,Shoes, men\n", "line 2: 3 fields, but 2 in the first line: quote"),
         ("train.csv", b"image,label\ntrain/class0/0.jpg\n", "line 2: a row needs an image and its label"),
         ("train.csv", b'image,label\nb.jpg,"cat\nc.jpg,dog"\n', "line 2: .*a quoted field must end in its line"),
         ("train.csv", b'image,label,"note\na.jpg,0,"b"\n', "line 1: .*a quoted field must end in its line"),
@@ -486,6 +504,7 @@ ODD = {
     "alpha.webp": (LEVELS, {"lossless": True}),
     "palette and alpha.png": (Image.fromarray(LEVELS[..., :3]).quantize(9), {"transparency": bytes([0, 128, 7])}),
     "cmyk, turned.jpg": (Image.fromarray(LEVELS[..., :3]).convert("CMYK"), {"exif": TURNED}),
+    "scan.tif": (LEVELS[..., 0], {"tiffinfo": {0x0112: 6}}),  # always turned, not compressed
     "animated.png": (LEVELS[..., :3], {"save_all": True, "append_images": [Image.new("RGB", (6, 8))]}),
     "animated.webp": (
         LEVELS[..., :3],
