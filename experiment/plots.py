@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from files import write_atomically
+from training.registry import LOSSES
 from utils import one_line, warn
 
 FIGURES = ("class_accuracy.png", "curves.png")  # of every run; confusion.png where there are not too many classes
@@ -161,11 +162,13 @@ def of_history(history: Sequence[dict], start_ib_epoch: int, folder: str, title:
             named = {"acc1": "top-1", "class_mean": "class mean"}.get(name, name)
             accuracy.plot(epochs, values, label=named, **styles.get(name, {}))
     accuracy.set(xlabel="epoch", ylabel="test accuracy [%]", ylim=(0, 102))
-    if any(record["stage"]["loss"].startswith("IB") for record in history):
+    names = (record["stage"]["loss"] for record in history)
+    starts = next((name for name in names if name in LOSSES and LOSSES[name].first_phase_ce), None)
+    if starts:
         for axes in (test, train, accuracy):
             axes.axvline(start_ib_epoch + 0.5, color="black", linestyle="--", linewidth=0.8)
         where = {"xycoords": test.get_xaxis_transform(), "textcoords": "offset points", "va": "top", "fontsize": 6}
-        test.annotate("IB starts", (start_ib_epoch + 0.5, 1), (3, -1), **where)
+        test.annotate(f"{label(starts)} starts", (start_ib_epoch + 0.5, 1), (3, -1), **where)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(label(title, 200), fontsize=6)
     return [save(figure, folder, "curves.png")]

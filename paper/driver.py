@@ -6,6 +6,7 @@ is written when a run has ended well.
 """
 
 import collections
+import dataclasses
 import os
 import pathlib
 import time
@@ -130,7 +131,10 @@ class Driver:
             return False
         try:
             record = records.load(path) or {"settings": {}}
-            differs = records.differences(self._settings(run), records.settings_of(record["settings"]))
+            wanted, found = self._settings(run), records.settings_of(record["settings"])
+            if "test_fraction" not in wanted.given:  # folder_train.py sets it where there are no test images
+                wanted = dataclasses.replace(wanted, test_fraction=found.test_fraction)
+            differs = records.differences(wanted, found)
             reason = ", ".join(f"{name} {value}" for name, value in differs)
         except ValueError as error:
             reason = str(error)

@@ -98,13 +98,13 @@ def test_figures_are_there_and_not_blank(with_figures):
 
 
 def test_the_curves_mark_the_switch_to_ib(with_figures, tmp_path):
-    # the same history with the IB epochs relabelled: the only difference is the dashed line and its legend
+    # the same history with a loss that starts at once: the only difference is the dashed line and its legend
     from experiment import plots
 
     cwd, _ = with_figures
     summary = json.loads((log_folder(cwd, "IB") / "summary.json").read_text())
     for record in summary["history"]:
-        record["stage"]["loss"] = "CE"
+        record["stage"]["loss"] = "IBalanced"
     settings = summary["settings"]
     (path,) = plots.of_history(summary["history"], settings["start_ib_epoch"], str(tmp_path), summary["name"])
     with Image.open(path) as without, Image.open(log_folder(cwd, "IB") / "curves.png") as marked:

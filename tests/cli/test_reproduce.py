@@ -218,6 +218,13 @@ def test_methods_are_compared_on_a_folder(tmp_path, monkeypatch):
         assert float(rows[method]["last_class_mean"]) == pytest.approx(summary["last"]["class_mean"], abs=1e-3)
     assert "| IB minus CE | 1 |" in text
     assert (tmp_path / "results" / "methods_leaves_none_1_own.png").exists()
+    # a run is done whose record is all that is left, also of a folder without val/, where the script sets test_fraction
+    shutil.rmtree(tmp_path / "checkpoint")
+    for path in (tmp_path / "results").glob("leaves*.json"):
+        path.write_text(path.read_text().replace('"test_fraction": 0.0', '"test_fraction": 0.25'))
+    options, executor = reproduce.build_parser().parse_args(["run", *argv]), InProcess()
+    drive(reproduce.select(options), tmp_path, executor, options.extra)
+    assert executor.commands == []
 
 
 def test_a_failed_run_is_named_the_rest_continues_and_the_next_time_it_runs(three_epochs, tmp_path):
