@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from script_runner import DIGITS, TINY, TWO_EPOCHS, load_checkpoint, messages, model_folder, refused, run_main, run_ok
+from script_runner import DIGITS, TINY, TWO_EPOCHS, fails, load_checkpoint, model_folder, refused, run_main, run_ok
 
 import cifar_train
 
@@ -226,13 +226,8 @@ def test_a_checkpoint_from_before_a_flag_existed_is_resumed(good_checkpoint, tmp
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(tmp_path):
     args = [*DIGITS, *TINY, "--epochs", "4", "--milestones", "1", "--lr_factors", "1e38", "--loss_type", "IB"]
-    status, out, err = run_main([*args, "--start_ib_epoch", "2", "-p", "100"], tmp_path)
-    assert status == 1
-    (line,) = messages(err)
-    assert "the loss is not finite in epoch 2, batch 2:" in line
-    assert "smaller --lr" in line
-    assert "--alpha" in line
-    assert "epoch 1/4 done" in out
+    words = "the loss is not finite in epoch 2, batch 2:", "smaller --lr", "--alpha"
+    fails([*args, "--start_ib_epoch", "2", "-p", "100"], tmp_path, *words, status=1)
     state = load_checkpoint(model_folder(tmp_path, "IB") / "ckpt.pth.tar")
     assert state["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())

@@ -18,13 +18,12 @@ from script_runner import (
     FIVE,
     TINY,
     break_off,
+    fails,
     load_checkpoint,
     log_folder,
-    messages,
     model_folder,
     read_csv,
     refused,
-    run_main,
     run_ok,
 )  # fmt: skip
 
@@ -173,11 +172,8 @@ def test_a_loss_whose_buffers_have_changed_does_not_continue(registries, tmp_pat
     registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithBuffer("seen"))
     run_ok([*args, "1"], tmp_path)
     registry.LOSSES["Own"] = registry.LossEntry(lambda counts, weight: WithBuffer("shift"))
-    code, _, err = run_main([*args, "2", "--resume", "auto"], tmp_path)
-    (line,) = messages(err)
-    assert code == 1
-    assert "the saved state of --loss_type Own does not fit it: " in line
-    assert '"shift"' in line
+    words = "the saved state of --loss_type Own does not fit it: ", '"shift"'
+    fails([*args, "2", "--resume", "auto"], tmp_path, *words, status=1)
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])

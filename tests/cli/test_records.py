@@ -189,9 +189,7 @@ def test_a_published_checkpoint_is_resumed_where_the_official_code_left_it(publi
     own = model_folder(tmp_path) / "ckpt.pth.tar"
     own.parent.mkdir(parents=True)
     published.rename(own)
-    status, out, err = run_main([*TWO_EPOCHS, *TINY, "--resume", own], tmp_path)
-    assert status == 0, err
-    assert "epoch 2/2 done" in out
+    assert "epoch 2/2 done" in run_ok([*TWO_EPOCHS, *TINY, "--resume", own], tmp_path)
 
 
 def test_a_published_checkpoint_of_another_arch_is_refused(published, tmp_path):

@@ -14,12 +14,11 @@ from script_runner import (
     TWO_EPOCHS,
     assert_same_run,
     environment,
+    fails,
     load_checkpoint,
     log_folder,
-    messages,
     model_folder,
     read_csv,
-    run_main,
     run_ok,
     run_process,
     scalars,
@@ -60,10 +59,7 @@ NO_TRITON = TritonMissing("Cannot find a working triton installation.")
 @pytest.mark.parametrize("error", [NO_CXX, NO_TRITON])
 def test_compile_without_a_compiler_is_one_line(error, tmp_path):
     with mock.patch.object(cifar_train, "train_one_epoch", side_effect=error):
-        status, _, err = run_main([*RUN_OF_TWO, "--compile"], tmp_path)
-    assert status == 2
-    (line,) = messages(err)
-    assert "--compile needs a working compiler" in line
+        fails([*RUN_OF_TWO, "--compile"], tmp_path, "--compile needs a working compiler")
 
 
 def test_classes_that_neither_ascii_nor_utf8_can_say(tmp_path):

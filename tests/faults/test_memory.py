@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from script_runner import TINY, TWO_EPOCHS, load_checkpoint, messages, model_folder, run_main, run_ok
+from script_runner import TINY, TWO_EPOCHS, fails, load_checkpoint, model_folder, run_main, run_ok
 
 import cifar_train
 
@@ -26,10 +26,7 @@ def test_out_of_memory_is_one_line(fault, tmp_path):
     before = path.read_bytes()
     again = [*TINY, *TWO_EPOCHS, "--epochs", "3", "--milestones", "--resume", "auto", "--force"]
     with mock.patch.object(cifar_train, "train_one_epoch", side_effect=fault):
-        status, _, err = run_main(again, tmp_path)
-    assert status == 1
-    (line,) = messages(err)
-    assert "out of memory: a smaller --batch-size or a smaller model needs less" in line
+        fails(again, tmp_path, "out of memory: a smaller --batch-size or a smaller model needs less", status=1)
     assert path.read_bytes() == before
     assert load_checkpoint(path)["epoch"] == 1
 

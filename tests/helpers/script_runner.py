@@ -112,13 +112,19 @@ def run_ok(args, cwd, **how):
     return out
 
 
-def refused(args, cwd, *words, status=2, run=run_main, **how):
-    """The one line of a command that is refused: with these words, and no accuracy; nothing in `cwd` changes."""
-    before = snapshot(cwd)
+def fails(args, cwd, *words, status=2, run=run_main, **how):
+    """The one line of a command that fails: with these words, and no accuracy."""
     code, out, err = run(args, cwd, **how)
     (line,) = messages(err)
     assert (code, line.isprintable(), "error: " in line, "top-1" in out) == (status, True, True, False), err
     assert all(word in line for word in words), line
+    return line
+
+
+def refused(args, cwd, *words, **how):
+    """The line of a command that fails, see `fails`, and changes nothing in `cwd`."""
+    before = snapshot(cwd)
+    line = fails(args, cwd, *words, **how)
     assert snapshot(cwd) == before
     return line
 

@@ -19,8 +19,8 @@ from script_runner import (
     TINY,
     TWO_EPOCHS,
     assert_same_weights,
+    fails,
     log_folder,
-    messages,
     model_folder,
     read_csv,
     run_main,
@@ -228,10 +228,8 @@ def pooled(*args, **how):
 
 def test_deterministic_with_a_model_that_cannot_is_one_line(numerics, tmp_path):
     with mock.patch.dict(models.CIFAR_MODELS, {"vgg16": pooled}):
-        status, _, err = run_main([*TWO_EPOCHS, "--arch", "vgg16", "--deterministic"], tmp_path)
-    assert status == 2
-    (line,) = messages(err)
-    assert "this model cannot be trained with --deterministic on a GPU: put_" in line
+        words = "this model cannot be trained with --deterministic on a GPU: put_"
+        fails([*TWO_EPOCHS, "--arch", "vgg16", "--deterministic"], tmp_path, words)
 
 
 def test_evaluation_of_a_checkpoint_computes_as_amp_says(tmp_path):

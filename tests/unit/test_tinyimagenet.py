@@ -13,7 +13,7 @@ import zipfile
 from unittest import mock
 
 import pytest
-from script_runner import refused, run_script, snapshot
+from script_runner import fails, refused, run_script, snapshot
 from tinyimagenet_maker import FOLDER, make_layout, pack
 from torchvision.datasets import ImageFolder
 
@@ -214,10 +214,7 @@ def test_download_that_fails(data_dir, url, wrong):
 
 def refused_archive(data_dir, archive, *named):
     """One line with all of `named`; no more than an empty data folder is left."""
-    status, _, err = run(["--data_dir", data_dir, "--zip", archive], archive.parent)
-    assert (status, err.count("\n")) == (1, 1), err
-    for text in (str(archive), *named):
-        assert text in err
+    fails(["--data_dir", data_dir, "--zip", archive], archive.parent, str(archive), *named, status=1, run=run)
     assert not data_dir.exists() or os.listdir(data_dir) == []
     assert {path.name for path in data_dir.parent.iterdir()} <= {"data", "bad.zip"}
 
@@ -280,9 +277,7 @@ def test_incomplete_contents(source, raw, data_dir, case):
         file.extractall(data_dir)
     names = sorted(path.name for path in raw.rglob("*.*"))
     for _ in range(2):
-        status, _, err = run(["--data_dir", data_dir], data_dir)
-        assert (status, err.count("\n")) == (1, 1)
-        assert all(text in err for text in named)
+        fails(["--data_dir", data_dir], data_dir, *named, status=1, run=run)
     assert sorted(path.name for path in raw.rglob("*.*")) == names
 
 
