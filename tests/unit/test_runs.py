@@ -316,12 +316,6 @@ def test_a_method_is_any_loss_and_rule_of_the_registry(asked, method, pair, caps
     assert stages(run)[: run.fork_epoch()] == stages(run.trunk)[: run.fork_epoch()]
 
 
-def test_a_loss_that_is_registered_is_a_method(capsys, monkeypatch):
-    monkeypatch.setitem(registry.LOSSES, "GCE", registry.LOSSES["CE"])
-    (line,) = listed("--ratio", 100, "--method", "GCE", capsys=capsys)
-    assert flag(line, "--loss_type") == "GCE"
-
-
 def test_an_own_data_set_of_small_images_is_trained_as_cifar_is(capsys, monkeypatch):
     monkeypatch.setattr(runs, "OWN_SETUPS", {})
     monkeypatch.setitem(imbalance_cifar.DATASETS, "svhn", imbalance_cifar.DATASETS["cifar10"])
@@ -375,26 +369,24 @@ def test_a_fork_starts_from_a_run_that_has_not_left_the_common_epochs(tmp_path):
     assert driver.fork_point(ib) == path
 
 
-def test_a_loss_of_the_registry_with_a_first_phase_shares_that_of_ce(monkeypatch, capsys):
-    monkeypatch.setitem(registry.LOSSES, "Own", registry.LOSSES["IB"])
-    lines = listed("--dataset", "cifar10", "--method", "CE", "Own", "--ratio", "100", capsys=capsys)
-    assert len(lines) == 2
-    ce, own = Run("cifar10", "exp", 100, "CE"), Run("cifar10", "exp", 100, "Own")
-    assert own.family == ce.family
-    assert (own.fork_epoch(own.settings), own.trunk) == (100, ce)
-
-
-def test_an_own_deferred_rule_shares_the_epochs_of_ce_before_it(monkeypatch, capsys):
-    monkeypatch.setitem(registry.RULES, "OwnDRW", registry.RULES["DRW"])
-    listed("--dataset", "cifar10", "--method", "CE", "OwnDRW", "--ratio", "100", capsys=capsys)
-    ce, own = Run("cifar10", "exp", 100, "CE"), Run("cifar10", "exp", 100, "CE+OwnDRW")
-    assert (own.family, own.fork_epoch(own.settings), own.trunk) == (ce.family, 160, ce)
-
-
-def test_an_own_rule_that_trains_the_head_has_a_second_stage(monkeypatch):
-    monkeypatch.setitem(registry.RULES, "OwnHead", registry.RULES["cRT"])
-    own = Run("cifar10", "exp", 100, "CE+OwnHead")
-    assert (own.settings["drw_epoch"], own.settings["epochs"], own.fork_epoch()) == (200, 210, 199)
+@pytest.mark.parametrize(
+    ("entries", "like", "method", "fork_epoch", "epochs"),
+    [
+        (registry.LOSSES, "CE", "Own", 200, 200),
+        (registry.LOSSES, "IB", "Own", 100, 200),
+        (registry.RULES, "DRW", "CE+Own", 160, 200),
+        (registry.RULES, "cRT", "CE+Own", 199, 210),
+    ],
+)
+def test_an_own_loss_or_rule_is_a_method_that_shares_the_epochs_before_it(
+    entries, like, method, fork_epoch, epochs, monkeypatch, capsys
+):
+    monkeypatch.setitem(entries, "Own", entries[like])
+    (line,) = listed("--dataset", "cifar10", "--method", "Own", "--ratio", "100", capsys=capsys)
+    assert (flag(line, "--loss_type"), flag(line, "--train_rule")) == runs.pair_of(method)
+    ce, own = Run("cifar10", "exp", 100, "CE"), Run("cifar10", "exp", 100, method)
+    assert own.trunk == (own if like == "CE" else ce)
+    assert (own.fork_epoch(), own.settings["epochs"]) == (fork_epoch, epochs)
 
 
 def test_losses_and_rules_of_the_papers_methods_are_as_in_the_registry():
