@@ -1,6 +1,4 @@
-"""The registry of losses and rules: what an entry builds, on what it depends, and what a new entry needs."""
-
-from unittest import mock
+"""The registry of losses and rules: what an entry builds, and on what it depends."""
 
 import pytest
 import torch
@@ -8,20 +6,18 @@ from recipe_maker import CONSTANTS, recipe
 
 import losses
 from training import registry
-from training.registry import CLASS_WEIGHTS, LOSSES, RULES, LossEntry, RuleEntry, Stage
+from training.registry import CLASS_WEIGHTS, LOSSES, Stage
 
 COUNTS = [50, 10, 5]
-
-
-MADE = recipe(constants=CONSTANTS)
+MADE = recipe()
 
 
 def stage(loss="CE", class_weights="none", sampler="none"):
     return Stage(0.1, loss, class_weights, sampler)
 
 
-def criterion_of(*names, counts=COUNTS):
-    return MADE.criterion(stage(*names), counts)
+def criterion_of(*names):
+    return MADE.criterion(stage(*names), COUNTS)
 
 
 def class_rates(sampler, counts=COUNTS, made=MADE):
@@ -81,7 +77,7 @@ def test_class_balanced_sampling_draws_every_class_equally_often_and_effective_n
     assert rates.dtype == torch.float64
     shares = counts * rates / (counts * rates).sum()
     torch.testing.assert_close(shares, torch.full((4,), 0.25, dtype=torch.float64), rtol=1e-6, atol=0)
-    shares = counts * class_rates("Resample", numbers, recipe(constants={**CONSTANTS, "beta": 0.9999}))
+    shares = counts * class_rates("Resample", numbers, recipe(beta=0.9999))
     assert (shares / shares.sum()).tolist() == pytest.approx([0.2958, 0.2385, 0.2333, 0.2325], abs=1e-3)
 
 
@@ -89,23 +85,3 @@ def test_a_stage_depends_on_each_constant_once():
     assert registry.constants_of(stage("Focal", "CB", "Resample")) == ("gamma", "focal_scale", "beta")
     assert registry.constants_of(stage("CE", "IB")) == ()
     assert {*registry.all_constants()} >= {*CONSTANTS}
-
-
-def test_a_new_loss_and_a_new_rule_are_entries():
-    """What docs/extending.md promises: nothing else than an entry makes a recipe, its constants and its criterion."""
-    loss = LossEntry(lambda counts, weight, power: losses.FocalLoss(weight, power), first_phase_ce=True, help="new")
-    rule = RuleEntry("root", start="drw_epoch", help="new")
-    with (
-        mock.patch.dict(LOSSES, New=loss),
-        mock.patch.dict(CLASS_WEIGHTS, root=lambda counts, root: torch.tensor(counts) ** root),
-        mock.patch.dict(RULES, Root=rule),
-    ):
-        constants = {"power": 3.0, "root": -0.5}
-        new = recipe("New", "Root", start_ib_epoch=2, drw_epoch=4, constants=constants)
-        assert [new.stage(e).loss for e in (1, 2, 4)] == ["CE", "New", "New"]
-        assert [new.stage(e).class_weights for e in (1, 2, 4)] == ["none", "none", "root"]
-        assert new.constants_at(2) == {"power": 3.0}
-        assert new.constants_at(4) == {"power": 3.0, "root": -0.5}
-        criterion = new.criterion(new.stage(4), [4, 1])
-        assert (criterion.gamma, criterion.weight.tolist()) == (3.0, [0.5, 1.0])
-        assert {"power", "root"} <= set(registry.all_constants())
