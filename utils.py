@@ -255,16 +255,6 @@ def code_version() -> dict[str, str | bool] | None:
         return None
 
 
-def duration(seconds: float) -> str:
-    """Seconds as '1:02:03'.
-
-    >>> duration(3723.4)
-    '1:02:03'
-    """
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
 def format_metric(value: float | None) -> str:
     """A figure as text: 'n/a' for None.
 

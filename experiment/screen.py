@@ -3,12 +3,13 @@
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import IO, Any
 
 from experiment.records import best_epoch
 from training.loop import finite_figures
 from training.metrics import CLASS_FIGURES, MetricAccumulator
-from utils import duration, format_metric, one_line
+from utils import format_metric, one_line
 
 #: Rows of the per-class table; of more classes the worst and the best are shown.
 MOST_ROWS, SHOWN_OF_MANY = 200, 10
@@ -61,7 +62,7 @@ class Progress:
     def _time_left(self, batches_done):
         elapsed = time.monotonic() - self.started
         epoch = self.seconds or elapsed / batches_done * self.batches
-        return duration(max(epoch - elapsed, 0) + epoch * (self.epochs - self.number - 1))
+        return timedelta(seconds=round(max(epoch - elapsed, 0) + epoch * (self.epochs - self.number - 1)))
 
 
 def epoch_line(record: dict, history: Sequence[dict], epochs: int) -> str:

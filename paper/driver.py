@@ -11,11 +11,12 @@ import os
 import pathlib
 import time
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
 from experiment import checkpoint
 from paper import executors, records
 from paper.runs import Run
-from utils import UsageError, duration
+from utils import UsageError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -82,7 +83,7 @@ class Driver:
         time_left = "the time shows after the first epochs"
         if seconds:
             expected = self.left_at_start * sum(seconds) / len(seconds) / (jobs or 1)
-            time_left = f"about {duration(expected)} at the pace of the records in {self.results}"
+            time_left = f"about {timedelta(seconds=round(expected))} at the pace of the records in {self.results}"
         epochs = f"{self.left_at_start} epochs to train, shared ones once"
         return f"{len(self.runs)} runs{done}, {epochs}, {jobs or 'as many as fit'} at a time; {time_left}"
 
@@ -105,8 +106,8 @@ class Driver:
     def status(self) -> str:
         """'3 of 24 done, 0 failed, 20 waiting, 1:02:03 to go; running: NAME (epoch 7 of 40)'."""
         count, left = collections.Counter(self.state.values()), self._epochs_left()
-        trained = self.left_at_start - left
-        time_left = duration((time.monotonic() - self.started) / trained * left) if trained > 0 else "unknown time"
+        trained, elapsed = self.left_at_start - left, time.monotonic() - self.started
+        time_left = timedelta(seconds=round(elapsed / trained * left)) if trained > 0 else "unknown time"
         running = [f"{run.name} (epoch {self._epochs_done(run)} of {self.epochs(run)})" for run in self._in(RUNNING)]
         text = f"{count[DONE]} of {len(self.runs)} done, {count[FAILED]} failed, {count[WAITING]} waiting"
         return f"{text}, {time_left} to go; running: {', '.join(running) or 'none'}"

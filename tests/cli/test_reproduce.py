@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import psutil
@@ -22,7 +23,7 @@ import reproduce
 from files import run_lock
 from paper import driver, executors, records, runs
 from paper.runs import Run
-from utils import UsageError, duration
+from utils import UsageError
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 #: Flags after a run's own: three epochs.
@@ -179,7 +180,7 @@ def test_the_estimate_is_made_from_the_records_that_are_there(tmp_path):
     seconds = [epoch["seconds"] for epoch in records.load(source)["history"]]
     chosen = [Run("cifar10", "exp", 100, "CE", seed=seed) for seed in (0, 1)]
     said = driver.Driver(chosen, tmp_path, tmp_path / "results", executors.Local(1, 1)).announcement()
-    expected = duration(200 * sum(seconds) / len(seconds))
+    expected = timedelta(seconds=round(200 * sum(seconds) / len(seconds)))
     assert said.startswith("2 runs, 1 of them done, 200 epochs to train")
     assert f"about {expected} at the pace" in said
 
