@@ -140,12 +140,10 @@ def choose(found: Found) -> dict[str, float]:
 def pairs(found: Found, one: tuple[str, float], other: tuple[str, float], epochs: int) -> list[tuple[Any, Any]]:
     """The records of `one` and `other`, (arm, ratio) each, for each seed that has both after `epochs` epochs, in one
     precision and from one first phase."""
-    values = []
-    for seed in sorted({place.seed for place in found}):
-        pair = [found[place] for place in (Place(*one, seed), Place(*other, seed)) if place in found]
-        if len(pair) == 2 and min(record["epochs_done"] for record in pair) >= epochs and rows.may_be_compared(*pair):
-            values.append((pair[0], pair[1]))
-    return values
+    whole = {place: record for place, record in found.items() if record["epochs_done"] >= epochs}
+    mine, theirs = ({place.seed: record for place, record in whole.items() if place[:2] == of} for of in (one, other))
+    both = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+    return [pair for pair in both if rows.may_be_compared(*pair)]
 
 
 def differences(found: Found, one: tuple[str, float], other: tuple[str, float], epochs: int) -> list[float]:
