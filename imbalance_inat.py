@@ -11,7 +11,6 @@ from imbalance_folder import ImageSet, listed_files, ready
 from utils import DataError, named, warn
 
 CLASSES = 8142
-TRAIN, VAL = "train2018.json", "val2018.json"
 
 
 def load(
@@ -25,7 +24,7 @@ def load(
         DataError: annotations that are missing or malformed, images that are missing, duplicated or not in one class,
             a class without training images, damaged images if they are checked.
     """
-    paths = [os.path.join(data_dir, name) for name in (TRAIN, VAL)]
+    paths = [os.path.join(data_dir, name) for name in ("train2018.json", "val2018.json")]
     annotated = [read_annotations(path) for path in paths]
     names = {}
     for images, categories in annotated:

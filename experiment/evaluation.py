@@ -22,8 +22,6 @@ from training.precision import Precision
 from training.registry import LOSSES, RULES
 from utils import DataError, UsageError, format_metric, warn
 
-#: What -e writes: a folder below the run's logs, in it the file of --save_logits, and the test images it got wrong.
-EVALUATION, LOGITS, ERRORS = "evaluate", "logits.npz", "errors.csv"
 #: Equal bins of the confidence, of the expected calibration error.
 BINS = 15
 
@@ -57,17 +55,17 @@ def evaluate_checkpoint(
     state, tested = run.start.checkpoint, {name: getattr(settings, name) for name in ("data_dir", "val_list")}
     others = state.get("files_sha256") not in (None, run.data.files_sha256)
     below = path_name(settings.val_list or settings.data_dir) if others else ""
-    folder = output_folder(run, os.path.join(EVALUATION, below), correction)
+    folder = output_folder(run, os.path.join("evaluate", below), correction)
     forced = [*state.get("forced", ()), *run.forced]
     where = {"checkpoint": run.start.path, "epoch": run.start.epoch, **correction, **tested, "forced": forced}
     path = os.path.join(folder, "evaluation.json")
     write_text(path, to_json({**where, "classes": run.data.classes, **result}))
     written = [path, *plots.of_evaluation(result, run.data.class_names, run.class_counts, folder, settings.name)]
     files = [os.path.relpath(path, settings.data_dir) if os.sep in path else path for path in run.data.test_files]
-    written.append(os.path.join(folder, ERRORS))
+    written.append(os.path.join(folder, "errors.csv"))
     write_text(written[-1], _errors(scaled, target, files, run.data.class_names))
     if settings.save_logits:
-        written.append(os.path.join(folder, LOGITS))
+        written.append(os.path.join(folder, "logits.npz"))
         rows: dict[str, Any] = {"logits": logits.float().numpy(), "target": target.numpy()}
         rows |= {"files": np.array(files), "classes": np.array(run.data.class_names)}
         write_atomically(written[-1], lambda file: np.savez(file, **rows))

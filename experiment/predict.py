@@ -23,8 +23,6 @@ from training.ema import Ema
 from training.precision import Precision, on_device
 from utils import DataError, UsageError, warn
 
-PREDICTIONS = "predict"
-
 
 @torch.no_grad()
 def predict(run: Run) -> None:
@@ -76,7 +74,7 @@ def predict(run: Run) -> None:
                 rows += [(file, classes[n], f"{value:.6f}") for n, value in zip(labels, values, strict=True)]
     if not shown:
         raise DataError(f"none of the {len(paths)} images in {path} can be decoded")
-    out = os.path.join(output_folder(run, PREDICTIONS, correction), f"{path_name(path)}.csv")
+    out = os.path.join(output_folder(run, "predict", correction), f"{path_name(path)}.csv")
     write_text(out, csv_text([("file", "class", "probability"), *rows]))
     print(f"{shown} images, {len(paths) - shown} left out; written: {out}")
 
