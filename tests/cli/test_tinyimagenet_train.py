@@ -1,12 +1,12 @@
 """tinyimage_train.py through main(argv): recipes, runs, weights to start from."""
 
+import collections
 import csv
 import functools
 import io
 import json
 import os
 import shutil
-from pathlib import Path
 from unittest import mock
 from urllib.error import URLError
 
@@ -15,7 +15,7 @@ import pytest
 import script_runner
 import torch
 from conftest import golden
-from script_runner import assert_same_weights, load_checkpoint, read_csv, run_script
+from script_runner import assert_same_weights, load_checkpoint, log_folder, model_folder, read_csv, run_script
 from tinyimagenet_maker import FOLDER, make_layout, pack
 from torch import nn
 from torchvision.models import WeightsEnum
@@ -24,7 +24,6 @@ import imbalance_tinyimagenet as tiny
 import models
 import tinyimage_train
 from experiment.parser import parse
-from models.resnet_cifar import NormedLinear
 
 #: A run on 200 classes of 1 to 3 training images, 290 in all, and one validation image each.
 RUN = ["--imb_factor", "0.4", "--image_size", "16", "--epochs", "3", "--threads", "1", "--seed", "0", "-j", "1"]
@@ -35,23 +34,16 @@ PUBLISHED = (
     "--dataset tinyimagenet -a resnet18 --imb_type exp --imb_factor 0.01 --epochs 100 --lr 0.1 --num_classes 200"
 )
 NO_WEIGHTS = ["--pretrained", "none"]
-
-
-class SmallModel(nn.Module):
-    """Stands for resnet18 where the model does not matter: a convolution, a batch norm, a head named fc."""
-
-    def __init__(self, num_classes, use_norm):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 4, stride=4, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.fc = NormedLinear(16, num_classes) if use_norm else nn.Linear(16, num_classes)
-
-    def forward(self, x):
-        return self.fc(self.bn1(self.conv1(x)).relu().mean((2, 3)))
+#: What names the folders of a run, beside loss, rule and experiment.
+NAMED = {"dataset": "tinyimagenet", "arch": "resnet18", "imb": "exp_0.4"}
 
 
 def small(num_classes=1000, use_norm=False, feature_norm="l1"):
-    return models.with_feature_norm(SmallModel(num_classes, use_norm), "fc", feature_norm)
+    """Stands for resnet18 where the model does not matter: a convolution, a batch norm, a head named fc."""
+    layers = {"conv1": nn.Conv2d(3, 16, 4, stride=4, bias=False), "bn1": nn.BatchNorm2d(16), "relu": nn.ReLU()}
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
+    layers["fc"] = models.NormedLinear(16, num_classes) if use_norm else nn.Linear(16, num_classes)
+    return models.with_feature_norm(nn.Sequential(collections.OrderedDict(layers)), "fc", feature_norm)
 
 
 @pytest.fixture(autouse=True)
@@ -84,11 +76,6 @@ def work(data, tmp_path):
     """A folder to run in, with the data."""
     (tmp_path / "data").symlink_to(data)
     return tmp_path
-
-
-def folders(cwd, loss, rule="None", exp="0", imb="exp_0.4"):
-    name = f"tinyimagenet_resnet18_{loss}_{rule}_{imb}_{exp}"
-    return Path(cwd) / "log" / name, Path(cwd) / "checkpoint" / name
 
 
 # ------------------------------------------------------------------------------------------------- recipes
@@ -155,7 +142,7 @@ def test_from_the_raw_archive_to_a_model(raw, tmp_path):
     out = run_in(tmp_path, *RUN, *IB, *NO_WEIGHTS)
     assert "total 290" in out
     assert (tmp_path / "data" / FOLDER / "val" / "n00001000").is_dir()
-    log, saved = folders(tmp_path, "IB", "IBReweight")
+    log, saved = (folder(tmp_path, "IB", "IBReweight", **NAMED) for folder in (log_folder, model_folder))
     train, test = read_csv(log / "log_train.csv"), read_csv(log / "log_test.csv")
     assert [row["criterion"] for row in train] == ["CE", "CE", "IB"]
     assert all(float(row["loss"]) > 0 for row in train)
@@ -208,7 +195,7 @@ def imagenet_like(num_classes=1000):
     """A state dict as in torchvision's files: 1000 classes, no counters of batch norm."""
     with torch.random.fork_rng():
         torch.manual_seed(9)
-        state = SmallModel(num_classes, False).state_dict()
+        state = small(num_classes).state_dict()
     return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
@@ -247,8 +234,8 @@ def test_no_network(work):
 def test_weights_are_not_asked_for_twice(work):
     with mock.patch.object(WeightsEnum, "get_state_dict", return_value=imagenet_like()):
         run_in(work, *RUN, "--keep_epochs", "2")
-    saved = folders(work, "CE")[1]
+    saved, forked = (model_folder(work, exp=exp, **NAMED) for exp in ("0", "b"))
     with mock.patch.object(WeightsEnum, "get_state_dict", side_effect=AssertionError):
         run_in(work, *RUN, "-e", "--resume", "auto")
         run_in(work, *RUN, "--exp_str", "b", "--resume", saved / "ckpt.epoch002.pth.tar")
-    assert_same_weights(saved / "ckpt.pth.tar", folders(work, "CE", exp="b")[1] / "ckpt.pth.tar")
+    assert_same_weights(saved / "ckpt.pth.tar", forked / "ckpt.pth.tar")
