@@ -3,20 +3,19 @@
 import collections
 import importlib
 import json
-import pathlib
 import re
 import shlex
 import subprocess
 
 import pytest
 import torch
+from script_runner import REPOSITORY as ROOT
 
 import reproduce
 from experiment.parser import SCRIPTS, build_parser, parse
 from losses import IBLoss
 from paper import pages
 
-ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]}
 PAGES |= {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.glob("docs/**/*.md"))}
 RESULTS = re.compile(r"^<!-- (results/\S+) -->\n((?:\|.*\n)+)", flags=re.M)

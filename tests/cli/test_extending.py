@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pathlib
 import re
 import shlex
 import shutil
@@ -16,6 +15,7 @@ import torch
 from script_runner import (
     DIGITS,
     FIVE,
+    REPOSITORY,
     TINY,
     break_off,
     fails,
@@ -33,7 +33,7 @@ import models
 from loaders.augment import AUGMENTS
 from training import metrics, optimizer, registry
 
-PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+PAGE = (REPOSITORY / "docs" / "extending.md").read_text()
 SECTIONS = {text.splitlines()[0]: text for text in PAGE.split("\n## ")[1:]}
 REGISTRIES = (
     registry.LOSSES, registry.RULES, registry.CLASS_WEIGHTS, registry.SAMPLERS, optimizer.OPTIMIZERS,
@@ -197,10 +197,9 @@ def test_an_error_of_an_own_data_set_is_its_own(monkeypatch, tmp_path):
 
 def test_a_new_flag_sets_a_run_apart_from_one_without_it(tmp_path):
     """The page's line of a setting, in a checkout of its own, which nothing reads yet."""
-    root = pathlib.Path(__file__).parents[2]
     checkout = tmp_path / "checkout"
     leave = shutil.ignore_patterns(".*", "results", "docs", "tests", "data", "log", "checkpoint", "reproduced")
-    shutil.copytree(root, checkout, ignore=leave)
+    shutil.copytree(REPOSITORY, checkout, ignore=leave)
     line = next(line for line in SECTIONS["A setting"].splitlines() if "_method(" in line)
     path = checkout / "experiment" / "settings.py"
     path.write_text(path.read_text().replace(line, f"{line}\n{line.replace('vs_tau', 'cutmix')}"))

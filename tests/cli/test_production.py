@@ -2,7 +2,6 @@
 
 import math
 import os
-import pathlib
 import re
 import shutil
 
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from image_runs import RUN, make_folder, run_folder, run_in
-from script_runner import load_checkpoint, read_csv, refused
+from script_runner import REPOSITORY, load_checkpoint, read_csv, refused
 
 from experiment.evaluation import path_name
 from results import weights
 
-PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "production.md").read_text()
+PAGE = (REPOSITORY / "docs" / "production.md").read_text()
 PLAIN, ONNX = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
 NAMES = ["cat, tabby", "dog \N{DOG FACE}", "emu"]
 

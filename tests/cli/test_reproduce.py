@@ -15,6 +15,7 @@ import psutil
 import pytest
 import script_runner
 from PIL import Image
+from script_runner import REPOSITORY
 
 import experiment.run
 import folder_train
@@ -25,7 +26,6 @@ from paper import driver, executors, records, runs
 from paper.runs import Run
 from utils import UsageError
 
-REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 #: Flags after a run's own: three epochs.
 EXTRA = ["--batch-size", "128", "--epochs", "3", "--milestones", "2", "--checkpoint_seconds", "0"]
 

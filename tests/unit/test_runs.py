@@ -2,14 +2,13 @@
 
 import collections
 import importlib
-import pathlib
 import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from script_runner import refused, run_reproduce
+from script_runner import REPOSITORY, refused, run_reproduce
 
 import imbalance_cifar
 import reproduce
@@ -20,8 +19,6 @@ from paper.driver import Driver
 from paper.runs import Run
 from training import registry
 from training.recipe import Recipe
-
-REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 
 
 def listed(*args, capsys):

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import pathlib
 
 import pytest
 import torch
@@ -171,7 +170,7 @@ def test_flags_and_defaults_are_the_official_ones_but_for_the_documented_ones():
     actions = {flag: action for action in build_parser("cifar_train.py")._actions for flag in action.option_strings}
     ours = {flags: (actions[flags[-1]].dest, actions[flags[0]].default) for flags in OFFICIAL}
     assert ours == {flags: (name, DIFFERS.get(flags, default)) for flags, (name, default) in OFFICIAL.items()}
-    page = (pathlib.Path(__file__).parents[2] / "docs" / "differences.md").read_text()
+    page = flags.PAGE.with_name("differences.md").read_text()
     table = page[page.index("## Flags") :]
     assert all(f"| {', '.join(f'`{flag}`' for flag in flags)} |" in table for flags in DIFFERS)
 
@@ -186,6 +185,6 @@ def test_official_flags_take_what_they_took():
 
 
 def test_the_page_of_flags_is_made_of_the_settings():
-    page = (pathlib.Path(__file__).parents[2] / "docs" / "flags.md").read_text()
+    page = flags.PAGE.read_text()
     assert page.count("| `-") > len(FIELDS)
     assert page == flags.page(page), "run: python -m experiment.flags"
