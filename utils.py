@@ -164,10 +164,10 @@ def number(
 
 
 @contextlib.contextmanager
-def network_timeout(seconds: float = 30) -> Iterator[None]:
+def network_timeout() -> Iterator[None]:
     """For downloads by libraries that set none: a blocked network would hang for minutes, a stalled one for ever."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(30)  # seconds
     try:
         yield
     finally:

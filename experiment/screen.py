@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import IO, Any
+from typing import Any
 
 from experiment.records import best_epoch
 from training.loop import finite_figures
@@ -18,15 +18,14 @@ MOST_ROWS, SHOWN_OF_MANY = 200, 10
 class Progress:
     """One bar for the run on a terminal, with the time left; a plain line every `print_freq` batches elsewhere."""
 
-    def __init__(self, first: int, epochs: int, print_freq: int, stream: IO[str] | None = None) -> None:
+    def __init__(self, first: int, epochs: int, print_freq: int) -> None:
         self.epochs, self.print_freq = epochs, print_freq
-        self.stream = stream or sys.stdout
         self.number, self.seconds = first, 0.0  # of the epoch before
         self.bar: Any = None
-        if self.stream.isatty():
+        if sys.stdout.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=epochs, initial=first, unit="epoch", file=self.stream)
+            self.bar = tqdm(total=epochs, initial=first, unit="epoch", file=sys.stdout)
 
     def epoch(self, epoch: int, batches: int, lr: float) -> None:
         """An epoch begins."""
@@ -43,16 +42,16 @@ class Progress:
             return
         where = f"epoch {self.number + 1}/{self.epochs}  batch {batch + 1}/{self.batches}"
         left = self._time_left(batch + 1)
-        print(f"{where}  lr {self.lr:g}  {text}  left {left}", file=self.stream, flush=True)
+        print(f"{where}  lr {self.lr:g}  {text}  left {left}", flush=True)
 
     def done(self, record: dict, history: Sequence[dict]) -> None:
         """An epoch has ended: print its line."""
         self.seconds = record["seconds"]
         line = epoch_line(record, history, self.epochs)
         if self.bar is None:
-            print(line, file=self.stream, flush=True)
+            print(line, flush=True)
         else:
-            self.bar.write(line, file=self.stream)
+            self.bar.write(line)
             self.bar.update()
 
     def close(self) -> None:

@@ -260,9 +260,10 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_progress_is_one_bar_on_a_terminal_and_lines_elsewhere(stream):
+def test_progress_is_one_bar_on_a_terminal_and_lines_elsewhere(stream, monkeypatch):
     stream, history = stream(), []
-    progress = Progress(first=0, epochs=3, print_freq=2, stream=stream)
+    monkeypatch.setattr("sys.stdout", stream)
+    progress = Progress(first=0, epochs=3, print_freq=2)
     metrics = MetricAccumulator(2, "cpu")
     metrics.add(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), torch.tensor(2.5))
     metrics.seen += 2

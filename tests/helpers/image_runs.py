@@ -22,10 +22,10 @@ IB = ["--loss_type", "IB", "--train_rule", "IBReweight"]
 TAIL, IDS = (24, 11, 5, 2), (3, 10, 4000, 8141)
 
 
-def make_folder(root, counts=COUNTS, val=3, names=None):
+def make_folder(root, counts=COUNTS, names=None):
     """root/train and root/val with a folder for each class; the images have different sizes."""
     names = names or [f"class{k}" for k in range(len(counts))]
-    for part, sizes, first in (("train", counts, 0), ("val", [val] * len(counts), 30)):
+    for part, sizes, first in (("train", counts, 0), ("val", [3] * len(counts), 30)):
         for label, (name, size) in enumerate(zip(names, sizes, strict=True)):
             folder = Path(root) / part / name
             folder.mkdir(parents=True)

@@ -43,11 +43,11 @@ def official(loss, rule, counts, **options):
     return build(loss, class_weights(rule, counts), counts, gamma=1.0, alpha=1000.0, **options)
 
 
-def batch(soft="index", dense=(), n=6, width=4, dtype=torch.float64, seed=0):
-    """(logits (n, 5, *dense), target, features (n, width, *dense)); soft: 'index', 'one-hot' or 'soft'."""
+def batch(soft="index", dense=(), n=6, dtype=torch.float64, seed=0):
+    """(logits (n, 5, *dense), target, features (n, 4, *dense)); soft: 'index', 'one-hot' or 'soft'."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(n, 5, *dense, generator=generator, dtype=torch.float64)
-    features = torch.randn(n, width, *dense, generator=generator, dtype=torch.float64)
+    features = torch.randn(n, 4, *dense, generator=generator, dtype=torch.float64)
     target = torch.randint(5, (n, *dense), generator=generator)
     if soft != "index":
         target = F.one_hot(target, 5).movedim(-1, 1).to(dtype)

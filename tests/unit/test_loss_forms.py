@@ -117,14 +117,14 @@ def test_smoothing_is_a_soft_target_with_the_weight_of_its_label(loss):
     torch.testing.assert_close(count, build(loss).per_sample(logits, target, features)[1])
 
 
-def learned(make, target, start, steps=800):
+def learned(make, target, start):
     """What free logits learn from each row of `start`, as probabilities: steps of a length that falls from 0.2 to 0."""
     logits, criterion = start.log().requires_grad_(), make(reduction="none")
-    for step in range(steps):
+    for step in range(800):
         loss = criterion(logits, target, torch.full((len(target),), 32.0))
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
         with torch.no_grad():
-            logits -= 0.2 * (1 - step / steps) * F.normalize(gradient, dim=1)
+            logits -= 0.2 * (1 - step / 800) * F.normalize(gradient, dim=1)
     return logits.detach().softmax(1)
 
 

@@ -78,7 +78,7 @@ def test_losses_of_one_phase_keep_their_rule_and_deferred_ones_begin_at_drw_epoc
         assert [(stage.class_weights, stage.sampler) for stage in stages] == [before] * 320 + [after] * 80
 
 
-def slow_crt_lr(epoch, loss="CE", cosine=False):
+def slow_crt_lr(epoch, loss, cosine):
     """The lr of every epoch of a run of 12 + 5 epochs, written out; milestones at 8 and 10."""
     ib = 0.01 if loss == "IB" and epoch >= 9 else 1.0
     if epoch >= 12:
