@@ -42,8 +42,10 @@ def die_at(epoch):
 
     def mortal(*args, **kwargs):
         mortal.epoch += 1
-        if mortal.epoch == epoch and distributed.rank() == 1 and not distributed.restarts():
-            os.kill(os.getpid(), signal.SIGKILL)
+        if mortal.epoch == epoch and not distributed.restarts():
+            distributed.barrier()  # until rank 0 has saved the epoch before
+            if distributed.rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
         return train(*args, **kwargs)
 
     mortal.epoch = -1
