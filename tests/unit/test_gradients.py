@@ -64,6 +64,15 @@ def test_the_gradient_has_the_wanted_size(ratio):
     assert said == pytest.approx({"ce": ce, "loss": loss, "ratio": ratio}, rel=1e-5)
 
 
+def test_a_doubled_loss_gets_half_the_alpha():
+    alphas = []
+    for weight in (WEIGHT, 2 * WEIGHT):
+        criterion = IBLoss(weight, alpha="auto", auto_target="gradient")
+        gradients.match_gradient(model(), batches(), criterion)
+        alphas.append(float(criterion.current_alpha))
+    assert alphas[0] == pytest.approx(2 * alphas[1], rel=1e-6)
+
+
 def test_the_next_batches_measure_again(monkeypatch):
     monkeypatch.setattr(gradients, "BATCHES", 2)
     criterion = automatic()
